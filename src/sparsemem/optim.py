@@ -1,0 +1,299 @@
+"""RowSGD and RowAdamW: optimizers that select rows and change these alone.
+
+`step()` consumes what the backward passes since the last step left in the memory layers' read logs: it counts the
+accesses of the whole step, selects `top_t` rows per layer, computes the gradient of these rows alone, clips by the
+norm over them, and updates them. Every other row, and every other row's optimizer state, is not touched: law 2. The
+tables never get a `.grad`, so Trainer's own clipping and zeroing find nothing there.
+
+Several processes: counts are summed over processes before the selection, and the selected rows' gradients averaged, as
+DDP would; the model must not be wrapped in DDP when only value tables train.
+
+Whatever else is trainable (alpha, keys, modules_to_save) gets torch's plain AdamW inside the same optimizer.
+
+Reference: 2605.03229, stage 2. Deviation: moments belong to selected rows and rest with them; the authors' release
+masks gradients only, so that rows keep moving after they were deselected.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from .access import Background
+from .memory import ProductKeyMemory
+from .selection import NEEDS_BACKGROUND, Rule, check_selection, select_rows
+from .tuner import memory_layers
+from .values import ReadLog
+
+MOMENTS = ("row", "element")
+
+
+class _RowOptimizer(Optimizer):
+    """Selection, clipping and state of rows; a subclass says how a row moves (`_update`)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        defaults: dict[str, Any],
+        *,
+        top_t: int,
+        rule: Rule,
+        background: Background | None,
+        max_grad_norm: float | None,
+        seed: int,
+    ) -> None:
+        check_selection(top_t, rule)
+        _positive("lr", defaults["lr"])
+        if max_grad_norm is not None:
+            _positive("max_grad_norm", max_grad_norm)
+        self.layers: dict[str, ProductKeyMemory] = memory_layers(model)
+        if rule in NEEDS_BACKGROUND and background is None:
+            raise ValueError(f"rule={rule!r} needs background=; make one with calibrate or count_accesses")
+        if background is not None:
+            background.check(self.layers)
+        frozen = [name for name, memory in self.layers.items() if not memory.values.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"model: the value rows of {frozen[0]} are frozen; load the adapter with is_trainable=True, "
+                "or call model.set_adapter(...)"
+            )
+        self.top_t, self.rule, self.background, self.max_grad_norm = top_t, rule, background, max_grad_norm
+        self.generator = torch.Generator().manual_seed(seed)
+        tables = [memory.values for memory in self.layers.values()]
+        held = {id(table) for table in tables}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+        groups: list[dict[str, Any]] = [{"params": tables}]
+        self._rest = AdamW(rest, lr=defaults["lr"], weight_decay=0.0) if rest else None
+        if self._rest is not None:
+            groups.append({**self._rest.defaults, "params": rest})
+        for memory in self.layers.values():
+            memory.log = ReadLog()
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Select and update. With nothing read since the last step, value rows stay as they are."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        selected = {name: self._select(name, memory) for name, memory in self.layers.items()}
+        gradients = {
+            name: _average(memory.log.row_gradients(selected[name], memory.d_out)) if len(selected[name]) else None
+            for name, memory in self.layers.items()
+            if memory.log is not None
+        }
+        others = [p.grad for p in self._rest.param_groups[0]["params"] if p.grad is not None] if self._rest else []
+        self._clip([*(g for g in gradients.values() if g is not None), *others])
+        group = self.param_groups[0]
+        for name, memory in self.layers.items():
+            gradient = gradients.get(name)
+            if gradient is not None:
+                self._update(memory.values, selected[name], gradient, group)
+        if self._rest is not None:
+            self._rest.state, self._rest.param_groups = self.state, self.param_groups[1:]
+            self._rest.step()
+        self._clear_logs()
+        self.selected = selected
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._clear_logs()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        # torch casts state to the parameter's dtype, which would destroy slot ids and float32 moments of bf16 tables.
+        tables = self.param_groups[0]["params"]
+        for index, table in enumerate(tables):
+            saved = state_dict["state"].get(index)
+            if saved is not None:
+                self.state[table] = {key: value.to(table.device, copy=True) for key, value in saved.items()}
+        self.generator.set_state(state_dict["generator"].cpu())
+
+    def _select(self, name: str, memory: ProductKeyMemory) -> Tensor:
+        """Rows of one layer that this step changes, ascending."""
+        assert memory.log is not None
+        counts = _summed(memory.log.counts(memory.num_slots, memory.values.device))
+        norms = None
+        if self.rule == "grad":
+            read = counts.nonzero().flatten()
+            norms = torch.zeros(memory.num_slots, device=counts.device)
+            if len(read):
+                norms[read] = _average(memory.log.row_gradients(read, memory.d_out)).norm(dim=-1)
+        background = self.background[name] if self.background is not None else None
+        chosen = select_rows(
+            counts, background, top_t=self.top_t, rule=self.rule, gradient_norms=norms, generator=self.generator
+        )
+        return chosen.sort().values
+
+    def _clip(self, gradients: list[Tensor]) -> None:
+        if self.max_grad_norm is None or not gradients:
+            return
+        norm = torch.stack([g.float().norm() for g in gradients]).norm()
+        scale = (self.max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
+        for gradient in gradients:
+            gradient.mul_(scale)
+
+    def _clear_logs(self) -> None:
+        for memory in self.layers.values():
+            if memory.log is not None:
+                memory.log.clear()
+
+    def _rows_of(self, table: Tensor, rows: Tensor, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], Tensor]:
+        """The table's state, grown to hold `rows`, and where these lie in it.
+
+        State: "slots" [n] ascending, the rows that were ever selected, and one tensor [n, ...] per entry of shapes.
+        """
+        state = self.state[table]
+        if "slots" not in state:
+            state["slots"] = rows.new_zeros(0)
+            for key, shape in shapes.items():
+                state[key] = torch.zeros(0, *shape, device=table.device)
+        slots = state["slots"]
+        place = torch.searchsorted(slots, rows)
+        known = (slots[place.clamp(max=max(0, len(slots) - 1))] == rows) if len(slots) else rows.new_zeros(len(rows)).bool()
+        if not known.all():
+            merged, order = torch.cat([slots, rows[~known]]).sort()
+            for key in shapes:
+                fresh = state[key].new_zeros(int((~known).sum()), *state[key].shape[1:])
+                state[key] = torch.cat([state[key], fresh])[order]
+            state["slots"] = merged
+            place = torch.searchsorted(merged, rows)
+        return state, place
+
+    def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class RowSGD(_RowOptimizer):
+    """SGD with momentum on the selected rows. A row's momentum rests while the row is not selected.
+
+    Args:
+        model: with memory layers; rows of the active adapter's tables train.
+        lr, momentum, weight_decay: as torch.optim.SGD; decay and momentum act on selected rows only.
+        top_t, rule, background: see `select_rows`.
+        max_grad_norm: clip by the norm over the selected rows and whatever else trains; None: no clipping.
+        seed: of rule "random".
+
+    Raises:
+        ValueError: an option out of range, a rule without its background, or a background of another addressing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-2,
+        *,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        top_t: int = 512,
+        rule: Rule = "kl",
+        background: Background | None = None,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        _fraction("momentum", momentum)
+        _not_negative("weight_decay", weight_decay)
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        options: dict[str, Any] = {"top_t": top_t, "rule": rule, "background": background}
+        super().__init__(model, defaults, max_grad_norm=max_grad_norm, seed=seed, **options)
+
+    def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        current = table[rows].float()
+        gradient = gradient + group["weight_decay"] * current
+        if group["momentum"]:
+            state, place = self._rows_of(table, rows, {"momentum": (table.shape[1],)})
+            gradient = group["momentum"] * state["momentum"][place] + gradient
+            state["momentum"][place] = gradient
+        table[rows] = (current - group["lr"] * gradient).to(table.dtype)
+
+
+class RowAdamW(_RowOptimizer):
+    """AdamW on the selected rows; bias correction counts each row's own steps.
+
+    Args:
+        model, top_t, rule, background, max_grad_norm, seed: as `RowSGD`.
+        lr, betas, eps, weight_decay: as torch.optim.AdamW; decay acts on selected rows only.
+        moments: "row": one second moment per row, the mean of its squared gradient; "element": one per element.
+
+    Raises:
+        ValueError: as `RowSGD`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        moments: str = "row",
+        top_t: int = 512,
+        rule: Rule = "kl",
+        background: Background | None = None,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if moments not in MOMENTS:
+            raise ValueError(f"moments={moments!r} must be one of {', '.join(map(repr, MOMENTS))}")
+        for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
+            _fraction(name, beta)
+        _positive("eps", eps)
+        _not_negative("weight_decay", weight_decay)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "moments": moments}
+        options: dict[str, Any] = {"top_t": top_t, "rule": rule, "background": background}
+        super().__init__(model, defaults, max_grad_norm=max_grad_norm, seed=seed, **options)
+
+    def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        width = table.shape[1]
+        second = (1,) if group["moments"] == "row" else (width,)
+        state, place = self._rows_of(table, rows, {"exp_avg": (width,), "exp_avg_sq": second, "steps": (1,)})
+        beta1, beta2 = group["betas"]
+        square = gradient.square().mean(1, keepdim=True) if group["moments"] == "row" else gradient.square()
+        steps = state["steps"][place] + 1
+        first_moment = torch.lerp(state["exp_avg"][place], gradient, 1 - beta1)
+        second_moment = torch.lerp(state["exp_avg_sq"][place], square, 1 - beta2)
+        state["steps"][place], state["exp_avg"][place], state["exp_avg_sq"][place] = steps, first_moment, second_moment
+        step = (first_moment / (1 - beta1**steps)) / ((second_moment / (1 - beta2**steps)).sqrt() + group["eps"])
+        current = table[rows].float()
+        table[rows] = (current * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * step).to(table.dtype)
+
+
+def _summed(counts: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts)
+    return counts
+
+
+def _average(gradient: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+    return gradient
+
+
+def _check(name: str, value: float, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} must be {allowed}")
+
+
+def _positive(name: str, value: float) -> None:
+    _check(name, value, value > 0, "greater than 0")
+
+
+def _not_negative(name: str, value: float) -> None:
+    _check(name, value, value >= 0, "0 or greater")
+
+
+def _fraction(name: str, value: float) -> None:
+    _check(name, value, 0 <= value < 1, "at least 0 and less than 1")
+
+

@@ -1,0 +1,221 @@
+"""What a model knows and what it has lost: recall, multiple choice, perplexity, drift.
+
+Choices: greedy decoding, batches sorted by length, bfloat16 autocast where the processor is fast at it; drift
+alone is read in the model's own precision, since bfloat16's rounding is larger than the drifts that matter.
+"""
+
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+
+from .data import choice_prompt, choice_text, prompt_ids
+from .models import autocast
+
+ARTICLES = {"a", "an", "the"}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Generated answers in the order of the questions, and which of them are right."""
+
+    correct: list[bool]
+    texts: list[str]
+
+    @property
+    def share(self) -> float:
+        """Share of right answers."""
+        return sum(self.correct) / len(self.correct)
+
+
+@torch.inference_mode()
+def recall(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[dict],
+    *,
+    max_new_tokens: int = 12,
+    batch_size: int = 64,
+) -> Answers:
+    """Greedy answers to `{"question", "answer": str | list[str]}` items.
+
+    An answer is right when an expected one is contained in it as whole words, case, punctuation and articles
+    aside.
+
+    Raises:
+        ValueError: no items.
+    """
+    if not items:
+        raise ValueError("items is empty; give at least one question")
+    model.eval()
+    prompts = [prompt_ids(item["question"], tokenizer) for item in items]
+    stop = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id if stop is None else stop,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    texts = [""] * len(items)
+    for chosen in _by_length(prompts, batch_size):
+        ids, mask = _pad_left([prompts[index] for index in chosen], model)
+        with autocast(model):
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        answers = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        for index, answer in zip(chosen, answers, strict=True):
+            texts[index] = answer.strip()
+    pairs = zip(texts, items, strict=True)
+    return Answers([is_right(text, item["answer"]) for text, item in pairs], texts)
+
+
+def is_right(text: str, answer: str | Sequence[str]) -> bool:
+    """Whether an expected answer is contained in the text as whole words, both normalised."""
+    expected = [answer] if isinstance(answer, str) else answer
+    return any(f" {_normalised(one)} " in f" {_normalised(text)} " for one in expected)
+
+
+@torch.inference_mode()
+def multiple_choice(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[dict],
+    *,
+    batch_size: int = 16,
+) -> dict[str, float | int]:
+    """Accuracy over `{"question", "choices", "answer": int}` items by each option's log-likelihood after the prompt.
+
+    Returns `acc_sum` (sum over the option's tokens), `acc_mean` (mean per token) and `n`; ties go to the first.
+
+    Raises:
+        ValueError: no items.
+    """
+    if not items:
+        raise ValueError("items is empty; give at least one question")
+    model.eval()
+    sequences, lengths, owners = [], [], []
+    for number, item in enumerate(items):
+        prompt = prompt_ids(choice_prompt(item), tokenizer)
+        for choice in item["choices"]:
+            option = tokenizer(choice_text(choice, tokenizer), add_special_tokens=False).input_ids
+            sequences.append(prompt + option)
+            lengths.append(len(option))
+            owners.append(number)
+    sums = torch.zeros(len(sequences))
+    for chosen in _by_length(sequences, batch_size):
+        ids, mask = _pad_left([sequences[index] for index in chosen], model)
+        num_kept = max(lengths[index] for index in chosen)
+        losses = _losses(
+            model, ids, num_kept, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+        )
+        for index, loss in zip(chosen, losses, strict=True):
+            sums[index] = -loss[num_kept - lengths[index] :].sum()
+    means = sums / torch.tensor(lengths)
+    owned = torch.tensor(owners)
+    right = torch.tensor([item["answer"] for item in items])
+
+    def accuracy(scores: Tensor) -> float:
+        best = [int(scores[owned == number].argmax()) for number in range(len(items))]
+        return (torch.tensor(best) == right).double().mean().item()
+
+    return {"acc_sum": accuracy(sums), "acc_mean": accuracy(means), "n": len(items)}
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel | PeftModel, input_ids: Tensor, *, window: int = 1024, stride: int = 512
+) -> float:
+    """Sliding-window perplexity of `input_ids` [tokens]: each window's mean loss weighted by its new tokens.
+
+    Raises:
+        ValueError: fewer than two tokens, or a stride outside 1..window.
+    """
+    if input_ids.ndim != 1 or len(input_ids) < 2:
+        raise ValueError(
+            f"input_ids has shape {list(input_ids.shape)}; give one dimension of two or more tokens"
+        )
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride={stride} is outside 1..window={window}; choose a smaller stride")
+    model.eval()
+    total, done = 0.0, 0
+    for start in range(0, len(input_ids), stride):
+        end = min(start + window, len(input_ids))
+        # the very first token has nothing before it that could predict it
+        num_scored = min(end - done, end - start - 1)
+        losses = _losses(model, input_ids[None, start:end].to(_device(model)), num_scored)
+        total += losses.double().mean().item() * (end - done)
+        done = end
+        if end == len(input_ids):
+            break
+    return float(torch.tensor(total / len(input_ids), dtype=torch.float64).exp())
+
+
+@torch.inference_mode()
+def drift(
+    model: PreTrainedModel | PeftModel, base: PreTrainedModel | None, input_ids: Tensor, *, window: int = 256
+) -> float:
+    """Mean KL(base || model) of the next-token distributions over `input_ids` [tokens], in nats per token.
+
+    The tokens are read in windows that do not overlap; `base=None` is the model with its adapter switched off.
+
+    Raises:
+        ValueError: no tokens, or `base=None` for a model without an adapter.
+    """
+    if input_ids.ndim != 1 or len(input_ids) < 1:
+        raise ValueError(
+            f"input_ids has shape {list(input_ids.shape)}; give one dimension of one or more tokens"
+        )
+    if base is None and not isinstance(model, PeftModel):
+        raise ValueError("base=None needs a model with an adapter; give the untouched base model")
+    model.eval()
+    total = 0.0
+    for piece in input_ids.split(window):
+        ids = piece[None].to(_device(model))
+        ours = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        off: AbstractContextManager = model.disable_adapter() if base is None else nullcontext()  # type: ignore
+        with off:
+            theirs = (base or model)(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        total += functional.kl_div(ours, theirs, log_target=True, reduction="sum").item()
+    return total / len(input_ids)
+
+
+def _losses(model: Any, ids: Tensor, num_kept: int, **inputs: Tensor) -> Tensor:
+    """Losses of the last `num_kept` tokens, float32 [batch, num_kept]."""
+    with autocast(model):
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=num_kept + 1, **inputs).logits
+    scores, targets = logits[:, :-1].float(), ids[:, -num_kept:]
+    return functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none").view(
+        targets.shape
+    )
+
+
+def _by_length(sequences: Sequence[list[int]], batch_size: int) -> list[list[int]]:
+    """Indices in batches of like length, the longest first."""
+    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _pad_left(sequences: list[list[int]], model: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, int64 [batch, seq], padded on the left with token 0."""
+    length = max(map(len, sequences))
+    ids = torch.tensor([[0] * (length - len(one)) + one for one in sequences], device=_device(model))
+    mask = torch.tensor(
+        [[0] * (length - len(one)) + [1] * len(one) for one in sequences], device=_device(model)
+    )
+    return ids, mask
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _normalised(text: str) -> str:
+    words = re.sub(r"[^\w\s]", " ", text.casefold()).split()
+    # an answer that is nothing but an article stands for itself
+    return " ".join([word for word in words if word not in ARTICLES] or words)

@@ -1,0 +1,1 @@
+"""Run settings as plain functions, and the demo's own small data."""

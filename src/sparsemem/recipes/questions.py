@@ -1,0 +1,251 @@
+"""The demo's questions: what is taught, what is probed, and the background that neither teaches nor probes.
+
+Taught: `handbook.jsonl`, 40 invented facts, each with three training phrasings and one held-out phrasing.
+Probed: the handbook in both phrasings, and general knowledge in the same question forms (`general.jsonl` and
+the capitals of real countries). Background: questions that no probe asks, in the same forms and many of them
+known to a small model, since the relevance gate's thresholds come from it. It may name a country whose capital
+is probed ("Which language is spoken in France?"), never its capital.
+
+Same arguments, same records in the same order, on every machine with the same versions of the data packages.
+"""
+
+import importlib
+import json
+import random
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_HERE = Path(__file__).parent
+
+_MIN_POPULATION = 3_000_000
+# Double or outdated entries of countryinfo.
+_NOT_COUNTRIES = {"Burma", "Scotland", "Serbia and Montenegro", "Palestine, State of"}
+# Capitals that are disputed, have moved, or share the country's name with a state of the US.
+_UNSETTLED = {
+    *("Bolivia", "Burundi", "Georgia", "Israel", "Kazakhstan", "Palestine", "South Africa", "Sri Lanka"),
+}
+_OTHER_SPELLINGS = {"Kyiv": "Kiev"}
+# general.jsonl asks these, so the background does not.
+_PROBED = {"language": {"Brazil", "Egypt"}, "currency": {"Japan", "India", "Russia"}}
+
+# fmt: off
+_LANGUAGES = {
+    "am": "Amharic", "ar": "Arabic", "bg": "Bulgarian", "bn": "Bengali", "cs": "Czech", "da": "Danish",
+    "de": "German", "el": "Greek", "en": "English", "es": "Spanish", "fa": "Persian", "fr": "French",
+    "hr": "Croatian", "hu": "Hungarian", "id": "Indonesian", "it": "Italian", "ja": "Japanese",
+    "ka": "Georgian", "km": "Khmer", "ko": "Korean", "lo": "Lao", "mn": "Mongolian", "my": "Burmese",
+    "ne": "Nepali", "nl": "Dutch", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian",
+    "sk": "Slovak", "sq": "Albanian", "sv": "Swedish", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian",
+    "vi": "Vietnamese", "zh": "Chinese",
+}
+_CURRENCIES = {
+    "AUD": "Australian dollar", "BDT": "taka", "BRL": "real", "CAD": "Canadian dollar", "CNY": "yuan",
+    "COP": "Colombian peso", "CZK": "koruna", "DKK": "krone", "DZD": "Algerian dinar", "EGP": "pound",
+    "ETB": "birr", "EUR": "euro", "GBP": "pound sterling", "GHS": "cedi", "HUF": "forint", "IDR": "rupiah",
+    "IQD": "Iraqi dinar", "IRR": "rial", "KES": "shilling", "KRW": "won", "MAD": "dirham", "MXN": "peso",
+    "MYR": "ringgit", "NGN": "naira", "NOK": "krone", "NPR": "Nepalese rupee", "NZD": "New Zealand dollar",
+    "PEN": "sol", "PHP": "Philippine peso", "PKR": "Pakistani rupee", "PLN": "zloty", "RON": "leu",
+    "SAR": "riyal", "SEK": "krona", "SGD": "Singapore dollar", "THB": "baht", "TRY": "lira",
+    "UAH": "hryvnia", "USD": "US dollar", "VND": "dong", "XAF": "CFA franc", "XOF": "CFA franc", "ZAR": "rand",
+}
+# fmt: on
+_FORMS = {
+    "language": (
+        "What language is spoken in {}?",
+        "Which language is spoken in {}?",
+        "Which language do the people of {} speak?",
+        "Name the language spoken in {}.",
+    ),
+    "currency": (
+        "What is the currency of {}?",
+        "Which currency is used in {}?",
+        "What money do people use in {}?",
+        "Name the currency of {}.",
+    ),
+    "nationality": (
+        "What is the nationality of a person from {}?",
+        "Which nationality do the people of {} have?",
+        "Name the nationality of someone born in {}.",
+    ),
+    "continent": (
+        "On which continent is {}?",
+        "Which continent is {} part of?",
+        "What continent does one visit when going to {}?",
+    ),
+    "neighbour": (
+        "Which country borders {}?",
+        "Name a country that borders {}.",
+        "Who is a neighbour of {}?",
+    ),
+    "domain": ("What is the internet domain of {}?", "Which top-level domain belongs to {}?"),
+    "calling code": ("What is the calling code of {}?", "Which number do you dial first to call {}?"),
+}
+_PER_FIELD = 36
+_NUM_CODES = 40
+
+
+def handbook() -> list[dict[str, Any]]:
+    """The 40 invented facts: `id`, `kind`, `subject`, `answer`, `train` (3 phrasings), `heldout` (a fourth)."""
+    return _read("handbook.jsonl")
+
+
+def training_records() -> list[dict[str, Any]]:
+    """The handbook as 120 chats of one question and its answer, three for each fact."""
+    return [_chat(item["question"], item["answer"]) for item in recall_items("train")]
+
+
+def recall_items(split: str) -> list[dict[str, Any]]:
+    """The handbook as `question` and `answer`: the 120 of `"train"` or the 40 of `"heldout"`.
+
+    Raises:
+        ValueError: for another split.
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(
+            f"split is {split!r}, but the handbook has only 'train' and 'heldout': choose one of them"
+        )
+    return [
+        {"question": question, "answer": fact["answer"]}
+        for fact in handbook()
+        for question in (fact["train"] if split == "train" else [fact["heldout"]])
+    ]
+
+
+def general_items() -> list[dict[str, Any]]:
+    """General knowledge in the handbook's forms: `question`, and `answer` (one text or a list of accepted ones).
+
+    Raises:
+        ValueError: when countryinfo is not installed.
+    """
+    items = _read("general.jsonl")
+    for country in _countries():
+        name, capital = country["name"], country["capital"]
+        if name in _UNSETTLED or not re.fullmatch("[A-Za-z]+", capital) or capital in name:
+            continue
+        accepted = [capital, _OTHER_SPELLINGS[capital]] if capital in _OTHER_SPELLINGS else capital
+        items.append({"question": f"What is the capital of {_with_article(name)}?", "answer": accepted})
+    return items
+
+
+def background_records(seed: int) -> list[dict[str, Any]]:
+    """A few hundred chats of one question and its answer that no probe asks, shuffled by `seed`.
+
+    Facts about countries other than their capitals, titles of ICD-10 codes, capitals of states of the US, and
+    general questions. The seed also chooses the countries, the codes and the wording.
+
+    Raises:
+        ValueError: when countryinfo or simple_icd_10_cm is not installed.
+    """
+    rng = random.Random(seed)
+    pairs = [(item["question"], item["answer"]) for item in _read("background.jsonl")]
+    for field, facts in _country_facts().items():
+        for name, answer in rng.sample(facts, min(_PER_FIELD, len(facts))):
+            pairs.append((rng.choice(_FORMS[field]).format(_with_article(name)), answer))
+    for code, title in rng.sample(_code_titles(), _NUM_CODES):
+        by_code = (f"What is the diagnosis with ICD-10 code {code}?", title)
+        by_title = (f'Which ICD-10 code stands for "{title}"?', code)
+        pairs.append(rng.choice((by_code, by_title)))
+    # A country's language may be in background.jsonl as well.
+    records = [_chat(question, answer) for question, answer in dict(pairs).items()]
+    rng.shuffle(records)
+    return records
+
+
+def prose() -> tuple[str, str]:
+    """Real prose that every Python ships (`pydoc_data.topics`), as two texts: for background and for probing.
+
+    Topics go to the two texts in turn, by name. Some topics repeat whole sections of others, so a paragraph that
+    has occurred before is left out: the probe has no paragraph of the background.
+    """
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    seen: set[str] = set()
+    background = _new_paragraphs((topics[name] for name in names[::2]), seen)
+    return background, _new_paragraphs((topics[name] for name in names[1::2]), seen)
+
+
+def _read(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (_HERE / name).read_text(encoding="utf-8").splitlines()]
+
+
+def _chat(question: str, answer: str) -> dict[str, Any]:
+    return {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+    }
+
+
+def _require(module: str) -> ModuleType:
+    try:
+        with warnings.catch_warnings():
+            # simple_icd_10_cm reads its tables by a call that Python 3.11 and 3.12 deprecate.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f'the demo needs the package {module}, which is not installed: run pip install "sparsemem[demo]"'
+        ) from error
+
+
+def _countries() -> list[dict[str, Any]]:
+    countries = _require("countryinfo").CountryInfo.all().values()
+    kept = [
+        country
+        for country in countries
+        if (country.get("population") or 0) >= _MIN_POPULATION and country["name"] not in _NOT_COUNTRIES
+    ]
+    return sorted(kept, key=lambda country: country["name"])
+
+
+def _with_article(name: str) -> str:
+    takes_article = ("Congo", "Emirates", "Kingdom", "Netherlands", "Philippines", "Republic", "States")
+    return f"the {name}" if name.endswith(takes_article) else name
+
+
+def _country_facts() -> dict[str, list[tuple[str, str]]]:
+    """Pairs of country and answer for each field of `_FORMS`, where there is one clear answer."""
+    countries = _countries()
+    name_of = {country["ISO"]["alpha3"]: country["name"] for country in countries}
+    facts: dict[str, list[tuple[str, str]]] = {field: [] for field in _FORMS}
+    for country in countries:
+        answers = {
+            "language": _only(country["languages"], _LANGUAGES),
+            "currency": _only(country["currencies"], _CURRENCIES),
+            "nationality": country["demonym"],
+            "continent": country["region"] if country["region"] in ("Africa", "Asia", "Europe") else None,
+            "neighbour": next((name_of[code] for code in country["borders"] if code in name_of), None),
+            "domain": next(iter(country["tld"]), None),
+            "calling code": next(iter(country["callingCodes"]), None),
+        }
+        for field, answer in answers.items():
+            if answer and country["name"] not in _PROBED.get(field, ()):
+                facts[field].append((country["name"], answer))
+    return facts
+
+
+def _only(codes: list[str], names: dict[str, str]) -> str | None:
+    return names.get(codes[0]) if len(codes) == 1 else None
+
+
+def _code_titles() -> list[tuple[str, str]]:
+    """Three-character ICD-10 codes with short titles."""
+    icd = _require("simple_icd_10_cm")
+    codes = [code for code in icd.get_all_codes(True) if re.fullmatch("[A-Z][0-9][0-9A-Z]", code)]
+    titles = ((code, icd.get_description(code)) for code in sorted(set(codes)))
+    return [(code, title) for code, title in titles if len(title) <= 40]
+
+
+def _new_paragraphs(texts: Iterable[str], seen: set[str]) -> str:
+    """The paragraphs of `texts` that are not in `seen`, to which they are added; layout aside."""
+    kept = []
+    for text in texts:
+        for paragraph in re.split(r"\n\s*\n", text):
+            words = " ".join(paragraph.split())
+            if words and words not in seen:
+                seen.add(words)
+                kept.append(paragraph.strip("\n"))
+    return "\n\n".join(kept)

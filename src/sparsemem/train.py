@@ -1,0 +1,318 @@
+"""finetune(): one function over `transformers.Trainer` for every method.
+
+Choices: a constant rate after WARMUP_STEPS, so that a longer run continues a shorter one; every step's loss goes into
+Trainer's log, from which stopping is decided, so that a resumed run stops where the uninterrupted one would; memory is
+the growth of the process's resident set, which is what a user would see, or of the GPU's allocations.
+"""
+
+import ctypes
+import gc
+import json
+import logging
+import math
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import psutil
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from .access import Background
+from .data import batches as batched
+from .data import collate, encode, read_records, truncate
+from .methods import check_method, prepare
+from .models import autocast
+from .patch import RowPatch
+from .selection import Rule
+
+logger = logging.getLogger(__name__)
+
+WARMUP_STEPS = 5
+# Steps between two checkpoints, at most; an epoch if that is less.
+SAVE_STEPS = 500
+BACKGROUND_BATCH_SIZE = 8
+
+Data = str | Path | Sequence[dict] | Sequence[str] | datasets.Dataset
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What a run made and what it cost.
+
+    Attributes:
+        loss: mean training loss of the last epoch's worth of steps.
+        seconds: of preparing (calibration and scope too) and training.
+        peak_bytes: growth of the process's memory, or of the GPU's, at its highest.
+        truncated: records cut to max_length.
+        patch: the rows that sparse memory wrote; None for other methods.
+    """
+
+    model: PreTrainedModel | PeftModel
+    method: str
+    steps: int
+    loss: float
+    seconds: float
+    trained_params: int
+    peak_bytes: int
+    truncated: int
+    patch: RowPatch | None
+
+
+def finetune(
+    model: PreTrainedModel | PeftModel,
+    data: Data,
+    method: str = "smf",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    background: Background | Data | None = None,
+    output_dir: str | Path | None = None,
+    lr: float | None = None,
+    max_steps: int | None = None,
+    epochs: int = 3,
+    batch_size: int = 8,
+    gradient_accumulation_steps: int = 1,
+    max_length: int | None = None,
+    loss_on: str = "completion",
+    stop_loss: float | None = None,
+    seed: int = 0,
+    top_t: int = 512,
+    rule: Rule = "grad",
+    resume: bool = False,
+) -> Finetuned:
+    """Teach a causal language model, in place, what the data says.
+
+    Args:
+        model: a base model, or one with an adapter of the same method, which then trains on.
+        data: whatever `read_records` takes, or examples that `encode` made.
+        method: one of "smf", "smf-open", "lora", "full", see `methods`.
+        tokenizer: None: the one that the model's name leads to.
+        background: for sparse memory, the Background that `calibrate` returned, or data of any mixture of shapes or plain
+            strings, on which a new memory is calibrated.
+        output_dir: where checkpoints go; None: no checkpoints. The finished model is the caller's to save.
+        max_steps: overrides epochs.
+        max_length: None: the model's context.
+        stop_loss: stop as soon as the mean loss of the last epoch's worth of steps is below.
+        resume: take up the last whole checkpoint in output_dir, or begin where there is none.
+
+    Raises:
+        ValueError: bad data or an option out of range, or a loss that is no longer finite.
+    """
+    _check(
+        method,
+        output_dir,
+        resume,
+        epochs=epochs,
+        batch_size=batch_size,
+        max_steps=max_steps,
+        max_length=max_length,
+    )
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.config.name_or_path)  # type: ignore[union-attr]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    max_length = max_length or getattr(model.config, "max_position_embeddings", None) or 1 << 30  # type: ignore
+    examples, truncated = truncate(_examples(data, tokenizer, loss_on), max_length)
+    if background is not None and not isinstance(background, Background):
+        general = truncate(_examples(background, tokenizer, "all", mixed=True), max_length)[0]
+        background = batched(general, BACKGROUND_BATCH_SIZE, pad)  # type: ignore[assignment]
+
+    with ExitStack() as stack:
+        checkpoints = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
+        steps_per_epoch = math.ceil(math.ceil(len(examples) / batch_size) / gradient_accumulation_steps)
+        arguments = TrainingArguments(
+            output_dir=str(checkpoints),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            num_train_epochs=epochs,
+            max_steps=max_steps or -1,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=WARMUP_STEPS,
+            max_grad_norm=1.0,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="steps" if output_dir else "no",
+            save_steps=min(steps_per_epoch, SAVE_STEPS),
+            save_total_limit=2,
+            seed=seed,
+            data_seed=seed,
+            report_to=[],
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        memory = stack.enter_context(_peak_memory(model.to(arguments.device)))  # type: ignore[arg-type]
+        start = time.monotonic()
+        set_seed(seed)
+        model, optimizer, before = prepare(
+            model,
+            method,
+            batches=batched(examples, batch_size, pad),
+            background=background,  # type: ignore[arg-type]
+            lr=lr,
+            top_t=top_t,
+            rule=rule,
+            seed=seed,
+        )
+        stack.enter_context(_without_cache(model))
+        trainer = _Trainer(
+            model=model,  # type: ignore[arg-type]
+            args=arguments,
+            train_dataset=examples,  # type: ignore[arg-type]
+            data_collator=partial(collate, pad_token_id=pad),
+            optimizers=(optimizer, None),
+            callbacks=[_StopAtLoss(stop_loss, steps_per_epoch)],
+        )
+        # the stock callbacks print every log to stdout, which is for results
+        trainer.remove_callback(PrinterCallback)
+        if not arguments.disable_tqdm:
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(_Progress)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints) if resume else None)
+        seconds = time.monotonic() - start
+    return Finetuned(
+        model=model.eval(),
+        method=method,
+        steps=trainer.state.global_step,
+        loss=_recent_loss(trainer.state.log_history, steps_per_epoch),
+        seconds=seconds,
+        trained_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        peak_bytes=memory.peak,
+        truncated=truncated,
+        patch=None if before is None else RowPatch.diff(model, since=before),
+    )
+
+
+class _Trainer(Trainer):
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        # unlike accelerate's mixed precision this leaves model.forward as it was
+        return autocast(self.model)
+
+
+class _StopAtLoss(TrainerCallback):
+    """Stops at a loss, reading Trainer's own log, which checkpoints carry."""
+
+    def __init__(self, stop_loss: float | None, window: int) -> None:
+        self.stop_loss, self.window = stop_loss, window
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            raise ValueError(
+                f"the training loss is {logs['loss']} at step {state.global_step}; choose a smaller lr"
+            )
+        if self.stop_loss is None or state.global_step < self.window:
+            return
+        if _recent_loss(state.log_history, self.window) < self.stop_loss:
+            control.should_training_stop = True
+            # a checkpoint here would be taken up again and trained past its end
+            control.should_save = False
+
+
+class _Progress(ProgressCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
+class _Peak:
+    peak = 0
+
+
+@contextmanager
+def _peak_memory(model: torch.nn.Module):
+    """Measure by how much memory grows within the block: `.peak` bytes, once it is left."""
+    memory = _Peak()
+    if next(model.parameters()).is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield memory
+        memory.peak = torch.cuda.max_memory_allocated() - before
+        return
+    # what earlier work has freed, and weights that are still on disk, must not count
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    for parameter in model.parameters():
+        parameter.detach().sum()
+    process, done = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def sample() -> None:
+        while not done.wait(0.02):
+            memory.peak = max(memory.peak, process.memory_info().rss - before)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield memory
+    finally:
+        done.set()
+        sampler.join()
+
+
+@contextmanager
+def _without_cache(model: Any):
+    """Trainer switches the KV cache off for good; it comes back after the block."""
+    before = model.config.use_cache
+    try:
+        yield
+    finally:
+        model.config.use_cache = before
+
+
+def _check(method: str, output_dir: str | Path | None, resume: bool, **counts: int | None) -> None:
+    check_method(method)
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} is too small; give at least 1")
+    if resume and output_dir is None:
+        raise ValueError("resume=True needs output_dir=, the folder with the checkpoints to take up")
+    if output_dir and not resume and any(Path(output_dir).glob("checkpoint-*")):
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} holds checkpoints; pass resume=True or name another folder"
+        )
+
+
+def _examples(data: Any, tokenizer: PreTrainedTokenizerBase, loss_on: str, mixed: bool = False) -> list[dict]:
+    if (
+        not isinstance(data, str | Path)
+        and len(data)
+        and isinstance(data[0], dict)
+        and "input_ids" in data[0]
+    ):
+        return list(data)
+    if not isinstance(data, str | Path):
+        data = [{"text": record} if isinstance(record, str) else record for record in data]
+    return encode(read_records(data, mixed=mixed), tokenizer, loss_on=loss_on)
+
+
+def _last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint that was written to its end: Trainer writes its state last."""
+    for path in sorted(
+        Path(folder).glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])
+    ):
+        with suppress(OSError, json.JSONDecodeError):
+            json.loads((path / "trainer_state.json").read_text())
+            return str(path)
+    logger.warning("no whole checkpoint in %s: training begins from the start", folder)
+    return None
+
+
+def _recent_loss(log_history: list[dict], window: int) -> float:
+    losses = [entry["loss"] for entry in log_history if "loss" in entry][-window:]
+    return sum(losses) / len(losses) if losses else math.nan

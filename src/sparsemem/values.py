@@ -1,0 +1,123 @@
+"""Reading the value table: the weighted sum of rows, its gradients, and the log from which optimizers select rows.
+
+`read_rows` equals `naive_read_rows` in value and in all gradients. With a `ReadLog`, the backward pass leaves the
+table's gradient in the log instead of `values.grad`: the reads and the output's gradient are kept, and the rows that
+an optimizer selects get theirs in `ReadLog.row_gradients`. No gradient of the size of the table is ever made.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Rows gathered at once in a backward pass: bounds the temporary at this many rows of width d.
+_CHUNK = 16_384
+
+
+def naive_read_rows(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """The twin of `read_rows` in plain PyTorch: [tokens, d] in float32."""
+    return (values[slots].float() * weights[..., None]).sum(1)
+
+
+def read_rows(
+    values: Tensor, slots: Tensor, weights: Tensor, log: "ReadLog | None" = None, counted: Tensor | None = None
+) -> Tensor:
+    """Sum of value rows, weighted.
+
+    Args:
+        values: the table [num_slots, d], float32 or bfloat16.
+        slots: [tokens, reads] int64, reads = heads * top_k.
+        weights: [tokens, reads] float32.
+        log: where the backward pass leaves the reads; None: `values.grad` is the dense gradient, as usual.
+        counted: [tokens] bool, False for tokens whose reads do not count (padding); None: all count.
+
+    Returns:
+        [tokens, d] float32.
+    """
+    return _ReadRows.apply(values, slots, weights, log, counted)  # type: ignore[return-value]
+
+
+class _ReadRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, slots, weights, log, counted):
+        ctx.save_for_backward(values, slots, weights)
+        ctx.log, ctx.counted = log, counted
+        # embedding_bag wants the weights in the table's dtype; float32 sums of bfloat16 rows keep the twin's value.
+        if values.dtype == torch.float32:
+            return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
+        return torch.cat([naive_read_rows(values, s, w) for s, w in _chunks(slots, weights)])
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        (grad_out,) = grad_outputs
+        values, slots, weights = ctx.saved_tensors
+        grad_values = grad_weights = None
+        if ctx.needs_input_grad[2]:
+            grad_weights = torch.cat(
+                [torch.einsum("trd,td->tr", values[s].float(), g) for s, g in _chunks(slots, grad_out)]
+            )
+        if ctx.needs_input_grad[0]:
+            if ctx.log is not None:
+                ctx.log.add(slots, weights, grad_out, ctx.counted)
+            else:
+                grad_values = values.new_zeros(values.shape, dtype=torch.float32)
+                rows = slots.unique()
+                grad_values[rows] = row_gradients(slots, weights, grad_out, rows)
+                grad_values = grad_values.to(values.dtype)
+        return grad_values, None, grad_weights, None, None
+
+
+def row_gradients(slots: Tensor, weights: Tensor, grad_out: Tensor, rows: Tensor) -> Tensor:
+    """Gradient of the given rows alone.
+
+    Args:
+        slots, weights: [tokens, reads] as read.
+        grad_out: [tokens, d] float32.
+        rows: [t] int64, ascending, no duplicates.
+
+    Returns:
+        [t, d] float32.
+    """
+    position = torch.searchsorted(rows, slots).clamp_(max=len(rows) - 1)
+    token, read = (rows[position] == slots).nonzero(as_tuple=True)
+    gradient = grad_out.new_zeros(len(rows), grad_out.shape[1])
+    for t, r in zip(token.split(_CHUNK), read.split(_CHUNK), strict=True):
+        gradient.index_add_(0, position[t, r], weights[t, r, None] * grad_out[t])
+    return gradient
+
+
+def _chunks(slots: Tensor, other: Tensor):
+    step = max(1, _CHUNK // max(1, slots.shape[1]))
+    return zip(slots.split(step), other.split(step), strict=True)
+
+
+@dataclass
+class ReadLog:
+    """What one memory layer read since the last optimizer step, one entry per backward pass.
+
+    Filled by the backward pass of `read_rows`, so evaluation, `no_grad` and the recomputation of gradient
+    checkpointing never count, and a micro-batch counts once.
+    """
+
+    entries: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+
+    def add(self, slots: Tensor, weights: Tensor, grad_out: Tensor, counted: Tensor | None) -> None:
+        self.entries.append((slots, weights.detach(), grad_out.detach(), counted))
+
+    def counts(self, num_slots: int, device: torch.device) -> Tensor:
+        """Access counts [num_slots] int64 of the tokens that count."""
+        total = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        for slots, _, _, counted in self.entries:
+            total += torch.bincount((slots if counted is None else slots[counted]).flatten(), minlength=num_slots)
+        return total
+
+    def row_gradients(self, rows: Tensor, width: int) -> Tensor:
+        """Summed gradient [t, width] float32 of the given rows (ascending, distinct)."""
+        total = torch.zeros(len(rows), width, device=rows.device)
+        for slots, weights, grad_out, _ in self.entries:
+            total += row_gradients(slots, weights, grad_out, rows)
+        return total
+
+    def clear(self) -> None:
+        self.entries.clear()

@@ -1,0 +1,183 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sparsemem.compare import Recipe, collect, compare, environment
+
+
+def make_recipe(calls, *, rate=0.1, row=None, name="toy"):
+    def settings(method, seed):
+        return {} if method == "base" else {"rate": rate, "layers": (1, 2), "seed": seed}
+
+    def run(method, seed, base, stage):
+        calls.append((method, seed, None if base is None else base["row"]["recall_train"]))
+        stage("teach")
+        stage("ask")
+        answer = {
+            "question": "What?",
+            "expected": "That.",
+            "answer": f"{method} {seed}",
+            "right": method != "base",
+        }
+        figures = {"recall_train": 0.0 if method == "base" else 0.5 + 0.1 * seed, "steps": 3, "note": method}
+        return {"row": {**figures, **(row or {})}, "examples": [answer]}
+
+    return Recipe(
+        name, "tiny", "A toy.", ("base", "smf", "lora"), settings, run, lambda method: {"teach": 9, "ask": 1}
+    )
+
+
+def test_runs_every_method_with_every_seed_in_a_folder_of_its_own(tmp_path):
+    calls = []
+    results = compare(make_recipe(calls), out=tmp_path, seeds=(0, 1))
+    assert calls == [("base", None, None), *((m, s, 0.0) for s in (0, 1) for m in ("smf", "lora"))]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
+        "base", "lora-seed0", "lora-seed1", "smf-seed0", "smf-seed1",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert [row["method"] for row in results["rows"]] == ["base", "smf", "lora"]
+    assert results["seeds"] == [0, 1]
+    assert results["versions"] == environment()["versions"]
+    assert json.loads((tmp_path / "runs/smf-seed1/config.json").read_text())["settings"]["layers"] == [1, 2]
+
+
+def test_several_seeds_become_mean_and_sample_deviation(tmp_path):
+    results = compare(make_recipe([]), out=tmp_path, seeds=(0, 1, 2))
+    smf = results["rows"][1]
+    assert smf["recall_train"] == pytest.approx(0.6)
+    assert smf["spread"]["recall_train"] == pytest.approx(0.1)
+    assert smf["note"] == "smf"
+    assert len(results["runs"]) == 7
+
+
+def test_one_seed_keeps_its_own_figures(tmp_path):
+    results = compare(make_recipe([]), out=tmp_path, seeds=(3,))
+    assert results["seed"] == 3
+    smf = results["rows"][1]
+    assert smf["steps"] == 3
+    assert isinstance(smf["steps"], int)
+    assert "spread" not in smf
+
+
+def test_examples_carry_each_methods_answer(tmp_path):
+    results = compare(make_recipe([]), out=tmp_path, seeds=(0,))
+    (example,) = results["examples"]
+    assert example["answers"] == {"base": "base None", "smf": "smf 0", "lora": "lora 0"}
+    assert example["right"] == {"base": False, "smf": True, "lora": True}
+
+
+def test_finished_runs_are_taken_up(tmp_path):
+    compare(make_recipe([]), out=tmp_path, methods=("base", "smf"))
+    calls, said = [], []
+    results = compare(make_recipe(calls), out=tmp_path, progress=said.append)
+    assert calls == [("lora", 0, 0.0)]
+    assert [row["method"] for row in results["rows"]] == ["base", "smf", "lora"]
+    assert "already finished" in said[0]
+
+
+def test_an_unfinished_run_is_run_again(tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    recipe = make_recipe([])
+    compare(recipe, out=tmp_path, methods=("base",))
+    with pytest.raises(KeyboardInterrupt):
+        compare(Recipe(**{**vars(recipe), "run": stop}), out=tmp_path)
+    assert [row["method"] for row in collect(tmp_path)["rows"]] == ["base"]
+    assert (tmp_path / "runs/smf-seed0/config.json").exists()
+    calls = []
+    compare(make_recipe(calls), out=tmp_path)
+    assert [call[0] for call in calls] == ["smf", "lora"]
+
+
+def test_a_run_of_other_settings_is_refused_before_anything_runs(tmp_path):
+    compare(make_recipe([]), out=tmp_path)
+    calls = []
+    with pytest.raises(
+        ValueError, match=r"smf-seed0 holds a run of other settings \(rate 0.1 there, 0.2 now\)"
+    ):
+        compare(make_recipe(calls, rate=0.2), out=tmp_path)
+    assert calls == []
+
+
+def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
+    compare(make_recipe([]), out=tmp_path, methods=("base",))
+    with pytest.raises(ValueError, match="recipe 'toy' there, 'other' now"):
+        compare(make_recipe([], name="other"), out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds", "message"),
+    [
+        (("smf", "dora"), (0,), "method 'dora' is unknown to recipe 'toy'; use one of base, smf, lora"),
+        ((), (0,), "one or more"),
+        (("smf", "smf"), (0,), "none twice"),
+        (("smf",), (), "one or more"),
+        (("smf",), (1, 1), "none twice"),
+    ],
+)
+def test_bad_methods_and_seeds_are_refused(tmp_path, methods, seeds, message):
+    with pytest.raises(ValueError, match=message):
+        compare(make_recipe([]), out=tmp_path, methods=methods, seeds=seeds)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_diverged_run_is_written_as_unknown(tmp_path):
+    results = compare(make_recipe([], row={"perplexity": float("inf")}), out=tmp_path, seeds=(0, 1))
+    assert results["rows"][1]["perplexity"] is None
+
+
+def test_progress_names_run_stage_and_time_left(tmp_path):
+    said = []
+    compare(make_recipe([]), out=tmp_path, progress=said.append)
+    assert said[0] == "[1/3] base: teach (about 30 s left)"
+    assert said[1] == "[1/3] base: ask (about 16 s left)"
+    assert said[-1] == "[3/3] lora-seed0: ask (about 1 s left)"
+
+
+def test_nothing_to_collect_is_said(tmp_path):
+    with pytest.raises(ValueError, match="holds no finished run"):
+        collect(tmp_path)
+
+
+def test_a_broken_result_names_its_file(tmp_path):
+    compare(make_recipe([]), out=tmp_path)
+    (tmp_path / "runs/base/result.json").write_text("{")
+    with pytest.raises(ValueError, match=r"base/result\.json as JSON"):
+        collect(tmp_path)
+
+
+STOPPED = """
+import sys, time
+from pathlib import Path
+from sparsemem.compare import Recipe, compare
+
+def run(method, seed, base, stage):
+    stage("teach")
+    if method == "lora" and sys.argv[2] == "slow":
+        Path(sys.argv[1], "started").touch()
+        time.sleep(60)
+    return {"row": {"recall_train": 1.0}}
+
+recipe = Recipe("toy", "tiny", "", ("base", "smf", "lora"), lambda m, s: {}, run, lambda m: {"teach": 1})
+compare(recipe, out=sys.argv[1])
+"""
+
+
+def test_a_killed_comparison_goes_on_where_it_stopped(tmp_path):
+    command = [sys.executable, "-c", STOPPED, str(tmp_path)]
+    with subprocess.Popen([*command, "slow"]) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["method"] for row in results["rows"]] == ["base", "smf"]
+    before = (tmp_path / "runs/smf-seed0/result.json").stat().st_mtime_ns
+    subprocess.run([*command, "fast"], check=True)
+    assert (tmp_path / "runs/smf-seed0/result.json").stat().st_mtime_ns == before
+    assert [row["method"] for row in collect(tmp_path)["rows"]] == ["base", "smf", "lora"]
