@@ -98,7 +98,7 @@ def test_a_run_of_other_settings_is_refused_before_anything_runs(tmp_path):
     compare(make_recipe([]), out=tmp_path)
     calls = []
     with pytest.raises(
-        ValueError, match=r"smf-seed0 holds a run of other settings \(rate 0.1 there, 0.2 now\)"
+        ValueError, match=r"smf-seed0 holds a run of other settings \(settings.rate 0.1 there, 0.2 now\)"
     ):
         compare(make_recipe(calls, rate=0.2), out=tmp_path)
     assert calls == []

@@ -49,6 +49,7 @@ __all__ = [  # noqa: RUF022 (pyright wants it literal)
     "select_rows", "set_scope",
 ]  # fmt: skip
 
+
 def __getattr__(name: str):
     if name not in _ROOM:
         raise AttributeError(f"module 'sparsemem' has no attribute {name!r}")
@@ -56,6 +57,7 @@ def __getattr__(name: str):
 
     globals()[name] = value
     return value
+
 
 class _RegisterAfterPeft(MetaPathFinder):
     """Steps in once, when peft is imported, and imports our tuner right behind it."""
@@ -75,6 +77,7 @@ class _RegisterAfterPeft(MetaPathFinder):
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
+
 
 if "peft" in sys.modules:
     import_module(".tuner", __name__)

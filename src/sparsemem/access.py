@@ -18,6 +18,8 @@ KIND = "background"
 # States kept per layer, in bfloat16: enough for k-means and for a .999 quantile, bounded whatever the corpus.
 SAMPLE_SIZE = 8_192
 
+_TENSORS = ("counts", "df", "mean", "covariance", "sample", "starts")
+
 
 @dataclass
 class LayerBackground:
@@ -27,6 +29,7 @@ class LayerBackground:
         counts, df: [num_slots] int64: reads, and number of batches that read the slot at all.
         num_batches: n_bg of the TF-IDF rule.
         mean [d_in], covariance [d_in, d_in] float64, sample [n, d_in]: of the layer's inputs; None where only counts are known.
+        starts [m, d_in]: sample of the inputs at answer starts: the positions before the first label of an answer.
         addressing: fingerprint of the query and keys that made the counts; None: unchecked.
     """
 
@@ -36,6 +39,7 @@ class LayerBackground:
     mean: Tensor | None = None
     covariance: Tensor | None = None
     sample: Tensor | None = None
+    starts: Tensor | None = None
     num_states: int = 0
     addressing: str | None = None
 
@@ -63,7 +67,9 @@ class Background:
 
     def __getitem__(self, name: str) -> LayerBackground:
         if name not in self.layers:
-            raise ValueError(f"background: has no layer {name!r}, only {sorted(self.layers)}; calibrate this model first")
+            raise ValueError(
+                f"background: has no layer {name!r}, only {sorted(self.layers)}; calibrate this model first"
+            )
         return self.layers[name]
 
     def check(self, layers: Mapping[str, ProductKeyMemory]) -> None:
@@ -90,7 +96,9 @@ class Background:
             ValueError: the two have different layers or addressings.
         """
         if self.layers.keys() != other.layers.keys():
-            raise ValueError(f"other: has layers {sorted(other.layers)}, this background has {sorted(self.layers)}")
+            raise ValueError(
+                f"other: has layers {sorted(other.layers)}, this background has {sorted(self.layers)}"
+            )
         merged = {name: _merge_layers(name, layer, other[name]) for name, layer in self.layers.items()}
         corpus = hashlib.sha256(f"{self.corpus} {other.corpus}".encode()).hexdigest()
         return Background(merged, corpus)
@@ -100,7 +108,7 @@ class Background:
         tensors: dict[str, Tensor] = {}
         header: dict[str, Any] = {"corpus": self.corpus, "layers": {}}
         for name, layer in self.layers.items():
-            held = {key: getattr(layer, key) for key in ("counts", "df", "mean", "covariance", "sample")}
+            held = {key: getattr(layer, key) for key in _TENSORS}
             tensors |= {f"{name}/{key}": value for key, value in held.items() if value is not None}
             facts = {key: getattr(layer, key) for key in ("num_batches", "num_states", "addressing")}
             header["layers"][name] = facts
@@ -114,7 +122,11 @@ class Background:
         tensors, header = load_artifact(path, KIND)
         layers = {}
         for name, facts in header["layers"].items():
-            held = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+            held = {
+                key.removeprefix(f"{name}/"): value
+                for key, value in tensors.items()
+                if key.startswith(f"{name}/")
+            }
             if not {"counts", "df"} <= held.keys():
                 raise ArtifactError(f"{path}: layer {name} has no counts; get an undamaged copy")
             layers[name] = LayerBackground(**held, **facts)
@@ -140,7 +152,9 @@ def count_accesses(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) ->
         digest.update(batch["input_ids"].cpu().contiguous().numpy().tobytes())
         num_batches += 1
         for name, x in states.items():
-            read = torch.bincount(layers[name].address(x)[0].flatten().cpu(), minlength=layers[name].num_slots)
+            read = torch.bincount(
+                layers[name].address(x)[0].flatten().cpu(), minlength=layers[name].num_slots
+            )
             counts[name] += read
             df[name] += (read > 0).long()
     background = Background.from_counts(counts, df, num_batches)
@@ -160,7 +174,12 @@ def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
     layers = memory_layers(model)
     modules = {name: _module_of(model, memory) for name, memory in layers.items()}
     handles = [
-        module.register_forward_pre_hook(lambda _m, args, kw, name=name: seen.__setitem__(name, args[0] if args else next(iter(kw.values()))), with_kwargs=True)
+        module.register_forward_pre_hook(
+            lambda _m, args, kw, name=name: seen.__setitem__(
+                name, args[0] if args else next(iter(kw.values()))
+            ),
+            with_kwargs=True,
+        )
         for name, module in modules.items()
     ]
     empty = True
@@ -168,19 +187,30 @@ def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
         with torch.no_grad(), memory_off(modules.values()), evaluating(model):
             for batch in batches:
                 if not isinstance(batch, Mapping) or "input_ids" not in batch:
-                    raise ValueError(f"batches: got {type(batch).__name__}, each batch must be a dict with 'input_ids'")
+                    raise ValueError(
+                        f"batches: got {type(batch).__name__}, each batch must be a dict with 'input_ids'"
+                    )
                 empty = False
                 device = next(model.parameters()).device
                 ids = batch["input_ids"].to(device)
                 mask = batch.get("attention_mask")
                 mask = torch.ones_like(ids) if mask is None else mask.to(device)
                 model(input_ids=ids, attention_mask=mask)
-                yield batch, {name: seen[name][mask.bool()] for name in modules}
+                yield batch, {n: seen[n].reshape(*mask.shape, -1)[mask.bool()] for n in modules}
     finally:
         for handle in handles:
             handle.remove()
     if empty:
         raise ValueError("batches: is empty; pass at least one batch")
+
+
+def supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of a batch's unpadded positions [tokens]: which predict a label, and which of them are the first to do so."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    predicts, labelled = torch.zeros_like(mask), labels != -100
+    predicts[:, :-1] = labelled[:, 1:]
+    return predicts[mask], (predicts & ~labelled)[mask]
 
 
 def addressing_fingerprint(memory: ProductKeyMemory) -> str:
@@ -211,28 +241,41 @@ def evaluating(model: nn.Module):
 
 
 def _module_of(model: nn.Module, memory: ProductKeyMemory) -> SparseMemoryLayer:
-    return next(m for m in model.modules() if isinstance(m, SparseMemoryLayer) and memory in m.active_memories())
+    return next(
+        m for m in model.modules() if isinstance(m, SparseMemoryLayer) and memory in m.active_memories()
+    )
 
 
 def _merge_layers(name: str, a: LayerBackground, b: LayerBackground) -> LayerBackground:
     if len(a.counts) != len(b.counts) or (a.addressing and b.addressing and a.addressing != b.addressing):
-        raise ValueError(f"other: was counted on another addressing of {name}; count both corpora on the same memory")
-    merged = LayerBackground(a.counts + b.counts, a.df + b.df, a.num_batches + b.num_batches, addressing=a.addressing or b.addressing)
+        raise ValueError(
+            f"other: was counted on another addressing of {name}; count both corpora on the same memory"
+        )
+    merged = LayerBackground(
+        a.counts + b.counts,
+        a.df + b.df,
+        a.num_batches + b.num_batches,
+        addressing=a.addressing or b.addressing,
+    )
     parts = [layer for layer in (a, b) if layer.mean is not None]
     if len(parts) == 1:
-        merged.mean, merged.covariance, merged.sample = parts[0].mean, parts[0].covariance, parts[0].sample
-        merged.num_states = parts[0].num_states
+        for key in ("mean", "covariance", "sample", "starts", "num_states"):
+            setattr(merged, key, getattr(parts[0], key))
     elif len(parts) == 2:
-        assert a.mean is not None and b.mean is not None and a.covariance is not None and b.covariance is not None
-        assert a.sample is not None and b.sample is not None
-        n = a.num_states + b.num_states
-        share = b.num_states / n
-        gap = b.mean - a.mean
-        merged.num_states = n
-        merged.mean = a.mean + share * gap
-        merged.covariance = (
-            (1 - share) * a.covariance + share * b.covariance + share * (1 - share) * torch.outer(gap, gap)
+        assert (
+            a.mean is not None
+            and b.mean is not None
+            and a.covariance is not None
+            and b.covariance is not None
         )
+        assert a.sample is not None and b.sample is not None and a.starts is not None and b.starts is not None
+        n, gap = a.num_states + b.num_states, b.mean - a.mean
+        share = b.num_states / n
+        merged.num_states, merged.mean = n, a.mean + share * gap
+        scatter = (a.num_states - 1) * a.covariance + (b.num_states - 1) * b.covariance
+        merged.covariance = (scatter + a.num_states * share * torch.outer(gap, gap)) / (n - 1)
+        # Samples are in random order, so that the first states of each are a sample of it again.
         quota = max(1, round(SAMPLE_SIZE * (1 - share)))
         merged.sample = torch.cat([a.sample[:quota], b.sample[: SAMPLE_SIZE - min(quota, len(a.sample))]])
+        merged.starts = torch.cat([a.starts[: SAMPLE_SIZE // 2], b.starts[: SAMPLE_SIZE // 2]])
     return merged

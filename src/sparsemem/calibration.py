@@ -14,12 +14,21 @@ import logging
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .access import SAMPLE_SIZE, Background, LayerBackground, addressing_fingerprint, count_accesses, layer_inputs
+from .access import (
+    SAMPLE_SIZE,
+    Background,
+    LayerBackground,
+    addressing_fingerprint,
+    count_accesses,
+    layer_inputs,
+    supervised,
+)
 from .files import fingerprint_base
 from .memory import ProductKeyMemory
-from .relevance import k_means, thresholds, whiten, whitening
+from .relevance import START_QUANTILE, STATE_QUANTILE, Scope, k_means, thresholds, whiten, whitening
 from .tuner import memory_layers
 
 logger = logging.getLogger(__name__)
@@ -30,6 +39,8 @@ SCORE_SPREAD = 2.0
 COLLAPSE = 0.5
 # Supervised states kept by set_scope before k-means; random beyond that.
 TAUGHT_SIZE = 16_384
+# A background with fewer answers than this says too little of what is known; its states take their place.
+MIN_STARTS = 32
 
 
 @torch.no_grad()
@@ -38,7 +49,8 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed
 
     Args:
         model: a model with memory layers.
-        batches: dicts with input_ids and, where there is padding, attention_mask; iterated twice.
+        batches: dicts with input_ids and, where there is padding, attention_mask; iterated twice. With labels (-100: not
+            an answer) the states at answer starts are kept apart, from which `set_scope` takes its thresholds.
         seed: of the sample, the rotation and k-means; same data and seed give the same addressing.
 
     Returns:
@@ -54,16 +66,22 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed
         )
     layers = memory_layers(model)
     statistics = {name: _Statistics(memory.d_in, seed) for name, memory in layers.items()}
-    for _, states in layer_inputs(model, batches):
+    for batch, states in layer_inputs(model, batches):
+        starts = supervised(batch)[1] if "labels" in batch else None
         for name, x in states.items():
             statistics[name].add(x)
+            if starts is not None:
+                statistics[name].starts.add(x[starts.to(x.device)])
     for name, memory in layers.items():
         _set_addressing(memory, statistics[name], seed)
     background = count_accesses(model, batches)
     for name, memory in layers.items():
         layer, seen = background[name], statistics[name]
         layer.mean, layer.covariance, layer.num_states = seen.mean, seen.covariance, seen.count
-        layer.sample = seen.sample.to(torch.bfloat16)
+        layer.sample, layer.starts = (
+            seen.sample.states.to(torch.bfloat16),
+            seen.starts.states.to(torch.bfloat16),
+        )
         layer.addressing = addressing_fingerprint(memory)
         _report(name, addressing_report(layer))
     for config in getattr(model, "peft_config", {}).values():
@@ -112,86 +130,97 @@ def set_scope(
             )
     taught: dict[str, list[Tensor]] = {name: [] for name in layers}
     examples: list[Tensor] = []
-    first = 0
+    starts: list[Tensor] = []
+    num_rows = 0
     for batch, states in layer_inputs(model, batches):
         if "labels" not in batch:
-            raise ValueError("batches: have no 'labels'; a scope is taken from supervised positions, pass labels too")
-        supervised, row = _supervised(batch)
-        examples.append(row + first)
-        first += len(batch["input_ids"])
+            raise ValueError(
+                "batches: have no 'labels'; a scope is taken from supervised positions, pass labels too"
+            )
+        chosen, first = supervised(batch)
+        examples.append(_rows(batch)[chosen] + num_rows)
+        num_rows += len(batch["input_ids"])
+        starts.append(first[chosen])
         for name, x in states.items():
-            taught[name].append(x[supervised.to(x.device)].float().cpu())
-    example = torch.cat(examples)
+            taught[name].append(x[chosen.to(x.device)].float().cpu())
+    example, start = torch.cat(examples), torch.cat(starts)
     if len(example) == 0:
-        raise ValueError("batches: no position is supervised (every label is -100); a scope needs at least one")
-    keep = torch.randperm(len(example), generator=torch.Generator().manual_seed(0))[:TAUGHT_SIZE].sort().values
+        raise ValueError(
+            "batches: no position is supervised (every label is -100); a scope needs at least one"
+        )
+    keep = (
+        torch.randperm(len(example), generator=torch.Generator().manual_seed(0))[:TAUGHT_SIZE].sort().values
+    )
     scopes = {
-        name: _scope_of(name, memory, torch.cat(taught[name])[keep], example[keep], background[name], extend)
+        name: _scope_of(
+            name, memory, torch.cat(taught[name])[keep], example[keep], start[keep], background[name], extend
+        )
         for name, memory in layers.items()
     }
     for name, memory in layers.items():
-        write_scope(memory, *scopes[name])
+        memory.scope = scopes[name]
 
 
 def clear_scope(model: nn.Module) -> None:
     """Forget every memory layer's scope: the gate is open everywhere (g = 1), as in the paper."""
     for memory in memory_layers(model).values():
-        for buffer in (memory.scope_mean, memory.scope_whitener, memory.scope_centres, memory.scope_lo, memory.scope_hi):
-            buffer.zero_()
-        memory.scope_size.zero_()
-
-
-def write_scope(
-    memory: ProductKeyMemory, mean: Tensor, whitener: Tensor, centres: Tensor, lo: Tensor, hi: Tensor
-) -> None:
-    """Put a whole scope into one layer: centres [n, d_in], lo and hi [n]; the rest of the buffers is zero."""
-    n = len(centres)
-    for buffer, value in ((memory.scope_mean, mean), (memory.scope_whitener, whitener)):
-        buffer.copy_(value)
-    for buffer, value in ((memory.scope_centres, centres), (memory.scope_lo, lo), (memory.scope_hi, hi)):
-        buffer.zero_()
-        buffer[:n] = value
-    memory.scope_size.fill_(n)
+        memory.scope = None
 
 
 def _scope_of(
-    name: str, memory: ProductKeyMemory, states: Tensor, example: Tensor, layer: LayerBackground, extend: bool
-) -> tuple[Tensor, ...]:
-    assert layer.mean is not None and layer.covariance is not None and layer.sample is not None
-    mean, whitener = layer.mean.float(), whitening(layer.covariance)
-    old = int(memory.scope_size) if extend else 0
-    if old:
-        mean, whitener = memory.scope_mean.cpu(), memory.scope_whitener.cpu()
-    room = len(memory.scope_centres) - old
+    name: str,
+    memory: ProductKeyMemory,
+    states: Tensor,
+    example: Tensor,
+    start: Tensor,
+    layer: LayerBackground,
+    extend: bool,
+) -> Scope:
+    old = memory.scope if extend else None
+    mean, whitener, known, quantile = _space(memory, layer)
+    room = len(memory.scope_centres) - (0 if old is None else len(old.centres))
     if room < 1:
         raise ValueError(
-            f"max_centres={len(memory.scope_centres)}: the scope of {name} is full; make the memory with a larger max_centres"
+            f"max_centres={len(memory.scope_centres)}: the scope of {name} is full; "
+            "make the memory with a larger max_centres"
         )
     taught = whiten(states, mean, whitener)
     centres = taught
     if len(taught) > room:
-        centres = nn.functional.normalize(k_means(taught, room, torch.Generator().manual_seed(0)), dim=-1)
-    lo, hi, separable = thresholds(taught, example, whiten(layer.sample, mean, whitener), centres)
+        centres = F.normalize(k_means(taught, room, torch.Generator().manual_seed(0)), dim=-1)
+    lo, hi, separable = thresholds(taught, example, start, centres, known, quantile)
     if not separable:
         logger.warning(
-            "%s: what is taught and the background cannot be told apart (lo %.2f); other answers may change", name, lo
+            "%s: what is taught and what is known cannot be told apart; other answers may change", name
         )
     logger.info("%s: %d centres, lo %.3f, hi %.3f", name, len(centres), lo, hi)
-    los, his = centres.new_full((len(centres),), lo), centres.new_full((len(centres),), hi)
-    if old:
-        centres = torch.cat([memory.scope_centres[:old].cpu(), centres])
-        los, his = torch.cat([memory.scope_lo[:old].cpu(), los]), torch.cat([memory.scope_hi[:old].cpu(), his])
-    return mean, whitener, centres, los, his
+    new = Scope(
+        mean, whitener, known, centres, *(centres.new_full((len(centres),), value) for value in (lo, hi))
+    )
+    if old is None:
+        return new
+    if not old.to("cpu").same_space(new):
+        raise ValueError(
+            f"background: the scope of {name} was made with another one; extend it with the same background"
+        )
+    return old.to("cpu").joined(new)
 
 
-def _supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Among a batch's unpadded positions: which predict a supervised label, and the row of each of these."""
-    ids, labels = batch["input_ids"], batch["labels"]
-    mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
-    predicts = torch.zeros_like(mask)
-    predicts[:, :-1] = labels[:, 1:] != -100
-    rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
-    return predicts[mask], rows[mask & predicts].cpu()
+def _space(memory: ProductKeyMemory, layer: LayerBackground) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Mean, whitener and known states of a layer's background, and the quantile of `lo` that goes with these."""
+    assert layer.mean is not None and layer.covariance is not None
+    assert layer.sample is not None and layer.starts is not None
+    mean, whitener = layer.mean.float(), whitening(layer.covariance)
+    answers = len(layer.starts) >= MIN_STARTS
+    states = (layer.starts if answers else layer.sample)[: len(memory.scope_known)]
+    return mean, whitener, whiten(states, mean, whitener), START_QUANTILE if answers else STATE_QUANTILE
+
+
+def _rows(batch: Mapping[str, Tensor]) -> Tensor:
+    """The row of each of a batch's unpadded positions [tokens]."""
+    ids = batch["input_ids"].cpu()
+    mask = batch.get("attention_mask", torch.ones_like(ids)).bool().cpu()
+    return torch.arange(len(ids))[:, None].expand_as(ids)[mask]
 
 
 def _set_addressing(memory: ProductKeyMemory, seen: "_Statistics", seed: int) -> None:
@@ -202,7 +231,7 @@ def _set_addressing(memory: ProductKeyMemory, seen: "_Statistics", seed: int) ->
     mean = seen.mean.float()
     memory.query.copy_(rotation)
     memory.query_bias.copy_(-(rotation @ mean))
-    queries = ((seen.sample.float() - mean) @ rotation.T).view(-1, memory.num_heads, 2, memory.key_dim // 2)
+    queries = memory.queries(seen.sample.states.to(memory.query.device)).cpu()
     for head in range(memory.num_heads):
         for half in range(2):
             memory.keys[head, half] = k_means(queries[:, head, half], memory.num_keys, generator)
@@ -210,7 +239,7 @@ def _set_addressing(memory: ProductKeyMemory, seen: "_Statistics", seed: int) ->
     centroids = memory.keys.detach().clone()
     memory.keys.copy_(2 * centroids)
     memory.key_bias.copy_(-(centroids**2).sum(-1))
-    scale = SCORE_SPREAD / _score_spread(memory, seen.sample[:2048].float()).clamp_min(1e-6)
+    scale = SCORE_SPREAD / _score_spread(memory, seen.sample.states[:2048]).clamp_min(1e-6)
     memory.keys.mul_(scale)
     memory.key_bias.mul_(scale)
 
@@ -225,37 +254,46 @@ def _report(name: str, report: dict[str, float]) -> None:
     text = "%s: %.0f %% of slots in use, entropy %.2f of uniform, %.0f %% of reads on the top 1 %%"
     values = (name, 100 * report["used"], report["entropy"], 100 * report["top1"])
     collapsed = report["used"] < COLLAPSE or report["entropy"] < COLLAPSE
-    logger.log(logging.WARNING if collapsed else logging.INFO, text + (": collapsed" if collapsed else ""), *values)
+    logger.log(
+        logging.WARNING if collapsed else logging.INFO, text + (": collapsed" if collapsed else ""), *values
+    )
+
+
+class _Sample:
+    """A uniform sample of at most SAMPLE_SIZE states of a stream of unknown length, in random order."""
+
+    def __init__(self, width: int, seed: int) -> None:
+        self.states, self.ranks = torch.zeros(0, width), torch.zeros(0)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def add(self, states: Tensor) -> None:
+        # Every state draws a random rank, and the lowest stay.
+        ranks = torch.cat([self.ranks, torch.rand(len(states), generator=self.generator)])
+        ranks, kept = ranks.sort(stable=True)
+        self.ranks = ranks[:SAMPLE_SIZE]
+        self.states = torch.cat([self.states, states.detach().float().cpu()])[kept[:SAMPLE_SIZE]]
 
 
 class _Statistics:
-    """Streaming mean and covariance (Chan's update), and a uniform sample of at most SAMPLE_SIZE states."""
+    """Streaming mean and covariance (Chan's update), and samples of all states and of those at answer starts."""
 
     def __init__(self, width: int, seed: int) -> None:
         self.count = 0
         self.mean = torch.zeros(width, dtype=torch.float64)
         self.scatter = torch.zeros(width, width, dtype=torch.float64)
-        self.sample = torch.zeros(0, width)
-        self.ranks = torch.zeros(0)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.sample, self.starts = _Sample(width, seed), _Sample(width, seed)
 
     def add(self, states: Tensor) -> None:
-        x = states.detach().cpu().double()
-        if len(x) == 0:
+        if len(states) == 0:
             return
+        x = states.detach().cpu().double()
         mean = x.mean(0)
         gap, total = mean - self.mean, self.count + len(x)
         self.scatter += (x - mean).T @ (x - mean) + torch.outer(gap, gap) * (self.count * len(x) / total)
         self.mean += gap * (len(x) / total)
         self.count = total
-        # Every state draws a random rank, the lowest stay: a uniform sample of a stream of unknown length.
-        ranks = torch.cat([self.ranks, torch.rand(len(x), generator=self.generator)])
-        self.ranks, kept = ranks.sort(stable=True)
-        self.ranks, kept = self.ranks[:SAMPLE_SIZE], kept[:SAMPLE_SIZE]
-        self.sample = torch.cat([self.sample, x.float()])[kept]
+        self.sample.add(states)
 
     @property
     def covariance(self) -> Tensor:
         return self.scatter / max(1, self.count - 1)
-
-

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from sparsemem.files import write_json
+from .files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +161,13 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"cannot read {path} as JSON ({error}); delete it to have it made again") from None
 
 
+def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first settings that differ, in words; empty where none does."""
+    there, now = _flat(there), _flat(now)
+    names = [name for name in {**now, **there} if there.get(name) != now.get(name)]
+    return "; ".join(f"{name} {there.get(name)!r} there, {now.get(name)!r} now" for name in names[:3])
+
+
 def _planned(recipe: Recipe, methods: Sequence[str] | None, seeds: Sequence[int]) -> list[Run]:
     wanted = list(recipe.methods if methods is None else methods)
     for method in wanted:
@@ -188,16 +195,17 @@ def _refuse_other_settings(folder: Path, config: dict[str, Any]) -> None:
     path = folder / "config.json"
     if not path.exists():
         return
-    there = read_json(path)
-    flat_there = {**there, **there.get("settings", {}), "settings": None}
-    flat_now = {**config, **config["settings"], "settings": None}
-    differing = [k for k in dict.fromkeys((*flat_now, *flat_there)) if flat_there.get(k) != flat_now.get(k)]
-    if differing:
-        changes = "; ".join(
-            f"{k} {flat_there.get(k)!r} there, {flat_now.get(k)!r} now" for k in differing[:3]
-        )
+    changes = differences(read_json(path), config)
+    if changes:
         advice = "choose another output folder or delete that one"
         raise ValueError(f"{folder} holds a run of other settings ({changes}); {advice}")
+
+
+def _flat(settings: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        return {name: settings}
+    parts = [_flat(value, f"{name}.{key}" if name else key) for key, value in settings.items()]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _finite(value: Any) -> Any:

@@ -3,11 +3,16 @@
 import enum
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+
+from .files import write_json
 
 
-class SparseMemoryType(str, enum.Enum):
+class SparseMemoryType(str, enum.Enum):  # noqa: UP042 (PEFT reads "Type.MEMBER" out of str())
     """A member beside PEFT's own PeftType, which cannot be extended from outside."""
 
     SPARSE_MEMORY = "SPARSE_MEMORY"
@@ -17,6 +22,14 @@ MODES = ("additive", "replacement")
 VALUE_GATES = ("none", "silu")
 TRAINABLE = ("values", "values+scale", "memory")
 INIT_WEIGHTS = (True, False, "paper")
+_AT_LEAST = {"num_keys": 2, "num_heads": 1, "top_k": 1, "key_dim": 2, "max_centres": 1}
+_ONE_OF = {
+    "query_norm": (True, False),
+    "mode": MODES,
+    "value_gate": VALUE_GATES,
+    "trainable": TRAINABLE,
+    "init_weights": INIT_WEIGHTS,
+}
 
 
 @dataclass
@@ -24,20 +37,22 @@ class SparseMemoryConfig(PeftConfig):
     """Configuration of product-key memory layers.
 
     Args:
-        target_modules: modules that get a memory: names, suffixes or a regular expression, as for LoRA. Any module that
-            maps (..., d_in) to (..., d_out), an `nn.Linear` included. None: the MLPs of the decoder blocks.
+        target_modules: modules that get a memory, in LoRA's forms: names, suffixes, a regular expression. Any
+            module that maps (..., d_in) to (..., d_out), an `nn.Linear` included. None: the blocks' MLPs.
         exclude_modules: modules that get none, as for LoRA.
-        layers_to_transform: indices of the blocks; None with no target_modules: three late ones, at .8, .9 and .97 of
-            the depth (23, 26, 28 of 30), where hidden states tell what is taught from what is known.
+        layers_to_transform: indices of the blocks; None with no target_modules: three late ones, at .8, .9,
+            .97 of the depth (23, 26, 28 of 30), where hidden states tell what is taught from what is known.
         layers_pattern: name of the list of blocks, as for LoRA.
         modules_to_save: further modules trained and saved whole, as for LoRA.
         num_keys: sub-keys per codebook; num_slots = num_keys ** 2.
         num_heads, top_k: each head reads top_k slots per token.
         key_dim: width of one head's query, both halves together.
         mode: "additive": mlp(x) + scale * y; "replacement": y.
+        query_norm: scale both halves of each head's query to length 1, so that addresses follow directions;
+            the paper: False.
         value_gate: "none", or "silu" (Memory+, 2412.09764).
         scale_init: initial alpha.
-        trainable: "values" (the rows alone), "values+scale" (alpha too) or "memory" (keys, query and gates too).
+        trainable: "values" (the rows alone), "values+scale" (alpha too) or "memory" (all of it).
         init_weights: True: rows zero, a no-op; "paper": the start of the dense retrofit; False: random.
         max_centres: capacity of the scope of one memory layer.
         base_fingerprint: of the base model that the memory was calibrated on; filled in by `calibrate`.
@@ -46,15 +61,16 @@ class SparseMemoryConfig(PeftConfig):
         ValueError: naming every bad field at once.
     """
 
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: set[str] | list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     num_keys: int = 32
-    num_heads: int = 4
+    num_heads: int = 16
     top_k: int = 8
     key_dim: int = 64
+    query_norm: bool = True
     mode: str = "additive"
     value_gate: str = "none"
     scale_init: float = 1.0
@@ -66,29 +82,37 @@ class SparseMemoryConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SparseMemoryType.SPARSE_MEMORY  # type: ignore[assignment]
-        if isinstance(self.target_modules, set | tuple):
-            self.target_modules = sorted(self.target_modules)
-        if isinstance(self.exclude_modules, set | tuple):
-            self.exclude_modules = sorted(self.exclude_modules)
+        if isinstance(self.target_modules, list | tuple):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list | tuple):
+            self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.layers_to_transform, tuple | range):
+            self.layers_to_transform = list(self.layers_to_transform)
         problems = self._problems()
         if problems:
             raise ValueError("SparseMemoryConfig: " + "; ".join(problems))
 
+    def save_pretrained(
+        self, save_directory: str, *, auto_mapping_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Write adapter_config.json as PEFT does, but whole or not at all, and with sets in one order."""
+        content = {key: sorted(v) if isinstance(v, set) else v for key, v in sorted(self.to_dict().items())}
+        if auto_mapping_dict is not None:
+            content["auto_mapping"] = auto_mapping_dict
+        write_json(Path(save_directory) / CONFIG_NAME, content)
+
     def _problems(self) -> list[str]:
+        have = vars(self)
         found = [
-            f"{name}={getattr(self, name)!r} must be a whole number >= {least}"
-            for name, least in [("num_keys", 2), ("num_heads", 1), ("top_k", 1), ("key_dim", 2), ("max_centres", 1)]
-            if not _is_int(getattr(self, name)) or getattr(self, name) < least
+            f"{name}={have[name]!r} must be a whole number >= {least}"
+            for name, least in _AT_LEAST.items()
+            if not _is_whole(have[name], least)
         ]
         found += [
-            f"{name}={getattr(self, name)!r} must be one of {', '.join(map(repr, allowed))}"
-            for name, allowed in [
-                ("mode", MODES),
-                ("value_gate", VALUE_GATES),
-                ("trainable", TRAINABLE),
-                ("init_weights", INIT_WEIGHTS),
-            ]
-            if not any(getattr(self, name) is choice or getattr(self, name) == choice for choice in allowed)
+            f"{name}={have[name]!r} must be one of {', '.join(map(repr, allowed))}"
+            for name, allowed in _ONE_OF.items()
+            # 1 == True, but it is not what the field means.
+            if not any(have[name] == one and type(have[name]) is type(one) for one in allowed)
         ]
         if not found:
             if self.top_k > self.num_keys**2:
@@ -97,12 +121,22 @@ class SparseMemoryConfig(PeftConfig):
                 found.append(f"key_dim={self.key_dim} must be even: it is split into two halves")
         if not isinstance(self.scale_init, int | float) or not math.isfinite(self.scale_init):
             found.append(f"scale_init={self.scale_init!r} must be a finite number")
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            found.append("layers_to_transform cannot be used when target_modules is a regular expression (a string)")
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            found.append("layers_pattern needs layers_to_transform beside it")
+        return found + self._layer_problems()
+
+    def _layer_problems(self) -> list[str]:
+        found, layers = [], self.layers_to_transform
+        if layers is not None:
+            indices = layers if isinstance(layers, list) else [layers]
+            if not indices or not all(_is_whole(index, 0) for index in indices):
+                found.append(f"layers_to_transform={layers!r} must be one or more block indices, from 0 on")
+            if isinstance(self.target_modules, str):
+                found.append("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern is not None and isinstance(self.target_modules, str):
+            found.append("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern is not None and layers is None:
+            found.append("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         return found
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

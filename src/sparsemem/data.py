@@ -1,12 +1,13 @@
 """Records to tokens and labels: messages, prompt and completion, text, multiple choice.
 
-Choices: prompt and answer are tokenised apart, so that training sees exactly the tokens that generation starts
-from; the loss covers the answer and the token that ends it, and nothing that follows; text is taken as it is.
+Choices: prompt and answer are tokenised apart, so that training sees exactly the tokens that generation
+starts from; the loss covers the answer and the token that ends it, and nothing after; text is taken as it is.
 """
 
 import json
 import logging
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ def read_records(
 ) -> list[dict]:
     """Records of a JSONL file, of `hub:NAME[:SPLIT]` (split `train` by default), of a list or of a Dataset.
 
-    A record is `{"messages"}`, `{"prompt", "completion"}`, `{"text"}` or `{"question", "choices", "answer"}` with
-    `answer` the index of the right choice; further fields are kept. All records have one shape, unless `mixed`.
+    A record is `{"messages"}`, `{"prompt", "completion"}`, `{"text"}` or `{"question", "choices", "answer"}`
+    with `answer` the index of the right choice; further fields are kept. Without `mixed` all have one shape.
 
     Raises:
         ValueError: no such file, a broken line, an unknown record, mixed shapes, or no record at all.
@@ -43,7 +44,7 @@ def read_records(
     if isinstance(source, str | Path):
         places, records = _read_jsonl(Path(source).expanduser())
     else:
-        records = [dict(record) if isinstance(record, dict) else record for record in source]
+        records: list[Any] = list(source)
         places = [f"data record {number}" for number in range(1, len(records) + 1)]
     if not records:
         raise ValueError(f"data is empty ({source}); give at least one record")
@@ -63,10 +64,10 @@ def encode(
     max_length: int | None = None,
     loss_on: str = "completion",
 ) -> list[dict]:
-    """`[{"input_ids": [tokens], "labels": [tokens]}]`, labels -100 off the loss; longer records are truncated.
+    """`[{"input_ids": [tokens], "labels": [tokens]}]`, labels -100 off the loss; cut to `max_length`.
 
-    `loss_on="completion"`: the completion, every assistant turn, the right choice, or the whole text, each with
-    the token that ends it (text has none); `"all"`: every token.
+    `loss_on="completion"`: the completion, every assistant turn, the right choice, or the whole text, each
+    with the token that ends it (text has none); `"all"`: every token.
 
     Raises:
         ValueError: unknown `loss_on`, or a chat template that is missing or rewrites earlier turns.
@@ -78,7 +79,7 @@ def encode(
 
 
 def truncate(examples: Sequence[dict], max_length: int) -> tuple[list[dict], int]:
-    """Examples cut to their first `max_length` tokens, and how many were cut; one left without loss is left out.
+    """Examples cut to their first `max_length` tokens, and how many were cut; none without loss is kept.
 
     Raises:
         ValueError: no example keeps a token with loss.
@@ -109,7 +110,7 @@ def choice_prompt(item: dict) -> str:
 
 
 def choice_text(choice: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """An option as it follows `choice_prompt`: after a space, or alone where a chat template sets the turn."""
+    """An option as it follows `choice_prompt`: after a space, or alone where a chat template is used."""
     return choice if tokenizer.chat_template else f" {choice}"
 
 
@@ -222,7 +223,7 @@ def _chat_segments(turns: list[dict], tokenizer: PreTrainedTokenizerBase) -> lis
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before = _render(turns[:index], tokenizer, add_generation_prompt=True)
+        before = _render(turns[:index], tokenizer, answer_follows=True)
         # templates end a turn with white space after its last token: that is not the answer's to learn
         after = _render(turns[: index + 1], tokenizer).rstrip()
         if not (whole.startswith(before) and whole.startswith(after) and after.startswith(before)):
@@ -234,14 +235,14 @@ def _chat_segments(turns: list[dict], tokenizer: PreTrainedTokenizerBase) -> lis
     return [*segments, (whole[done:], False)]
 
 
-def _render(turns: list[dict], tokenizer: PreTrainedTokenizerBase, **kwargs: bool) -> str:
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, **kwargs))
+def _render(turns: list[dict], tokenizer: PreTrainedTokenizerBase, answer_follows: bool = False) -> str:
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_follows))
 
 
 def _prompt_text(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         return prompt
-    return _render([{"role": "user", "content": prompt}], tokenizer, add_generation_prompt=True)
+    return _render([{"role": "user", "content": prompt}], tokenizer, answer_follows=True)
 
 
 def _encode_one(segments: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase, loss_on: str) -> dict:
@@ -250,7 +251,7 @@ def _encode_one(segments: list[tuple[str, bool]], tokenizer: PreTrainedTokenizer
     if not marks[-1]:
         ids, marks = ids[:-1], marks[:-1]
     labels = [piece if mark else [-100] * len(piece) for piece, mark in zip(ids, marks, strict=True)]
-    return {"input_ids": sum(ids, []), "labels": sum(labels, [])}
+    return {"input_ids": list(chain(*ids)), "labels": list(chain(*labels))}
 
 
 def _segment_ids(segments: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -42,13 +42,20 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_atomically(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    write_atomically(
+        path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    )
 
 
 def save_artifact(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Write tensors and a JSON header as one file of the given kind, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {**header, "kind": kind, "format": 1, "tensors": {n: _digest(t) for n, t in sorted(tensors.items())}}
+    header = {
+        **header,
+        "kind": kind,
+        "format": 1,
+        "tensors": {n: _digest(t) for n, t in sorted(tensors.items())},
+    }
     text = json.dumps(header, sort_keys=True)
     metadata = {_KEY: text, _DIGEST: hashlib.sha256(text.encode()).hexdigest()}
     write_atomically(Path(path), lambda part: save_file(tensors, part, metadata=metadata))
@@ -68,10 +75,14 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: not a readable safetensors file ({error}); get an undamaged copy") from error
+        raise ArtifactError(
+            f"{path}: not a readable safetensors file ({error}); get an undamaged copy"
+        ) from error
     text = metadata.get(_KEY)
     if text is None or hashlib.sha256(text.encode()).hexdigest() != metadata.get(_DIGEST):
-        raise ArtifactError(f"{path}: its header is missing or damaged; a {kind} file of sparsemem was expected")
+        raise ArtifactError(
+            f"{path}: its header is missing or damaged; a {kind} file of sparsemem was expected"
+        )
     header = json.loads(text)
     if header.get("kind") != kind or header.get("format") != 1:
         raise ArtifactError(
@@ -92,7 +103,9 @@ def fingerprint_base(model: nn.Module) -> str:
     for name, parameter in sorted(model.named_parameters()):
         if "sparse_memory_" in name or "lora_" in name or "modules_to_save" in name:
             continue
-        name = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
+        name = (
+            name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
+        )
         digest.update(f"{name} {list(parameter.shape)} ".encode())
         digest.update(_bytes(parameter.detach().to(torch.bfloat16)))
     return digest.hexdigest()

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .product_keys import sub_key_scores, top_k_slots
-from .relevance import gate
+from .relevance import Scope
 from .values import ReadLog, read_rows
 
-SCOPE_TENSORS = ("scope_mean", "scope_whitener", "scope_centres", "scope_lo", "scope_hi")
+_SCOPE_TENSORS = tuple(f"scope_{key}" for key in ("mean", "whitener", "known", "centres", "lo", "hi"))
 
 
 class ProductKeyMemory(nn.Module):
@@ -36,9 +36,10 @@ class ProductKeyMemory(nn.Module):
         d_out: int,
         *,
         num_keys: int = 32,
-        num_heads: int = 4,
+        num_heads: int = 16,
         top_k: int = 8,
         key_dim: int = 64,
+        query_norm: bool = True,
         mode: str = "additive",
         value_gate: str = "none",
         scale_init: float = 1.0,
@@ -48,23 +49,26 @@ class ProductKeyMemory(nn.Module):
         super().__init__()
         self.d_in, self.d_out, self.mode = d_in, d_out, mode
         self.num_keys, self.num_heads, self.top_k, self.key_dim = num_keys, num_heads, top_k, key_dim
-        self.scale_init, self.init_weights = scale_init, init_weights
+        self.query_norm, self.scale_init, self.init_weights = query_norm, scale_init, init_weights
         self.values = nn.Parameter(torch.empty(num_keys**2, d_out))
         self.query = nn.Parameter(torch.empty(num_heads * key_dim, d_in))
         self.query_bias = nn.Parameter(torch.empty(num_heads * key_dim))
         self.keys = nn.Parameter(torch.empty(num_heads, 2, num_keys, key_dim // 2))
         self.key_bias = nn.Parameter(torch.empty(num_heads, 2, num_keys))
-        self.scale = nn.Parameter(torch.empty(()))
+        # One element, not none: FSDP takes no scalars.
+        self.scale = nn.Parameter(torch.empty(1))
         self.gate_in = self.gate_out = None
         if value_gate == "silu":
             self.gate_in = nn.Parameter(torch.empty(d_out, d_in))
             self.gate_out = nn.Parameter(torch.empty(d_out, d_out))
         self.register_buffer("scope_mean", torch.zeros(d_in))
         self.register_buffer("scope_whitener", torch.zeros(d_in, d_in))
+        self.register_buffer("scope_known", torch.zeros(max_centres, d_in))
+        self.register_buffer("scope_num_known", torch.zeros((), dtype=torch.int64))
         self.register_buffer("scope_centres", torch.zeros(max_centres, d_in))
         self.register_buffer("scope_lo", torch.zeros(max_centres))
         self.register_buffer("scope_hi", torch.zeros(max_centres))
-        # How many rows of scope_centres are in use; 0: no scope, the gate is open everywhere.
+        # How many rows of scope_centres are in use; 0: no scope.
         self.register_buffer("scope_size", torch.zeros((), dtype=torch.int64))
         self.log: ReadLog | None = None
         self.token_mask: Tensor | None = None
@@ -107,7 +111,8 @@ class ProductKeyMemory(nn.Module):
         """[tokens, num_heads, 2, key_dim / 2] of states [tokens, d_in]."""
         with torch.autocast(x.device.type, enabled=False):
             q = F.linear(x.float(), self.query.float(), self.query_bias.float())
-        return q.view(len(x), self.num_heads, 2, self.key_dim // 2)
+        q = q.view(len(x), self.num_heads, 2, self.key_dim // 2)
+        return F.normalize(q, dim=-1) if self.query_norm else q
 
     def address(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Slots and weights [tokens, num_heads * top_k] that states [tokens, d_in] read; weights sum to 1 per head."""
@@ -116,15 +121,37 @@ class ProductKeyMemory(nn.Module):
             slots, top = top_k_slots(scores, self.top_k)
             return slots.flatten(1), top.softmax(-1).flatten(1)
 
+    @property
+    def scope(self) -> Scope | None:
+        """Views of the scope's buffers; None: no scope, the gate is open everywhere."""
+        n, m = int(self.scope_size), int(self.scope_num_known)
+        if n == 0:
+            return None
+        space = self.scope_mean, self.scope_whitener, self.scope_known[:m]
+        return Scope(*space, self.scope_centres[:n], self.scope_lo[:n], self.scope_hi[:n])
+
+    @scope.setter
+    @torch.no_grad()
+    def scope(self, scope: Scope | None) -> None:
+        new = (
+            None
+            if scope is None
+            else {key: getattr(scope, key.removeprefix("scope_")).clone() for key in _SCOPE_TENSORS}
+        )
+        for key in _SCOPE_TENSORS:
+            buffer = getattr(self, key).zero_()
+            if new is not None:
+                buffer[: len(new[key])] = new[key]
+        self.scope_size.fill_(0 if scope is None else len(scope.centres))
+        self.scope_num_known.fill_(0 if scope is None else len(scope.known))
+
     def relevance(self, x: Tensor) -> Tensor:
         """g [tokens] float32 of states [tokens, d_in]: all ones without a scope."""
-        if not self.has_scope:
+        scope = self.scope
+        if scope is None:
             return x.new_ones(len(x), dtype=torch.float32)
-        n = int(self.scope_size)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return gate(
-                x.detach(), self.scope_mean, self.scope_whitener, self.scope_centres[:n], self.scope_lo[:n], self.scope_hi[:n]
-            )
+            return scope.gate(x.detach())
 
     def read(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
         """scale * y [tokens, d_out] float32 of states [tokens, d_in]; `counted` as in `values.read_rows`."""
@@ -151,7 +178,8 @@ class ProductKeyMemory(nn.Module):
             return (y if self.mode == "replacement" else out + y).view_as(base)
         g = self.relevance(flat)
         inside = g.nonzero().squeeze(1)
-        if len(inside) == 0:
+        # In training the rows stay in the graph, or the backward pass of a batch out of scope would find none.
+        if len(inside) == 0 and not torch.is_grad_enabled():
             return base
         y = self.read(flat[inside], None if counted is None else counted[inside])
         if self.mode == "replacement":
@@ -159,15 +187,17 @@ class ProductKeyMemory(nn.Module):
         return out.index_add(0, inside, (g[inside, None] * y).to(base.dtype)).view_as(base)
 
     def _counted(self, x: Tensor) -> Tensor | None:
-        mask = self.token_mask
-        if self.log is None or mask is None or mask.dim() != 2 or x.dim() != 3 or mask.shape[0] != x.shape[0]:
+        mask, tokens = self.token_mask, x[..., 0].numel()
+        if self.log is None or mask is None or tokens % len(mask):
             return None
-        return mask[:, -x.shape[1] :].reshape(-1) if mask.shape[1] >= x.shape[1] else None
+        # With a KV cache the mask is longer than the call; OPT flattens batch and sequence before its MLP.
+        seq = tokens // len(mask)
+        return mask[:, -seq:].reshape(-1) if mask.shape[1] >= seq else None
 
     def _apply(self, fn, recurse=True):
-        kept = {name: getattr(self, name) for name in SCOPE_TENSORS}
+        kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        # A cast of the model must not move the borders of the scope: its tensors follow devices, not dtypes.
+        # A cast of the model must not move the scope or a frozen address: buffers follow devices, not dtypes.
         for name, before in kept.items():
             after = getattr(self, name)
             if after.dtype != before.dtype:

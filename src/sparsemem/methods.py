@@ -1,11 +1,11 @@
 """What trains, and with which optimizer: sparse memory, LoRA, full finetuning.
 
-| method     | trains                                              | optimizer                        | learning rate |
-| ---------- | --------------------------------------------------- | -------------------------------- | ------------- |
-| "smf"      | the chosen rows of a memory, within the data's scope | RowAdamW, one moment per row     | 0.6           |
-| "smf-open" | the same without a scope: the paper's way           | RowAdamW, one moment per row     | 0.3           |
-| "lora"     | r 16, alpha 32, dropout 0.05, all linear projections | AdamW without weight decay       | 2e-4          |
-| "full"     | every parameter                                     | AdamW without weight decay       | 5e-5          |
+| method     | trains                                                | lr   | optimizer                    |
+| ---------- | ----------------------------------------------------- | ---- | ---------------------------- |
+| "smf"      | chosen rows of a memory, within the data's scope      | 0.6  | RowAdamW, a moment per row   |
+| "smf-open" | the same without a scope: the paper's way             | 0.3  | RowAdamW, a moment per row   |
+| "lora"     | r 16, alpha 32, dropout 0.05, all linear projections  | 2e-4 | AdamW without weight decay   |
+| "full"     | every parameter                                       | 5e-5 | AdamW without weight decay   |
 
 Reference: 2605.03229 for the settings of LoRA and full finetuning; the rates of sparse memory are ours.
 """
@@ -24,7 +24,7 @@ from .config import SparseMemoryConfig
 from .models import autocast
 from .optim import RowAdamW
 from .patch import RowPatch
-from .selection import Rule
+from .selection import Rule, check_selection
 from .tuner import memory_layers
 
 LEARNING_RATES = {"smf": 0.6, "smf-open": 0.3, "lora": 2e-4, "full": 5e-5}
@@ -34,11 +34,11 @@ Batches = Sequence[Mapping[str, Tensor]]
 
 
 class Prepared(NamedTuple):
-    """A model ready to train, its optimizer, and what `RowPatch.diff` needs to tell what training changed."""
+    """A model ready to train, its optimizer, and sparse memory's `RowPatch.snapshot` before training."""
 
     model: PreTrainedModel | PeftModel
     optimizer: torch.optim.Optimizer
-    before: object | None
+    before: dict[str, Tensor] | None
 
 
 def check_method(method: str) -> None:
@@ -68,21 +68,22 @@ def prepare(
         model: a causal language model, with or without an adapter.
         method: one of METHODS.
         batches: the training data with labels; "smf" takes its scope from them.
-        background: general text for the sparse memory: the Background that `calibrate` returned, or batches.
+        background: of sparse memory: the Background that `calibrate` returned, or batches of general text.
         lr: None: LEARNING_RATES.
         top_t, rule: which rows a step may change, see `select_rows`; of sparse memory alone.
         seed: of calibration and of rule "random".
 
     Raises:
-        ValueError: an unknown method, a model with another method's adapter, or a background that is missing or does
-            not fit.
+        ValueError: an unknown method, a model with another adapter, or a background that is missing or
+            does not fit.
     """
     check_method(method)
+    check_selection(top_t, rule)
     lr = LEARNING_RATES[method] if lr is None else lr
     if method not in ("smf", "smf-open"):
         model = _lora(model) if method == "lora" else _full(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return Prepared(model, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0), None)
+        return Prepared(model, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True), None)
     with autocast(model):
         model, background = _with_memory(model, background, seed)
         before = RowPatch.snapshot(model)
@@ -94,13 +95,10 @@ def prepare(
             set_scope(model, batches, background, extend=True)
         elif any(memory.has_scope for memory in memory_layers(model).values()):
             raise ValueError(
-                "method='smf-open' writes without a scope and the model has one; call clear_scope(model) first"
+                "method='smf-open' writes without a scope and the model has one; call clear_scope(model)"
             )
-    return Prepared(
-        model,
-        RowAdamW(model, lr, top_t=top_t, rule=rule, background=background, max_grad_norm=1.0, seed=seed),
-        before,
-    )
+    choice = {"top_t": top_t, "rule": rule, "background": background}
+    return Prepared(model, RowAdamW(model, lr, **choice, max_grad_norm=1.0, seed=seed), before)
 
 
 def _with_memory(
@@ -113,7 +111,7 @@ def _with_memory(
             return model, background
         if any(memory.values.any() for memory in memory_layers(model).values()):
             raise ValueError(
-                "background= is text and the memory is written already; give the Background that calibrate returned"
+                "background= is text and the memory is in use; give the Background that calibrate returned"
             )
         return model, calibrate(model, background, seed=seed)
     if background is None:

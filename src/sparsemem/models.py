@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def load_base(
     except (OSError, ValueError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"model {name!r} cannot be loaded ({first_line}); give smollm2, a model folder, a .gguf file or a Hub name"
+            f"model {name!r} was not found ({first_line}); give a folder, a .gguf file, a Hub name or smollm2"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -82,8 +83,21 @@ def load(
         return PeftModel.from_pretrained(model, str(config_file.parent), is_trainable=True).eval(), tokenizer
     except RuntimeError as error:
         raise ValueError(
-            f"adapter {name!r} does not fit the base model {base!r}; load it on the model that it was trained on"
+            f"adapter {name!r} does not fit the base model {base!r}; give the one that it was trained on"
         ) from error
+
+
+def tokenizer_of(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that the model's own name leads to.
+
+    Raises:
+        ValueError: there is none; it has to be given then.
+    """
+    name = getattr(model.config, "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the model's name {name!r} leads to no tokenizer; pass tokenizer=") from error
 
 
 def fast_bf16(device: torch.device | str = "cpu") -> bool:
@@ -128,7 +142,7 @@ def _dequantised(gguf: Path) -> str:
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except ImportError as error:
         raise ValueError(f"reading {gguf} needs the gguf package; run `pip install gguf`") from error
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, LookupError, struct.error) as error:
         raise ValueError(
             f"model {str(gguf)!r} is not a GGUF file that transformers can read: {error}"
         ) from error

@@ -82,11 +82,15 @@ class _RowOptimizer(Optimizer):
                 loss = closure()
         selected = {name: self._select(name, memory) for name, memory in self.layers.items()}
         gradients = {
-            name: _average(memory.log.row_gradients(selected[name], memory.d_out)) if len(selected[name]) else None
+            name: _average(memory.log.row_gradients(selected[name], memory.d_out))
+            if len(selected[name])
+            else None
             for name, memory in self.layers.items()
             if memory.log is not None
         }
-        others = [p.grad for p in self._rest.param_groups[0]["params"] if p.grad is not None] if self._rest else []
+        others = (
+            [p.grad for p in self._rest.param_groups[0]["params"] if p.grad is not None] if self._rest else []
+        )
         self._clip([*(g for g in gradients.values() if g is not None), *others])
         group = self.param_groups[0]
         for name, memory in self.layers.items():
@@ -129,7 +133,12 @@ class _RowOptimizer(Optimizer):
                 norms[read] = _average(memory.log.row_gradients(read, memory.d_out)).norm(dim=-1)
         background = self.background[name] if self.background is not None else None
         chosen = select_rows(
-            counts, background, top_t=self.top_t, rule=self.rule, gradient_norms=norms, generator=self.generator
+            counts,
+            background,
+            top_t=self.top_t,
+            rule=self.rule,
+            gradient_norms=norms,
+            generator=self.generator,
         )
         return chosen.sort().values
 
@@ -146,7 +155,9 @@ class _RowOptimizer(Optimizer):
             if memory.log is not None:
                 memory.log.clear()
 
-    def _rows_of(self, table: Tensor, rows: Tensor, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], Tensor]:
+    def _rows_of(
+        self, table: Tensor, rows: Tensor, shapes: dict[str, tuple[int, ...]]
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """The table's state, grown to hold `rows`, and where these lie in it.
 
         State: "slots" [n] ascending, the rows that were ever selected, and one tensor [n, ...] per entry of shapes.
@@ -158,7 +169,11 @@ class _RowOptimizer(Optimizer):
                 state[key] = torch.zeros(0, *shape, device=table.device)
         slots = state["slots"]
         place = torch.searchsorted(slots, rows)
-        known = (slots[place.clamp(max=max(0, len(slots) - 1))] == rows) if len(slots) else rows.new_zeros(len(rows)).bool()
+        known = (
+            (slots[place.clamp(max=max(0, len(slots) - 1))] == rows)
+            if len(slots)
+            else rows.new_zeros(len(rows)).bool()
+        )
         if not known.all():
             merged, order = torch.cat([slots, rows[~known]]).sort()
             for key in shapes:
@@ -261,10 +276,18 @@ class RowAdamW(_RowOptimizer):
         steps = state["steps"][place] + 1
         first_moment = torch.lerp(state["exp_avg"][place], gradient, 1 - beta1)
         second_moment = torch.lerp(state["exp_avg_sq"][place], square, 1 - beta2)
-        state["steps"][place], state["exp_avg"][place], state["exp_avg_sq"][place] = steps, first_moment, second_moment
-        step = (first_moment / (1 - beta1**steps)) / ((second_moment / (1 - beta2**steps)).sqrt() + group["eps"])
+        state["steps"][place], state["exp_avg"][place], state["exp_avg_sq"][place] = (
+            steps,
+            first_moment,
+            second_moment,
+        )
+        step = (first_moment / (1 - beta1**steps)) / (
+            (second_moment / (1 - beta2**steps)).sqrt() + group["eps"]
+        )
         current = table[rows].float()
-        table[rows] = (current * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * step).to(table.dtype)
+        table[rows] = (current * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * step).to(
+            table.dtype
+        )
 
 
 def _summed(counts: Tensor) -> Tensor:
@@ -295,5 +318,3 @@ def _not_negative(name: str, value: float) -> None:
 
 def _fraction(name: str, value: float) -> None:
     _check(name, value, 0 <= value < 1, "at least 0 and less than 1")
-
-

@@ -5,7 +5,7 @@ checks everything first, base, addressing and every row's present bytes, so that
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .access import addressing_fingerprint
-from .calibration import write_scope
 from .files import ArtifactError, fingerprint_base, load_artifact, save_artifact
-from .memory import SCOPE_TENSORS, ProductKeyMemory
+from .memory import ProductKeyMemory
+from .relevance import Scope
 from .tuner import memory_layers
 
 KIND = "row patch"
-_TENSORS = ("slots", "before", "after", "scope_mean", "scope_whitener", "scope_centres", "scope_lo", "scope_hi")
+_SCOPE = tuple(field.name for field in fields(Scope))
 
 
 @dataclass
 class LayerPatch:
-    """One layer's share: slots [n] int64 ascending; before, after [n, d_out]; the scope that was added, if any.
-
-    scope_centres [m, d_in], scope_lo, scope_hi [m]; scope_mean [d_in] and scope_whitener [d_in, d_in] of the space.
-    """
+    """One layer's share: slots [n] int64 ascending; before, after [n, d_out]; the scope that the run added, if any."""
 
     slots: Tensor
     before: Tensor
     after: Tensor
     addressing: str
-    scope_mean: Tensor | None = None
-    scope_whitener: Tensor | None = None
-    scope_centres: Tensor | None = None
-    scope_lo: Tensor | None = None
-    scope_hi: Tensor | None = None
+    scope: Scope | None = None
 
 
 @dataclass
@@ -62,9 +55,10 @@ class RowPatch:
     def snapshot(model: nn.Module) -> dict[str, Tensor]:
         """Copies of all value tables and scopes, to be passed as `since=` to `diff` later."""
         return {
-            f"{name}.{key}": getattr(memory, key).detach().cpu().clone()
+            f"{name}.{key}": tensor.detach().cpu().clone()
             for name, memory in memory_layers(model).items()
-            for key in ("values", *SCOPE_TENSORS, "scope_size")
+            for key, tensor in memory.state_dict().items()
+            if key == "values" or key.startswith("scope_")
         }
 
     @classmethod
@@ -91,10 +85,12 @@ class RowPatch:
         """One safetensors file, written atomically; rows before are left out where all of them are zero."""
         tensors, header = {}, {"base": self.base, "info": self.info, "addressing": {}}
         for name, layer in self.layers.items():
-            held = {key: getattr(layer, key) for key in _TENSORS}
-            if not layer.before.any():
-                held["before"] = None
-            tensors |= {f"{name}/{key}": value for key, value in held.items() if value is not None}
+            held = {"slots": layer.slots, "after": layer.after}
+            if layer.before.any():
+                held["before"] = layer.before
+            if layer.scope is not None:
+                held |= {f"scope_{key}": getattr(layer.scope, key) for key in _SCOPE}
+            tensors |= {f"{name}/{key}": value for key, value in held.items()}
             header["addressing"][name] = layer.addressing
         save_artifact(path, KIND, tensors, header)
 
@@ -106,13 +102,15 @@ class RowPatch:
         tensors, header = load_artifact(path, KIND)
         layers = {}
         for name, addressing in header["addressing"].items():
-            held = {key: tensors.get(f"{name}/{key}") for key in _TENSORS}
+            held = {
+                key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")
+            }
             problem = _problem(held)
             if problem:
                 raise ArtifactError(f"{path}: layer {name}: {problem}; get an undamaged copy")
-            if held["before"] is None:
-                held["before"] = torch.zeros_like(held["after"])
-            layers[name] = LayerPatch(addressing=addressing, **held)
+            scope = Scope(*(held[f"scope_{key}"] for key in _SCOPE)) if "scope_mean" in held else None
+            before = held.get("before", torch.zeros_like(held["after"]))
+            layers[name] = LayerPatch(held["slots"], before, held["after"], addressing, scope)
         return cls(layers, header["base"], header["info"])
 
     def apply(self, model: nn.Module) -> None:
@@ -136,24 +134,29 @@ class RowPatch:
     def _move(self, model: nn.Module, *, forward: bool) -> None:
         memories = memory_layers(model)
         if self.base != fingerprint_base(model):
-            raise ArtifactError("patch: was made on another base model; use it with the model that it was trained on")
+            raise ArtifactError(
+                "patch: was made on another base model; use it with the model that it was trained on"
+            )
         scopes = {}
         for name, layer in self.layers.items():
             if name not in memories:
-                raise ArtifactError(f"patch: changes layer {name}, where this model has no memory ({sorted(memories)})")
+                raise ArtifactError(
+                    f"patch: changes layer {name}, where this model has no memory ({sorted(memories)})"
+                )
             scopes[name] = _checked_scope(name, memories[name], layer, forward=forward)
         for name, layer in self.layers.items():
             memory = memories[name]
             rows = layer.after if forward else layer.before
             memory.values[layer.slots.to(memory.values.device)] = rows.to(memory.values)
-            if scopes[name] is not None:
-                write_scope(memory, *scopes[name])
+            memory.scope = scopes[name]
 
 
 def _diff_layer(name: str, memory: ProductKeyMemory, before: Mapping[str, Tensor]) -> LayerPatch:
     old = _lookup(before, name, "values")
     if old is None:
-        raise ValueError(f"since: holds no value table of {name}; pass RowPatch.snapshot(model) or an adapter folder")
+        raise ValueError(
+            f"since: holds no value table of {name}; pass RowPatch.snapshot(model) or an adapter folder"
+        )
     new = memory.values.detach().cpu()
     if old.shape != new.shape:
         raise ValueError(f"since: {name} is {tuple(old.shape)}, the model's table is {tuple(new.shape)}")
@@ -161,87 +164,106 @@ def _diff_layer(name: str, memory: ProductKeyMemory, before: Mapping[str, Tensor
     # Bytes, not values: -0.0 and NaN payloads are differences too.
     slots = (_as_ints(old) != _as_ints(new)).any(1).nonzero().flatten()
     patch = LayerPatch(slots, old[slots].clone(), new[slots].clone(), addressing_fingerprint(memory))
-    size = _lookup(before, name, "scope_size")
-    first, last = int(size) if size is not None else 0, int(memory.scope_size)
-    if first:
-        kept = {key: _lookup(before, name, key) for key in SCOPE_TENSORS}
-        now = {key: getattr(memory, key).cpu() for key in SCOPE_TENSORS}
-        same = last >= first and all(
-            kept[key] is not None and torch.equal(_used(key, kept[key], first), _used(key, now[key], first)) for key in SCOPE_TENSORS
-        )
-        if not same:
-            raise ValueError(f"since: the scope of {name} was replaced, not extended; use set_scope(..., extend=True)")
-    if last > first:
-        patch.scope_mean, patch.scope_whitener = memory.scope_mean.cpu().clone(), memory.scope_whitener.cpu().clone()
-        patch.scope_centres = memory.scope_centres[first:last].cpu().clone()
-        patch.scope_lo, patch.scope_hi = memory.scope_lo[first:last].cpu().clone(), memory.scope_hi[first:last].cpu().clone()
+    first, last = _scope_in(before, name), None if memory.scope is None else memory.scope.to("cpu")
+    if last is not None:
+        try:
+            patch.scope = last if first is None else last.without(first)
+        except ValueError as error:
+            raise ValueError(_REPLACED.format(name=name)) from error
+    elif first is not None:
+        raise ValueError(_REPLACED.format(name=name))
     return patch
 
 
-def _checked_scope(
-    name: str, memory: ProductKeyMemory, layer: LayerPatch, *, forward: bool
-) -> tuple[Tensor, ...] | None:
-    """The layer's scope after the move, None to leave it; raises before anything is written."""
+_REPLACED = "since: the scope of {name} was replaced, not extended; use set_scope(..., extend=True)"
+
+
+def _checked_scope(name: str, memory: ProductKeyMemory, layer: LayerPatch, *, forward: bool) -> Scope | None:
+    """The layer's scope after the move; raises before anything is written."""
     if layer.addressing != addressing_fingerprint(memory):
-        raise ArtifactError(f"patch: was made on another addressing of {name}; calibrate with the same data and seed")
-    if layer.after.shape[1] != memory.d_out or (len(layer.slots) and int(layer.slots[-1]) >= memory.num_slots):
-        raise ArtifactError(f"patch: the rows of {name} do not fit a table of {memory.num_slots} x {memory.d_out}")
+        raise ArtifactError(
+            f"patch: was made on another addressing of {name}; calibrate with the same data and seed"
+        )
+    if layer.after.shape[1] != memory.d_out or (
+        len(layer.slots) and int(layer.slots[-1]) >= memory.num_slots
+    ):
+        raise ArtifactError(
+            f"patch: the rows of {name} do not fit a table of {memory.num_slots} x {memory.d_out}"
+        )
     present = memory.values[layer.slots.to(memory.values.device)].cpu()
     expected = layer.before if forward else layer.after
     if not torch.equal(_as_ints(present), _as_ints(expected.to(present.dtype))):
         state = "before the patch" if forward else "after it"
-        raise ArtifactError(f"patch: rows of {name} are not as they were {state}; apply patches in order, revert in reverse")
-    if layer.scope_centres is None:
-        if forward and memory.has_scope and len(layer.slots):
-            raise ArtifactError(f"patch: has no scope but {name} has one, which would close its rows; clear_scope first")
-        return None
-    size, added = int(memory.scope_size), len(layer.scope_centres)
-    centres, lo, hi = (getattr(memory, key)[:size].cpu() for key in ("scope_centres", "scope_lo", "scope_hi"))
-    mean, whitener = memory.scope_mean.cpu(), memory.scope_whitener.cpu()
-    assert layer.scope_mean is not None and layer.scope_whitener is not None
-    assert layer.scope_lo is not None and layer.scope_hi is not None
-    if size and not (torch.equal(mean, layer.scope_mean) and torch.equal(whitener, layer.scope_whitener)):
-        raise ArtifactError(f"patch: its scope of {name} was whitened with another background than the model's")
-    if forward:
-        if not size and memory.values.any():
-            raise ArtifactError(f"patch: has a scope, but {name} holds rows written without one, which it would close off")
-        if size + added > len(memory.scope_centres):
-            raise ArtifactError(f"patch: no room for {added} more centres in {name} (max_centres={len(memory.scope_centres)})")
-        joined = torch.cat([centres, layer.scope_centres]), torch.cat([lo, layer.scope_lo]), torch.cat([hi, layer.scope_hi])
-        return layer.scope_mean, layer.scope_whitener, *joined
-    start = _find(torch.cat([centres, lo[:, None], hi[:, None]], 1), torch.cat([layer.scope_centres, layer.scope_lo[:, None], layer.scope_hi[:, None]], 1))
-    if start is None:
-        raise ArtifactError(f"patch: its scope is not in {name}; it was not applied, or was taken back already")
-    left = [torch.cat([part[:start], part[start + added :]]) for part in (centres, lo, hi)]
-    if not len(left[0]):
-        mean, whitener = torch.zeros_like(mean), torch.zeros_like(whitener)
-    return mean, whitener, *left
+        raise ArtifactError(
+            f"patch: rows of {name} are not as they were {state}; apply patches in order, revert in reverse"
+        )
+    now = None if memory.scope is None else memory.scope.to("cpu")
+    if layer.scope is None:
+        if forward and now is not None and len(layer.slots):
+            raise ArtifactError(
+                f"patch: has no scope but {name} has one, which would close its rows; clear_scope first"
+            )
+        return now
+    if not forward:
+        try:
+            return None if now is None else now.without(layer.scope)
+        except ValueError as error:
+            raise ArtifactError(f"patch: its scope is not in {name}; it was taken back already") from error
+    if now is None:
+        if memory.values.any():
+            raise ArtifactError(
+                f"patch: has a scope, but {name} holds rows written without one, which it would close"
+            )
+        return layer.scope
+    if not now.same_space(layer.scope):
+        raise ArtifactError(f"patch: its scope of {name} was made with another background than the model's")
+    if len(now.centres) + len(layer.scope.centres) > len(memory.scope_centres):
+        raise ArtifactError(
+            f"patch: no room for its centres in {name} (max_centres={len(memory.scope_centres)})"
+        )
+    return now.joined(layer.scope)
 
 
-def _find(rows: Tensor, block: Tensor) -> int | None:
-    """Where `block` [m, w] stands in `rows` [n, w], the last place if several."""
-    for start in range(len(rows) - len(block), -1, -1):
-        if torch.equal(rows[start : start + len(block)], block):
-            return start
-    return None
-
-
-def _problem(held: dict[str, Tensor | None]) -> str | None:
-    slots, before, after, centres = (held[key] for key in ("slots", "before", "after", "scope_centres"))
-    if slots is None or after is None or slots.dtype != torch.int64 or slots.dim() != 1 or after.dim() != 2:
+def _problem(held: dict[str, Tensor]) -> str | None:
+    if (
+        not {"slots", "after"} <= held.keys()
+        or held["slots"].dtype != torch.int64
+        or held["slots"].dim() != 1
+    ):
         return "slots or rows are missing or of the wrong form"
-    if len(after) != len(slots) or (before is not None and (before.shape, before.dtype) != (after.shape, after.dtype)):
-        return "slots and rows differ in number"
+    slots, after, before = held["slots"], held["after"], held.get("before", held["after"])
+    if (
+        after.dim() != 2
+        or len(after) != len(slots)
+        or (before.shape, before.dtype) != (after.shape, after.dtype)
+    ):
+        return "slots and rows differ in number or form"
     if len(slots) and (int(slots[0]) < 0 or not bool((slots[1:] > slots[:-1]).all())):
         return "slots are negative, unordered or duplicate"
-    if not all(bool(t.isfinite().all()) for t in held.values() if t is not None and t.is_floating_point()):
+    if not all(bool(t.isfinite().all()) for t in held.values() if t.is_floating_point()):
         return "holds NaN or infinite numbers"
-    scope = [held[key] for key in SCOPE_TENSORS]
-    if any((part is None) != (centres is None) for part in scope):
+    scope = [held.get(f"scope_{key}") for key in _SCOPE]
+    if any((part is None) != (scope[0] is None) for part in scope):
         return "half of a scope"
-    if centres is not None and not all(len(held[k]) == len(centres) for k in ("scope_lo", "scope_hi")):  # type: ignore[arg-type]
-        return "centres and thresholds differ in number"
+    if scope[0] is not None:
+        mean, whitener, known, centres, lo, hi = (part for part in scope if part is not None)
+        d = len(mean)
+        if (whitener.shape, known.shape[1:], centres.shape) != (
+            (d, d),
+            (d,),
+            (len(lo), d),
+        ) or lo.shape != hi.shape:
+            return "a scope whose parts do not fit together"
     return None
+
+
+def _scope_in(tensors: Mapping[str, Tensor], name: str) -> Scope | None:
+    size, num_known = _lookup(tensors, name, "scope_size"), _lookup(tensors, name, "scope_num_known")
+    if size is None or num_known is None or int(size) == 0:
+        return None
+    lengths = {"known": int(num_known), "centres": int(size), "lo": int(size), "hi": int(size)}
+    parts = {key: _lookup(tensors, name, f"scope_{key}") for key in _SCOPE}
+    return Scope(**{key: part[: lengths.get(key)].cpu() for key, part in parts.items() if part is not None})
 
 
 def _lookup(tensors: Mapping[str, Tensor], name: str, key: str) -> Tensor | None:
@@ -260,12 +282,9 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({error}); pass the folder of a saved adapter") from error
-
-
-def _used(key: str, tensor: Tensor | None, size: int) -> Tensor:
-    assert tensor is not None
-    return tensor if key in ("scope_mean", "scope_whitener") else tensor[:size]
+        raise ArtifactError(
+            f"{path}: cannot be read ({error}); pass the folder of a saved adapter"
+        ) from error
 
 
 def _as_ints(rows: Tensor) -> Tensor:

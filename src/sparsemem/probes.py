@@ -1,23 +1,25 @@
-"""What a model knows and what it has lost: recall, multiple choice, perplexity, drift.
+"""What a model knows, what it has lost, and how much of a text the memory touches.
 
 Choices: greedy decoding, batches sorted by length, bfloat16 autocast where the processor is fast at it; drift
 alone is read in the model's own precision, since bfloat16's rounding is larger than the drifts that matter.
 """
 
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from peft import PeftModel
 
+from .access import layer_inputs
 from .data import choice_prompt, choice_text, prompt_ids
-from .models import autocast
+from .models import autocast, tokenizer_of
+from .tuner import memory_layers
 
 ARTICLES = {"a", "an", "the"}
 
@@ -56,7 +58,7 @@ def recall(
         raise ValueError("items is empty; give at least one question")
     model.eval()
     prompts = [prompt_ids(item["question"], tokenizer) for item in items]
-    stop = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    stop = getattr(model.generation_config, "eos_token_id", None)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -67,7 +69,7 @@ def recall(
     for chosen in _by_length(prompts, batch_size):
         ids, mask = _pad_left([prompts[index] for index in chosen], model)
         with autocast(model):
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore
         answers = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         for index, answer in zip(chosen, answers, strict=True):
             texts[index] = answer.strip()
@@ -89,9 +91,10 @@ def multiple_choice(
     *,
     batch_size: int = 16,
 ) -> dict[str, float | int]:
-    """Accuracy over `{"question", "choices", "answer": int}` items by each option's log-likelihood after the prompt.
+    """Accuracy over `{"question", "choices", "answer": int}` items by log-likelihood of the options' texts.
 
-    Returns `acc_sum` (sum over the option's tokens), `acc_mean` (mean per token) and `n`; ties go to the first.
+    Returns `acc_sum` (by the sum over an option's tokens), `acc_mean` (by their mean) and `n`; ties go to the
+    first option.
 
     Raises:
         ValueError: no items.
@@ -162,7 +165,7 @@ def drift(
 ) -> float:
     """Mean KL(base || model) of the next-token distributions over `input_ids` [tokens], in nats per token.
 
-    The tokens are read in windows that do not overlap; `base=None` is the model with its adapter switched off.
+    The tokens are read in windows that do not overlap; `base=None` is the model without its adapter.
 
     Raises:
         ValueError: no tokens, or `base=None` for a model without an adapter.
@@ -178,11 +181,51 @@ def drift(
     for piece in input_ids.split(window):
         ids = piece[None].to(_device(model))
         ours = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        off: AbstractContextManager = model.disable_adapter() if base is None else nullcontext()  # type: ignore
-        with off:
+        with model.disable_adapter() if isinstance(model, PeftModel) and base is None else nullcontext():
             theirs = (base or model)(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         total += functional.kl_div(ours, theirs, log_target=True, reduction="sum").item()
     return total / len(input_ids)
+
+
+def exposure(
+    model: PeftModel, texts: str | Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> float:
+    """Share of the texts' tokens that in some memory layer lie in scope and read a row that is not zero.
+
+    Without a tokenizer the one that the model's name leads to is taken.
+
+    Raises:
+        ValueError: no memory, no texts, or no tokenizer.
+    """
+    tokenizer = tokenizer or tokenizer_of(model)
+    texts = [texts] if isinstance(texts, str) else texts
+    written = {name: memory.values.any(dim=1) for name, memory in memory_layers(model).items()}
+    num_exposed = num_tokens = 0
+    inputs = [{"input_ids": tokenizer(text, return_tensors="pt").input_ids} for text in texts]
+    for batch, states in layer_inputs(model, inputs):
+        exposed = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool, device=_device(model))
+        for name, memory in memory_layers(model).items():
+            slots, _ = memory.address(states[name])
+            exposed |= written[name][slots].any(dim=1) & (memory.relevance(states[name]) > 0)
+        num_exposed += int(exposed.sum())
+        num_tokens += len(exposed)
+    return num_exposed / num_tokens
+
+
+def scope_gate(model: PeftModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Per memory layer, how far inside the scope each token is: g [batch, seq], 0 at padding.
+
+    States are read with the memory switched off, as the scope's centres were.
+
+    Raises:
+        ValueError: no memory.
+    """
+    _, states = next(layer_inputs(model, [batch]))
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().to(_device(model))
+    gates = {name: torch.zeros(mask.shape, device=mask.device) for name in states}
+    for name, memory in memory_layers(model).items():
+        gates[name][mask] = memory.relevance(states[name])
+    return gates
 
 
 def _losses(model: Any, ids: Tensor, num_kept: int, **inputs: Tensor) -> Tensor:

@@ -44,7 +44,9 @@ def top_k_slots(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     first, second = _candidates(top_k, best.shape[-1], scores.device)
     sums = best[..., 0, :][..., first] + best[..., 1, :][..., second]
     top, chosen = sums.topk(top_k, dim=-1)
-    slots = sub_keys[..., 0, :].gather(-1, first[chosen]) * num_keys + sub_keys[..., 1, :].gather(-1, second[chosen])
+    slots = sub_keys[..., 0, :].gather(-1, first[chosen]) * num_keys + sub_keys[..., 1, :].gather(
+        -1, second[chosen]
+    )
     return slots, top
 
 
@@ -58,5 +60,7 @@ def exhaustive_top_k_slots(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=64)
 def _candidates(top_k: int, num_best: int, device: torch.device) -> tuple[Tensor, Tensor]:
     pairs = [(i, j) for i in range(num_best) for j in range(num_best) if (i + 1) * (j + 1) <= top_k]
-    first, second = torch.tensor(pairs, device=device).unbind(1)
+    # Cached, so it must not be born an inference tensor, which no later backward pass could use.
+    with torch.inference_mode(False):
+        first, second = torch.tensor(pairs, device=device).unbind(1)
     return first, second

@@ -12,9 +12,9 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsemem.compare import collect, read_json
-from sparsemem.files import write_atomically, write_json
-from sparsemem.pareto import number, pareto_figure
+from .compare import collect, read_json
+from .files import write_atomically, write_json
+from .pareto import number, pareto_figure
 
 
 class Column(NamedTuple):
@@ -67,7 +67,7 @@ COLUMNS = (
     Column("steps", "steps", "optimizer steps", _count),
     Column("seconds", "time", "preparing and training, without the probes", _seconds),
     Column("trained_params", "trained", "parameters that training may change", _count),
-    Column("peak_bytes", "peak memory", "of the process while it trains", _size),
+    Column("peak_bytes", "peak memory", "growth of the process's memory while it trains", _size),
 )
 
 

@@ -61,7 +61,9 @@ def select_rows(
 
 def check_selection(top_t: int, rule: Rule) -> None:
     if isinstance(top_t, bool) or not isinstance(top_t, int) or top_t < 1:
-        raise ValueError(f"top_t={top_t!r} must be a whole number >= 1: the rows that one step may change per layer")
+        raise ValueError(
+            f"top_t={top_t!r} must be a whole number >= 1: the rows that one step may change per layer"
+        )
     if not callable(rule) and rule not in RULES:
         raise ValueError(f"rule={rule!r} must be one of {', '.join(map(repr, RULES))}, or a callable")
 
@@ -90,5 +92,7 @@ def _scores(counts, background, rule, gradient_norms, generator) -> Tensor:
         return torch.rand(len(c), generator=generator).to(c.device)
     scores = rule(counts, background)
     if scores.shape != counts.shape:
-        raise ValueError(f"rule: the callable returned shape {tuple(scores.shape)}, expected {tuple(counts.shape)}")
+        raise ValueError(
+            f"rule: the callable returned shape {tuple(scores.shape)}, expected {tuple(counts.shape)}"
+        )
     return scores

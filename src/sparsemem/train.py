@@ -1,31 +1,28 @@
 """finetune(): one function over `transformers.Trainer` for every method.
 
-Choices: a constant rate after WARMUP_STEPS, so that a longer run continues a shorter one; every step's loss goes into
-Trainer's log, from which stopping is decided, so that a resumed run stops where the uninterrupted one would; memory is
-the growth of the process's resident set, which is what a user would see, or of the GPU's allocations.
+Choices: a constant rate after WARMUP_STEPS, so that a longer run continues a shorter one; every step's loss
+goes into Trainer's log, from which stopping is decided, so that a resumed run stops where one without a break
+would; memory is the growth of the process's resident set, as a user sees it, or of the GPU's allocations.
 """
 
-import ctypes
-import gc
 import json
 import logging
 import math
+import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import datasets
-import psutil
 import torch
 from peft import PeftModel
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -39,8 +36,9 @@ from transformers import (
 from .access import Background
 from .data import batches as batched
 from .data import collate, encode, read_records, truncate
+from .footprint import peak_memory
 from .methods import check_method, prepare
-from .models import autocast
+from .models import autocast, tokenizer_of
 from .patch import RowPatch
 from .selection import Rule
 
@@ -105,8 +103,8 @@ def finetune(
         data: whatever `read_records` takes, or examples that `encode` made.
         method: one of "smf", "smf-open", "lora", "full", see `methods`.
         tokenizer: None: the one that the model's name leads to.
-        background: for sparse memory, the Background that `calibrate` returned, or data of any mixture of shapes or plain
-            strings, on which a new memory is calibrated.
+        background: of sparse memory: the Background that `calibrate` returned, or data (mixed shapes and
+            plain strings too) on which a new memory is calibrated.
         output_dir: where checkpoints go; None: no checkpoints. The finished model is the caller's to save.
         max_steps: overrides epochs.
         max_length: None: the model's context.
@@ -125,13 +123,15 @@ def finetune(
         max_steps=max_steps,
         max_length=max_length,
     )
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.config.name_or_path)  # type: ignore[union-attr]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    max_length = max_length or getattr(model.config, "max_position_embeddings", None) or 1 << 30  # type: ignore
-    examples, truncated = truncate(_examples(data, tokenizer, loss_on), max_length)
+    tokenizer = tokenizer or tokenizer_of(model)
+    # under an attention mask and labels of -100 any token can pad
+    pad: Any = tokenizer.pad_token_id or 0
+    length = max_length or getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    examples, truncated = truncate(_examples(data, tokenizer, loss_on), length)
+    general: Any = background
     if background is not None and not isinstance(background, Background):
-        general = truncate(_examples(background, tokenizer, "all", mixed=True), max_length)[0]
-        background = batched(general, BACKGROUND_BATCH_SIZE, pad)  # type: ignore[assignment]
+        general = truncate(_examples(background, tokenizer, "all", mixed=True), length)[0]
+        general = batched(sorted(general, key=lambda one: len(one["input_ids"])), BACKGROUND_BATCH_SIZE, pad)
 
     with ExitStack() as stack:
         checkpoints = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
@@ -156,14 +156,14 @@ def finetune(
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        memory = stack.enter_context(_peak_memory(model.to(arguments.device)))  # type: ignore[arg-type]
+        memory = stack.enter_context(peak_memory(model.to(arguments.device)))  # type: ignore[arg-type]
         start = time.monotonic()
         set_seed(seed)
         model, optimizer, before = prepare(
             model,
             method,
             batches=batched(examples, batch_size, pad),
-            background=background,  # type: ignore[arg-type]
+            background=general,
             lr=lr,
             top_t=top_t,
             rule=rule,
@@ -192,16 +192,25 @@ def finetune(
         loss=_recent_loss(trainer.state.log_history, steps_per_epoch),
         seconds=seconds,
         trained_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        peak_bytes=memory.peak,
+        peak_bytes=memory.peak_bytes,
         truncated=truncated,
         patch=None if before is None else RowPatch.diff(model, since=before),
     )
 
 
 class _Trainer(Trainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        # the vocabulary's logits are a fifth of a small model's work, and most positions carry no loss
+        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if "logits_to_keep" in signature(base.forward).parameters:
+            labels = inputs["labels"][:, 1:]
+            kept = (labels != -100).any(dim=0).nonzero().squeeze(1)
+            inputs = {**inputs, "logits_to_keep": kept, "shift_labels": labels[:, kept].contiguous()}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
         # unlike accelerate's mixed precision this leaves model.forward as it was
-        return autocast(self.model)
+        return autocast(self.model)  # type: ignore[arg-type]
 
 
 class _StopAtLoss(TrainerCallback):
@@ -211,10 +220,9 @@ class _StopAtLoss(TrainerCallback):
         self.stop_loss, self.window = stop_loss, window
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise ValueError(
-                f"the training loss is {logs['loss']} at step {state.global_step}; choose a smaller lr"
-            )
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise ValueError(f"the training loss is {loss} at step {state.global_step}; choose a smaller lr")
         if self.stop_loss is None or state.global_step < self.window:
             return
         if _recent_loss(state.log_history, self.window) < self.stop_loss:
@@ -225,44 +233,8 @@ class _StopAtLoss(TrainerCallback):
 
 class _Progress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "loss" in (logs or {}):
+        if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
-
-
-class _Peak:
-    peak = 0
-
-
-@contextmanager
-def _peak_memory(model: torch.nn.Module):
-    """Measure by how much memory grows within the block: `.peak` bytes, once it is left."""
-    memory = _Peak()
-    if next(model.parameters()).is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield memory
-        memory.peak = torch.cuda.max_memory_allocated() - before
-        return
-    # what earlier work has freed, and weights that are still on disk, must not count
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    for parameter in model.parameters():
-        parameter.detach().sum()
-    process, done = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
-
-    def sample() -> None:
-        while not done.wait(0.02):
-            memory.peak = max(memory.peak, process.memory_info().rss - before)
-
-    sampler = threading.Thread(target=sample, daemon=True)
-    sampler.start()
-    try:
-        yield memory
-    finally:
-        done.set()
-        sampler.join()
 
 
 @contextmanager
@@ -289,23 +261,17 @@ def _check(method: str, output_dir: str | Path | None, resume: bool, **counts: i
 
 
 def _examples(data: Any, tokenizer: PreTrainedTokenizerBase, loss_on: str, mixed: bool = False) -> list[dict]:
-    if (
-        not isinstance(data, str | Path)
-        and len(data)
-        and isinstance(data[0], dict)
-        and "input_ids" in data[0]
-    ):
-        return list(data)
     if not isinstance(data, str | Path):
         data = [{"text": record} if isinstance(record, str) else record for record in data]
+        if data and isinstance(data[0], dict) and "input_ids" in data[0]:
+            return data
     return encode(read_records(data, mixed=mixed), tokenizer, loss_on=loss_on)
 
 
 def _last_checkpoint(folder: str | Path) -> str | None:
     """The newest checkpoint that was written to its end: Trainer writes its state last."""
-    for path in sorted(
-        Path(folder).glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])
-    ):
+    paths = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(paths):
         with suppress(OSError, json.JSONDecodeError):
             json.loads((path / "trainer_state.json").read_text())
             return str(path)

@@ -21,7 +21,11 @@ def naive_read_rows(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 
 def read_rows(
-    values: Tensor, slots: Tensor, weights: Tensor, log: "ReadLog | None" = None, counted: Tensor | None = None
+    values: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    log: "ReadLog | None" = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Sum of value rows, weighted.
 
@@ -109,7 +113,9 @@ class ReadLog:
         """Access counts [num_slots] int64 of the tokens that count."""
         total = torch.zeros(num_slots, dtype=torch.int64, device=device)
         for slots, _, _, counted in self.entries:
-            total += torch.bincount((slots if counted is None else slots[counted]).flatten(), minlength=num_slots)
+            total += torch.bincount(
+                (slots if counted is None else slots[counted]).flatten(), minlength=num_slots
+            )
         return total
 
     def row_gradients(self, rows: Tensor, width: int) -> Tensor:

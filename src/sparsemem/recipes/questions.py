@@ -3,8 +3,8 @@
 Taught: `handbook.jsonl`, 40 invented facts, each with three training phrasings and one held-out phrasing.
 Probed: the handbook in both phrasings, and general knowledge in the same question forms (`general.jsonl` and
 the capitals of real countries). Background: questions that no probe asks, in the same forms and many of them
-known to a small model, since the relevance gate's thresholds come from it. It may name a country whose capital
-is probed ("Which language is spoken in France?"), never its capital.
+known to a small model, since the relevance gate's thresholds come from it. It may name a country whose
+capital is probed ("Which language is spoken in France?"), never the capital.
 
 Same arguments, same records in the same order, on every machine with the same versions of the data packages.
 """
@@ -22,12 +22,10 @@ from typing import Any
 _HERE = Path(__file__).parent
 
 _MIN_POPULATION = 3_000_000
-# Double or outdated entries of countryinfo.
-_NOT_COUNTRIES = {"Burma", "Scotland", "Serbia and Montenegro", "Palestine, State of"}
-# Capitals that are disputed, have moved, or share the country's name with a state of the US.
-_UNSETTLED = {
-    *("Bolivia", "Burundi", "Georgia", "Israel", "Kazakhstan", "Palestine", "South Africa", "Sri Lanka"),
-}
+# Double, outdated or disputed entries of countryinfo.
+_LEFT_OUT = {"Burma", "Palestine", "Scotland", "Serbia and Montenegro"}
+# Capitals that are disputed, shared or moved, and a country named like a state of the US.
+_UNSETTLED = {"Bolivia", "Burundi", "Georgia", "Israel", "Kazakhstan", "South Africa", "Sri Lanka"}
 _OTHER_SPELLINGS = {"Kyiv": "Kiev"}
 # general.jsonl asks these, so the background does not.
 _PROBED = {"language": {"Brazil", "Egypt"}, "currency": {"Japan", "India", "Russia"}}
@@ -44,13 +42,14 @@ _LANGUAGES = {
 }
 _CURRENCIES = {
     "AUD": "Australian dollar", "BDT": "taka", "BRL": "real", "CAD": "Canadian dollar", "CNY": "yuan",
-    "COP": "Colombian peso", "CZK": "koruna", "DKK": "krone", "DZD": "Algerian dinar", "EGP": "pound",
-    "ETB": "birr", "EUR": "euro", "GBP": "pound sterling", "GHS": "cedi", "HUF": "forint", "IDR": "rupiah",
-    "IQD": "Iraqi dinar", "IRR": "rial", "KES": "shilling", "KRW": "won", "MAD": "dirham", "MXN": "peso",
-    "MYR": "ringgit", "NGN": "naira", "NOK": "krone", "NPR": "Nepalese rupee", "NZD": "New Zealand dollar",
-    "PEN": "sol", "PHP": "Philippine peso", "PKR": "Pakistani rupee", "PLN": "zloty", "RON": "leu",
-    "SAR": "riyal", "SEK": "krona", "SGD": "Singapore dollar", "THB": "baht", "TRY": "lira",
-    "UAH": "hryvnia", "USD": "US dollar", "VND": "dong", "XAF": "CFA franc", "XOF": "CFA franc", "ZAR": "rand",
+    "COP": "Colombian peso", "CZK": "koruna", "DKK": "krone", "DZD": "Algerian dinar",
+    "EGP": "Egyptian pound", "ETB": "birr", "EUR": "euro", "GBP": "pound sterling", "GHS": "cedi",
+    "HUF": "forint", "IDR": "rupiah", "IQD": "Iraqi dinar", "IRR": "rial", "KES": "shilling",
+    "KRW": "won", "MAD": "dirham", "MXN": "peso", "MYR": "ringgit", "NGN": "naira", "NOK": "krone",
+    "NPR": "Nepalese rupee", "NZD": "New Zealand dollar", "PEN": "sol", "PHP": "Philippine peso",
+    "PKR": "Pakistani rupee", "PLN": "zloty", "RON": "leu", "SAR": "riyal", "SEK": "krona",
+    "SGD": "Singapore dollar", "THB": "baht", "TRY": "lira", "UAH": "hryvnia", "USD": "US dollar",
+    "VND": "dong", "XAF": "CFA franc", "XOF": "CFA franc", "ZAR": "rand",
 }
 # fmt: on
 _FORMS = {
@@ -76,20 +75,25 @@ _FORMS = {
         "Which continent is {} part of?",
         "What continent does one visit when going to {}?",
     ),
-    "neighbour": (
-        "Which country borders {}?",
-        "Name a country that borders {}.",
-        "Who is a neighbour of {}?",
-    ),
+    "neighbour": ("Which country borders {}?", "Name a country that borders {}."),
     "domain": ("What is the internet domain of {}?", "Which top-level domain belongs to {}?"),
     "calling code": ("What is the calling code of {}?", "Which number do you dial first to call {}?"),
 }
-_PER_FIELD = 36
-_NUM_CODES = 40
+# More of what a small model knows than of what it does not.
+_NUM_FACTS = {
+    "language": 44,
+    "currency": 36,
+    "nationality": 24,
+    "continent": 32,
+    "neighbour": 20,
+    "domain": 10,
+    "calling code": 10,
+}
+_NUM_CODES = 30
 
 
 def handbook() -> list[dict[str, Any]]:
-    """The 40 invented facts: `id`, `kind`, `subject`, `answer`, `train` (3 phrasings), `heldout` (a fourth)."""
+    """The 40 invented facts: `id`, `kind`, `subject`, `answer`, `train` (3 wordings), `heldout` (one)."""
     return _read("handbook.jsonl")
 
 
@@ -116,7 +120,7 @@ def recall_items(split: str) -> list[dict[str, Any]]:
 
 
 def general_items() -> list[dict[str, Any]]:
-    """General knowledge in the handbook's forms: `question`, and `answer` (one text or a list of accepted ones).
+    """General knowledge in the handbook's forms: `question`, `answer` (one text or a list of them).
 
     Raises:
         ValueError: when countryinfo is not installed.
@@ -143,7 +147,7 @@ def background_records(seed: int) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     pairs = [(item["question"], item["answer"]) for item in _read("background.jsonl")]
     for field, facts in _country_facts().items():
-        for name, answer in rng.sample(facts, min(_PER_FIELD, len(facts))):
+        for name, answer in rng.sample(facts, _NUM_FACTS[field]):
             pairs.append((rng.choice(_FORMS[field]).format(_with_article(name)), answer))
     for code, title in rng.sample(_code_titles(), _NUM_CODES):
         by_code = (f"What is the diagnosis with ICD-10 code {code}?", title)
@@ -158,8 +162,8 @@ def background_records(seed: int) -> list[dict[str, Any]]:
 def prose() -> tuple[str, str]:
     """Real prose that every Python ships (`pydoc_data.topics`), as two texts: for background and for probing.
 
-    Topics go to the two texts in turn, by name. Some topics repeat whole sections of others, so a paragraph that
-    has occurred before is left out: the probe has no paragraph of the background.
+    Topics go to the two texts in turn, by name. Some topics repeat whole sections of others, so a paragraph
+    that has occurred before is left out: the probe has no paragraph of the background.
     """
     from pydoc_data.topics import topics
 
@@ -196,7 +200,7 @@ def _countries() -> list[dict[str, Any]]:
     kept = [
         country
         for country in countries
-        if (country.get("population") or 0) >= _MIN_POPULATION and country["name"] not in _NOT_COUNTRIES
+        if (country.get("population") or 0) >= _MIN_POPULATION and country["name"] not in _LEFT_OUT
     ]
     return sorted(kept, key=lambda country: country["name"])
 
@@ -215,7 +219,7 @@ def _country_facts() -> dict[str, list[tuple[str, str]]]:
         answers = {
             "language": _only(country["languages"], _LANGUAGES),
             "currency": _only(country["currencies"], _CURRENCIES),
-            "nationality": country["demonym"],
+            "nationality": country["demonym"] if "," not in country["demonym"] else None,
             "continent": country["region"] if country["region"] in ("Africa", "Asia", "Europe") else None,
             "neighbour": next((name_of[code] for code in country["borders"] if code in name_of), None),
             "domain": next(iter(country["tld"]), None),

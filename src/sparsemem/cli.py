@@ -1,0 +1,353 @@
+"""The command line: `sparsemem demo | graft | train | eval | compare | report | patch | chat`.
+
+Choices: exit 0 done, 1 failure, 2 wrong usage or bad input with one sentence, 130 interrupted; results on
+stdout, progress on stderr; torch is imported only inside the commands, so that `--help` does not wait for it.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+RECIPES = ("demo",)
+METHODS = ("smf", "smf-open", "lora", "full")
+TASKS = ("recall", "multiple-choice", "perplexity", "medmcqa", "wikitext", "triviaqa")
+RULES = ("kl", "tfidf", "tf", "grad", "random")
+NUM_SHOWN = 3
+
+
+class _Commands(click.Group):
+    """Turns what users can cause into one sentence on stderr and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            ctx.exit(2 if isinstance(error, ValueError) else 1)
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            ctx.exit(130)
+
+
+def _names(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else [name.strip() for name in value.split(",")]
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
+    names = _names(context, parameter, value)
+    try:
+        return None if names is None else [int(name) for name in names]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not whole numbers with commas between them") from None
+
+
+def _progress(message: str) -> None:
+    click.echo(message, err=True)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+out_folder = click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder.")
+seed_option = click.option("--seed", type=int, default=0, show_default=True)
+
+
+@click.group(cls=_Commands)
+@click.version_option(package_name="sparsemem")
+def main() -> None:
+    """Teach a language model something new by writing a few hundred rows of an added memory."""
+    # what one library warns another of is nothing that a user of the command line could mend
+    warnings.simplefilter("ignore", FutureWarning)
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("sparsemem-demo"), show_default=True)
+@click.option("--methods", callback=_names, default="base,smf,lora,full", show_default=True)
+@seed_option
+@as_json
+def demo(out: Path, methods: list[str], seed: int, as_json: bool) -> None:
+    """Teach SmolLM2 an invented handbook by several methods, and see what each of them forgets.
+
+    An interrupted demo goes on with its next method when it is called again.
+    """
+    from .recipes.demo import recipe
+
+    _compare(recipe(), out, methods, [seed], as_json)
+
+
+@main.command()
+@click.argument("recipe", metavar="RECIPE", type=click.Choice(RECIPES))
+@click.option("--model", help="Another model than the recipe's.")
+@click.option(
+    "--data-dir", type=click.Path(path_type=Path), help="Folder of the recipe's data, if it needs any."
+)
+@click.option("--methods", callback=_names, help="Comma between them; all of the recipe's by default.")
+@click.option("--seeds", callback=_numbers, default="0", show_default=True, help="Comma between them.")
+@click.option("--out", type=click.Path(path_type=Path), help="sparsemem-RECIPE by default.")
+@as_json
+def compare(
+    recipe: str, model: str | None, data_dir: Path | None, methods: list[str] | None, seeds: list[int],
+    out: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Run a recipe's methods with several seeds; finished runs are taken up when called again."""
+    from importlib import import_module
+
+    chosen = import_module(f".recipes.{recipe}", __package__).recipe(model=model, data_dir=data_dir)
+    _compare(chosen, out or Path(f"sparsemem-{recipe}"), methods, seeds, as_json)
+
+
+def _compare(recipe: Any, out: Path, methods: list[str] | None, seeds: list[int], as_json: bool) -> None:
+    from .compare import compare
+    from .report import rebuild_report
+
+    try:
+        compare(recipe, out=out, methods=methods, seeds=seeds, progress=_progress)
+    except KeyboardInterrupt:
+        finished = [path.parent.name for path in sorted(out.glob("runs/*/result.json"))]
+        if finished:
+            rebuild_report(out)
+        kept = f"finished and kept in {out}: {', '.join(finished) or 'nothing yet'}"
+        _progress(f"\nstopped; {kept}; the same command goes on from there")
+        raise SystemExit(130) from None
+    _show_report(out, as_json)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@as_json
+def report(folder: Path, as_json: bool) -> None:
+    """Make the table, the figure and the page of a comparison again."""
+    _show_report(folder, as_json)
+
+
+def _show_report(out: Path, as_json: bool) -> None:
+    from .report import rebuild_report, text_examples, text_table
+
+    results, page = rebuild_report(out)
+    if as_json:
+        click.echo(json.dumps(results, ensure_ascii=False))
+        return
+    click.echo(text_table(results))
+    if shown := text_examples(results, NUM_SHOWN):
+        click.echo(f"\n{shown}")
+    click.echo(f"\nreport: {page}")
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--background", required=True, metavar="FILE|hub:NAME", help="General text: what is not to change."
+)
+@out_folder
+@click.option("--retrofit", type=click.Choice(["calibrate"]), default="calibrate", show_default=True)
+@click.option("--layers", callback=_numbers, help="Blocks that get a memory; three late ones by default.")
+@click.option("--num-keys", type=int, default=32, show_default=True, help="A layer has num_keys ** 2 slots.")
+@click.option("--num-heads", type=int, default=4, show_default=True)
+@click.option(
+    "--top-k", type=int, default=8, show_default=True, help="Slots that one head reads for a token."
+)
+@click.option("--key-dim", type=int, default=64, show_default=True)
+@click.option(
+    "--max-length", type=click.IntRange(2), default=512, show_default=True, help="Tokens per record."
+)
+@seed_option
+@as_json
+def graft(
+    model: str, background: str, out: Path, retrofit: str, layers: list[int] | None, max_length: int,
+    seed: int, as_json: bool, **memory: int,
+) -> None:  # fmt: skip
+    """Give MODEL a memory that general text has set up, as a new adapter; its answers stay what they were."""
+    from . import folders
+
+    folders.refuse_existing(out)
+    config = {"layers_to_transform": layers, **memory}
+    made = folders.graft(model, background, out, seed=seed, max_length=max_length, memory=config)
+    if as_json:
+        click.echo(json.dumps(made))
+        return
+    for name, layer in made["layers"].items():
+        click.echo(
+            f"{name}: {layer['slots']:,} slots, {layer['used']:.0%} in use, entropy {layer['entropy']:.2f}"
+        )
+    click.echo(f"adapter: {out} (calibrated on {made['tokens']:,} tokens)")
+
+
+@main.command()
+@click.argument("model", metavar="MODEL|ADAPTER")
+@click.option("--data", required=True, metavar="FILE|hub:NAME", help="What to teach.")
+@out_folder
+@click.option("--method", type=click.Choice(METHODS), default="smf", show_default=True)
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run into the same folder.")
+@click.option(
+    "--lr", type=click.FloatRange(0, min_open=True), help="Learning rate; the method's own by default."
+)
+@click.option("--epochs", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--max-steps", type=click.IntRange(1), help="Overrides --epochs.")
+@click.option("--stop-loss", type=float, help="Stop when an epoch's mean loss is below.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--gradient-accumulation-steps", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--max-length", type=click.IntRange(2), help="Tokens per record; the model's context by default."
+)
+@click.option("--loss-on", type=click.Choice(["completion", "all"]), default="completion", show_default=True)
+@click.option(
+    "--top-t", type=int, default=512, show_default=True, help="Rows that a step may change in a layer."
+)
+@click.option(
+    "--rule", type=click.Choice(RULES), default="grad", show_default=True, help="Which rows these are."
+)
+@seed_option
+@as_json
+def train(model: str, data: str, out: Path, method: str, resume: bool, as_json: bool, **options: Any) -> None:
+    """Teach MODEL or ADAPTER what the data says; sparse memory needs an adapter that graft made."""
+    from . import folders
+
+    try:
+        metrics = folders.train(model, data, out, method=method, resume=resume, options=options)
+    except KeyboardInterrupt:
+        _progress(f"\nstopped; --resume goes on with {out} from the last checkpoint")
+        raise SystemExit(130) from None
+    if as_json:
+        click.echo(json.dumps(metrics))
+        return
+    cut = f", {metrics['truncated']} records truncated" if metrics["truncated"] else ""
+    done = f"{metrics['steps']} steps, loss {metrics['loss']:.3f}, {metrics['seconds']:.0f} s{cut}"
+    click.echo(f"{method}: {out} ({done})")
+
+
+@main.command("eval")
+@click.argument("model", metavar="MODEL|ADAPTER")
+@click.option("--task", type=click.Choice(TASKS), required=True)
+@click.option(
+    "--data", type=click.Path(), metavar="FILE", help="The task's items; a benchmark's from the Hub."
+)
+@click.option("--limit", type=click.IntRange(1), help="At most so many items; of a text, paragraphs.")
+@as_json
+def evaluate(model: str, task: str, data: str | None, limit: int | None, as_json: bool) -> None:
+    """Read off what MODEL or ADAPTER knows: recall, multiple choice by likelihood, or perplexity."""
+    from .tasks import evaluate, read_items
+
+    items = read_items(task, data, limit=limit)
+    from .models import load
+
+    metrics, n = evaluate(*load(model), task, items=items)
+    if as_json:
+        click.echo(json.dumps({"task": task, "metrics": metrics, "n": n, "model": model}))
+        return
+    unit = "tokens" if isinstance(items, str) else "items"
+    click.echo(
+        f"{task}: {', '.join(f'{name} {value:.4f}' for name, value in metrics.items())} ({n:,} {unit})"
+    )
+
+
+@main.group()
+def patch() -> None:
+    """Row patches: what a finetuning run did to an adapter, as a file to apply and to take back."""
+
+
+patch_file = click.argument("patch_file", metavar="PATCH", type=click.Path(path_type=Path))
+adapter_folder = click.argument("adapter", type=click.Path(path_type=Path))
+out_copy = click.option("--out", type=click.Path(path_type=Path), help="New folder; in place by default.")
+
+
+@patch.command("show")
+@patch_file
+@as_json
+def show_patch(patch_file: Path, as_json: bool) -> None:
+    """Say what a patch changes."""
+    from .folders import describe_patch
+    from .patch import RowPatch
+
+    _show_patch(describe_patch(RowPatch.load(patch_file)), as_json)
+
+
+@patch.command("diff")
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New patch file.")
+@as_json
+def diff_patch(before: Path, after: Path, out: Path, as_json: bool) -> None:
+    """Save what changed between two adapter folders, BEFORE and AFTER training."""
+    from .folders import diff_adapters
+
+    _show_patch(diff_adapters(before, after, out), as_json)
+
+
+@patch.command("apply")
+@adapter_folder
+@patch_file
+@out_copy
+@as_json
+def apply_patch(adapter: Path, patch_file: Path, out: Path | None, as_json: bool) -> None:
+    """Write a patch's rows and scope into ADAPTER."""
+    from .folders import move_patch
+
+    _show_patch(move_patch(adapter, patch_file, out, forward=True), as_json)
+
+
+@patch.command("revert")
+@adapter_folder
+@patch_file
+@out_copy
+@as_json
+def revert_patch(adapter: Path, patch_file: Path, out: Path | None, as_json: bool) -> None:
+    """Take a patch back out of ADAPTER, to the byte."""
+    from .folders import move_patch
+
+    _show_patch(move_patch(adapter, patch_file, out, forward=False), as_json)
+
+
+def _show_patch(described: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(described))
+        return
+    for name, layer in described["layers"].items():
+        change = f"{layer['rows']} rows, largest change {layer['largest_change']:.3g}"
+        click.echo(f"{name}: {change}, {layer['centres']} centres of scope")
+    for key, value in described["info"].items():
+        click.echo(f"{key}: {value}")
+    for key in ("base", "out"):
+        if key in described:
+            click.echo(f"{key}: {described[key]}")
+
+
+@main.command()
+@click.argument("model", metavar="MODEL|ADAPTER")
+@click.option("--show-scope", is_flag=True, help="Say after each answer how far the input was in scope.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True)
+def chat(model: str, show_scope: bool, max_new_tokens: int) -> None:
+    """Talk to MODEL or ADAPTER in the terminal; /exit, Ctrl-D or Ctrl-C ends it."""
+    from .chat import converse
+    from .models import load
+    from .tuner import memory_layers
+
+    loaded, tokenizer = load(model)
+    if show_scope:
+        memory_layers(loaded)
+    write = partial(click.echo, nl=False)
+    try:
+        converse(loaded, tokenizer, _lines(), write, show_scope=show_scope, max_new_tokens=max_new_tokens)
+    except KeyboardInterrupt:
+        click.echo()
+
+
+def _lines() -> Iterator[str]:
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            click.echo()
+            return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""How much memory a piece of work takes."""
+
+import ctypes
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+INTERVAL = 0.02
+
+
+@dataclass
+class Peak:
+    """Bytes by which memory grew at its highest; known once the block is left."""
+
+    peak_bytes: int = 0
+
+
+@contextmanager
+def peak_memory(model: torch.nn.Module) -> Iterator[Peak]:
+    """Measure by how much memory grows within the block: the GPU's if the model is there, else the process's.
+
+    The resident set is sampled every INTERVAL seconds, from a start at which what earlier work has freed is
+    given back and the weights are read in.
+    """
+    peak = Peak()
+    if next(model.parameters()).is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield peak
+        peak.peak_bytes = torch.cuda.max_memory_allocated() - before
+        return
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    for parameter in model.parameters():
+        parameter.detach().sum()
+    process, done = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def sample() -> None:
+        while not done.wait(INTERVAL):
+            peak.peak_bytes = max(peak.peak_bytes, process.memory_info().rss - before)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        sampler.join()

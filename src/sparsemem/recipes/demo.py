@@ -1,0 +1,258 @@
+"""The demo: teach a model an invented handbook by every method to equal loss, and see what it forgets.
+
+Choices:
+- Every method gets the same records, batches and stopping loss, and the learning rate of its own sweep.
+- What a model knew is counted over those general questions that the base answers rightly.
+- `seconds` and `peak_bytes` are `finetune`'s: preparing and training, probes left out.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..compare import BASE, Recipe
+from .questions import background_records, general_items, prose, recall_items, training_records
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How every method is taught; each has the learning rate that forgets least at recall 0.95."""
+
+    stop_loss: float = 0.05
+    max_epochs: int = 20
+    batch_size: int = 8
+    lr: Mapping[str, float] = field(
+        default_factory=lambda: {"smf": 0.6, "smf-open": 0.3, "lora": 3e-4, "full": 5e-5}
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The sparse memory, and the prose in its background; layers None: three late ones."""
+
+    layers: tuple[int, ...] | None = None
+    num_keys: int = 32
+    num_heads: int = 4
+    top_k: int = 8
+    key_dim: int = 64
+    top_t: int = 512
+    rule: str = "grad"
+    prose_tokens: int = 4096
+    prose_piece_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class Probing:
+    """What is read and how long answers may be."""
+
+    prose_tokens: int = 3000
+    max_new_tokens: int = 12
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """The demo's numbers, all of them; a finished run is refused once one that it depends on has changed."""
+
+    model: str = "smollm2"
+    teaching: Teaching = Teaching()
+    memory: Memory = Memory()
+    probing: Probing = Probing()
+
+
+METHODS = (BASE, "smf", "lora", "full")
+_MEMORY_METHODS = ("smf", "smf-open")
+_ABOUT = (
+    "A language model was taught an invented handbook: 40 facts (capitals, people, dates, remedies and "
+    "others), each in three phrasings. Every method stopped at the same training loss. Then each model was "
+    "asked the facts again, in the taught words and in new ones, general questions of the same form, "
+    "and was given prose to read."
+)
+# seconds on two idle cores, for the time left
+_STAGES = {"load the model": 3, "ask what was taught": 15, "ask what it knew": 15, "read prose": 20}
+_TEACHING_SECONDS = {"smf": 120, "smf-open": 120, "lora": 110, "full": 120}
+_NUM_EXAMPLES = 3
+
+
+def recipe(
+    *, model: str | None = None, data_dir: Path | None = None, settings: DemoSettings | None = None
+) -> Recipe:
+    """The demo as `compare` runs it, by default on SmolLM2-135M-Instruct.
+
+    Raises:
+        ValueError: for a `data_dir`, since the demo brings its own data.
+    """
+    if data_dir is not None:
+        raise ValueError(f"the demo brings its own data, but data_dir is {str(data_dir)!r}; leave it out")
+    chosen = settings or DemoSettings()
+    chosen = replace(chosen, model=model or chosen.model)
+    return Recipe(
+        name="demo",
+        model=chosen.model,
+        about=_ABOUT,
+        methods=(*METHODS, "smf-open"),
+        settings=lambda method, _seed: method_settings(chosen, method),
+        run=lambda method, seed, base, stage: run(chosen, method, seed, base, stage),
+        stages=stages,
+    )
+
+
+def method_settings(settings: DemoSettings, method: str) -> dict[str, Any]:
+    """The settings that decide this method's outcome: tuning one method leaves the others' runs valid."""
+    kept: dict[str, Any] = {"probing": asdict(settings.probing)}
+    if method != BASE:
+        teaching = asdict(settings.teaching)
+        kept["teaching"] = {**teaching, "lr": teaching["lr"][method]}
+    if method in _MEMORY_METHODS:
+        kept["memory"] = asdict(settings.memory)
+    asked = [recall_items("train"), recall_items("heldout"), general_items()]
+    return {**kept, "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}
+
+
+def stages(method: str) -> dict[str, float]:
+    """Stages of one run with their expected seconds."""
+    load, *probes = _STAGES.items()
+    return dict([load, *([] if method == BASE else [("teach", _TEACHING_SECONDS[method])]), *probes])
+
+
+def run(
+    settings: DemoSettings,
+    method: str,
+    seed: int | None,
+    base: dict[str, Any] | None,
+    stage: Callable[[str], None],
+) -> dict[str, Any]:
+    """Teach the model by one method (none for the base) and probe it."""
+    from ..models import load_base
+    from ..probes import perplexity, recall
+
+    stage("load the model")
+    model, tokenizer = load_base(settings.model)
+    costs: dict[str, Any] = {"loss": None, "steps": 0, "seconds": 0.0, "trained_params": 0, "peak_bytes": 0}
+    if method != BASE:
+        stage("teach")
+        model, costs = teach(settings, method, seed or 0, model, tokenizer)
+
+    stage("ask what was taught")
+    asked = {"train": recall_items("train"), "heldout": recall_items("heldout"), "general": general_items()}
+    answers = {
+        name: recall(model, tokenizer, asked[name], max_new_tokens=settings.probing.max_new_tokens)
+        for name in ("train", "heldout")
+    }
+    stage("ask what it knew")
+    answers["general"] = recall(
+        model, tokenizer, asked["general"], max_new_tokens=settings.probing.max_new_tokens
+    )
+    known = answers["general"].correct if base is None else base["known"]
+
+    stage("read prose")
+    probe = _tokens(tokenizer, prose()[1], settings.probing.prose_tokens)
+    row = {
+        "recall_train": answers["train"].share,
+        "recall_heldout": answers["heldout"].share,
+        "knowledge": _share(
+            right for right, was in zip(answers["general"].correct, known, strict=True) if was
+        ),
+        "knowledge_total": answers["general"].share,
+        "num_known": sum(known),
+        "perplexity": perplexity(model, probe),
+        **_drift(settings, method, model, tokenizer, probe),
+        **costs,
+    }
+    told = {
+        name: [
+            {"question": item["question"], "expected": item["answer"], "answer": text, "right": right}
+            for item, text, right in zip(asked[name], given.texts, given.correct, strict=True)
+        ]
+        for name, given in answers.items()
+    }
+    return {"row": row, "known": known, "examples": examples(told, known), "answers": told}
+
+
+def teach(
+    settings: DemoSettings, method: str, seed: int, model: Any, tokenizer: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The taught model, and what teaching cost."""
+    from ..train import finetune
+
+    teaching, options = settings.teaching, {}
+    if method in _MEMORY_METHODS:
+        model = _with_memory(settings.memory, model)
+        background = _background(settings, seed, tokenizer)
+        options = {"background": background, "top_t": settings.memory.top_t, "rule": settings.memory.rule}
+    done = finetune(
+        model,
+        training_records(),
+        method,
+        tokenizer=tokenizer,
+        lr=teaching.lr[method],
+        epochs=teaching.max_epochs,
+        batch_size=teaching.batch_size,
+        stop_loss=teaching.stop_loss,
+        seed=seed,
+        **options,
+    )
+    costs = ("loss", "steps", "seconds", "trained_params", "peak_bytes")
+    return done.model, {name: getattr(done, name) for name in costs}
+
+
+def examples(told: dict[str, list[dict[str, Any]]], known: list[bool]) -> list[dict[str, Any]]:
+    """Questions to show: reworded taught ones, and general ones that the base knows, in turn."""
+    general = [answer for answer, was in zip(told["general"], known, strict=True) if was]
+    pairs = zip(_spread(told["heldout"]), _spread(general or told["general"]), strict=True)
+    return [answer for pair in pairs for answer in pair]
+
+
+def _drift(settings: DemoSettings, method: str, model: Any, tokenizer: Any, probe: Any) -> dict[str, float]:
+    from ..models import load_base
+    from ..probes import drift, exposure
+
+    if method == BASE:
+        return {"drift": 0.0}
+    untouched = load_base(settings.model)[0] if method == "full" else None
+    figures = {"drift": drift(model, untouched, probe)}
+    if method in _MEMORY_METHODS:
+        pieces = probe.split(settings.memory.prose_piece_tokens)
+        figures["exposure"] = exposure(model, [tokenizer.decode(piece) for piece in pieces], tokenizer)
+    return figures
+
+
+def _with_memory(memory: Memory, model: Any) -> Any:
+    from peft import get_peft_model
+
+    from .. import SparseMemoryConfig
+
+    config = SparseMemoryConfig(
+        layers_to_transform=None if memory.layers is None else list(memory.layers),
+        num_keys=memory.num_keys,
+        num_heads=memory.num_heads,
+        top_k=memory.top_k,
+        key_dim=memory.key_dim,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def _background(settings: DemoSettings, seed: int, tokenizer: Any) -> list[Any]:
+    """Chats that no probe asks, and pieces of the prose that no probe reads."""
+    ids = _tokens(tokenizer, prose()[0], settings.memory.prose_tokens)
+    return [*background_records(seed), *map(tokenizer.decode, ids.split(settings.memory.prose_piece_tokens))]
+
+
+def _tokens(tokenizer: Any, text: str, num_tokens: int) -> Any:
+    import torch
+
+    # more text than these tokens can be made of, and not so much that tokenizing it takes long
+    return torch.tensor(tokenizer(text[: 8 * num_tokens], add_special_tokens=False).input_ids[:num_tokens])
+
+
+def _share(right: Iterable[bool]) -> float:
+    values = list(right)
+    return sum(values) / len(values) if values else 0.0
+
+
+def _spread(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`_NUM_EXAMPLES` of the items, from end to end."""
+    return [items[i * (len(items) - 1) // (_NUM_EXAMPLES - 1)] for i in range(_NUM_EXAMPLES)]

@@ -1,0 +1,65 @@
+"""A small byte-level tokenizer with a chat template, and tiny random models that go with it."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Bytes and two special tokens; chat template as SmolLM2's, without a system message."""
+    return make_tokenizer(CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer():
+    """The same without a chat template."""
+    return make_tokenizer(None)
+
+
+@pytest.fixture
+def tiny_llama(tokenizer):
+    """A factory of Llama models of four layers, random by seed."""
+
+    def make(seed=0, **config):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+        settings = sizes | {"num_key_value_heads": 2, "max_position_embeddings": 256} | config
+        ids = {
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+        }
+        return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **settings, **ids)).eval()
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums in one order, whatever the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_tokenizer(chat_template):
+    specials = ["<|im_end|>", "<|im_start|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({piece: index for index, piece in enumerate(specials + letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=specials[0],
+        pad_token=specials[0],
+        additional_special_tokens=specials[1:],
+        chat_template=chat_template,
+    )

@@ -1,0 +1,185 @@
+import logging
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from sparsemem import Background, SparseMemoryConfig, calibrate, clear_scope, count_accesses, memory_layers, set_scope
+from sparsemem.access import layer_inputs
+from sparsemem.calibration import addressing_report
+
+SMALL = {"task_type": "CAUSAL_LM", "num_keys": 6, "num_heads": 2, "top_k": 3, "key_dim": 8, "max_centres": 64}
+
+
+def batch(seed=0, rows=6, length=12, labels=True):
+    """Right-padded, the answers being each row's last three tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 250, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, -4:] = 0
+    out = {"input_ids": ids, "attention_mask": mask}
+    if labels:
+        out["labels"] = torch.full_like(ids, -100)
+        out["labels"][:, 5:8] = ids[:, 5:8]
+    return out
+
+
+@pytest.fixture
+def model(tiny_llama):
+    torch.manual_seed(0)
+    return get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
+
+
+@pytest.fixture
+def background(model):
+    return calibrate(model, [batch(seed) for seed in range(8)])
+
+
+def test_calibrate_is_deterministic_by_seed(tiny_llama):
+    runs = []
+    for seed in (0, 0, 1):
+        model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
+        calibrate(model, [batch(s) for s in range(4)], seed=seed)
+        runs.append([memory.keys.clone() for memory in memory_layers(model).values()])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
+
+
+def test_statistics_do_not_depend_on_how_the_corpus_is_batched(model):
+    whole = batch(3, rows=8)
+    parts = [{key: value[i : i + 2] for key, value in whole.items()} for i in range(0, 8, 2)]
+    one, four = calibrate(model, [whole]), calibrate(model, parts)
+    for name in memory_layers(model):
+        torch.testing.assert_close(one[name].mean, four[name].mean, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(one[name].covariance, four[name].covariance, rtol=1e-4, atol=1e-7)
+        assert one[name].num_states == four[name].num_states == int(whole["attention_mask"].sum())
+
+
+def test_counts_are_the_reads_of_unpadded_tokens(model, background):
+    for name, memory in memory_layers(model).items():
+        tokens = sum(int(batch(seed)["attention_mask"].sum()) for seed in range(8))
+        assert int(background[name].counts.sum()) == tokens * memory.num_heads * memory.top_k
+        assert int(background[name].df.max()) <= background[name].num_batches == 8
+        again = count_accesses(model, [batch(seed) for seed in range(8)])
+        assert torch.equal(background[name].counts, again[name].counts)
+
+
+def test_counting_ignores_left_padding_too(model, background):
+    right = batch(1)
+    left = {
+        "input_ids": torch.roll(right["input_ids"][:1], 4, 1),
+        "attention_mask": torch.roll(right["attention_mask"][:1], 4, 1),
+    }
+    for name, layer in count_accesses(model, [left]).layers.items():
+        memory = memory_layers(model)[name]
+        assert int(layer.counts.sum()) == 8 * memory.num_heads * memory.top_k
+
+
+def test_an_iterator_is_refused(model):
+    with pytest.raises(ValueError, match="can be read only once"):
+        calibrate(model, (batch(s) for s in range(3)))
+    with pytest.raises(ValueError, match="is empty"):
+        calibrate(model, [])
+
+
+def test_collapse_is_warned_about(tiny_llama, caplog):
+    model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL | {"num_keys": 32}))
+    one = batch(0, rows=1)
+    with caplog.at_level(logging.WARNING):
+        background = calibrate(model, [one])
+    assert "collapsed" in caplog.text
+    report = addressing_report(next(iter(background.layers.values())))
+    assert report["used"] < 0.5
+
+
+def test_scope_holds_the_training_positions_and_is_cleared(model, background):
+    data = batch(50)
+    set_scope(model, [data], background)
+    positions = 3 * 6
+    for memory in memory_layers(model).values():
+        assert int(memory.scope_size) == positions
+        assert memory.scope_centres[:positions].norm(dim=-1).sub(1).abs().max() < 1e-5
+        assert not memory.scope_centres[positions:].any()
+        assert (memory.scope_lo[:positions] < memory.scope_hi[:positions]).all()
+    clear_scope(model)
+    assert not any(memory.has_scope or memory.scope_centres.any() for memory in memory_layers(model).values())
+
+
+def test_taught_states_are_in_scope(model, background):
+    data = batch(50)
+    set_scope(model, [data], background)
+    seen = {}
+    for name, memory in memory_layers(model).items():
+        memory.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
+    model(input_ids=data["input_ids"], attention_mask=data["attention_mask"])
+    for name, memory in memory_layers(model).items():
+        g = memory.relevance(seen[name].flatten(0, 1)).view(6, 12)
+        assert (g[:, 4:7] > 0.5).float().mean() > 0.8
+
+
+def test_scope_is_bounded_by_max_centres(tiny_llama):
+    model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL | {"max_centres": 10}))
+    background = calibrate(model, [batch(seed) for seed in range(4)])
+    set_scope(model, [batch(50)], background)
+    assert all(int(memory.scope_size) == 10 for memory in memory_layers(model).values())
+    with pytest.raises(ValueError, match="max_centres=10"):
+        set_scope(model, [batch(51)], background, extend=True)
+
+
+def test_extending_keeps_the_first_scope(model, background):
+    set_scope(model, [batch(50)], background)
+    before = [m.scope_centres[:18].clone() for m in memory_layers(model).values()]
+    set_scope(model, [batch(51)], background, extend=True)
+    for old, memory in zip(before, memory_layers(model).values(), strict=True):
+        assert int(memory.scope_size) == 36
+        assert torch.equal(memory.scope_centres[:18], old)
+
+
+def test_scope_needs_labels_states_and_a_supervised_position(model, background):
+    with pytest.raises(ValueError, match="no 'labels'"):
+        set_scope(model, [batch(labels=False)], background)
+    nothing = batch()
+    nothing["labels"][:] = -100
+    with pytest.raises(ValueError, match="no position is supervised"):
+        set_scope(model, [nothing], background)
+    with pytest.raises(ValueError, match="holds only counts"):
+        set_scope(model, [batch()], count_accesses(model, [batch()]))
+
+
+def test_background_saves_loads_and_merges(model, background, tmp_path):
+    background.save(tmp_path / "background.safetensors")
+    loaded = Background.load(tmp_path / "background.safetensors")
+    assert loaded.corpus == background.corpus
+    for name, layer in background.layers.items():
+        for key in ("counts", "df", "mean", "covariance", "sample", "starts"):
+            assert torch.equal(getattr(layer, key), getattr(loaded[name], key))
+        assert layer.addressing == loaded[name].addressing
+
+    other = count_accesses(model, [batch(99)])
+    merged = background.merge(other)
+    for name in background.layers:
+        assert torch.equal(merged[name].counts, background[name].counts + other[name].counts)
+        assert merged[name].num_batches == 9
+    calibrate(model, [batch(7)], seed=5)
+    with pytest.raises(ValueError, match="another addressing"):
+        background.merge(count_accesses(model, [batch(1)]))
+
+
+def test_merged_statistics_are_those_of_both_corpora(model, background):
+    # the addressing is the same, so that two halves can be merged
+    halves = []
+    for seeds in (range(4), range(4, 8)):
+        states = {name: [] for name in memory_layers(model)}
+        for _, inputs in layer_inputs(model, [batch(s) for s in seeds]):
+            for name, x in inputs.items():
+                states[name].append(x.double())
+        half = count_accesses(model, [batch(s) for s in seeds])
+        for name, x in states.items():
+            x = torch.cat(x)
+            half[name].mean, half[name].covariance, half[name].num_states = x.mean(0), x.T.cov(), len(x)
+            half[name].sample = half[name].starts = x.float()
+        halves.append(half)
+    merged = halves[0].merge(halves[1])
+    for name, layer in background.layers.items():
+        torch.testing.assert_close(merged[name].mean, layer.mean, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(merged[name].covariance, layer.covariance, rtol=1e-4, atol=1e-7)

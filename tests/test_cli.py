@@ -1,0 +1,438 @@
+"""The command line from outside: exit status, what is on stdout, and what lies in the folders afterwards."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparsemem.cli import METHODS, RULES, TASKS, main
+from sparsemem.compare import Recipe
+
+GENERAL = [
+    {"text": "The quick brown fox jumps over the lazy dog."},
+    {"text": "Prose is made of sentences."},
+] * 3
+TAUGHT = [
+    {"prompt": "What is the capital of Velmora?", "completion": "Tarsipol"},
+    {"prompt": "Who rules Velmora?", "completion": "Queen Ada"},
+]
+QUESTIONS = [{"question": "What is it?", "answer": "zyx"}, {"question": "Who?", "answers": ["zyx", "xyz"]}]
+CHOICES = [{"question": "Which?", "choices": ["a", "b"], "answer": 1}]
+ALIASES = [{"question": "Who?", "answer": {"aliases": ["zyx"], "value": "zyx"}}]
+MEDMCQA = [{"question": "Which?", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 2, "exp": None}]
+PROSE = [{"text": "A line of prose."}, {"text": " \n"}, {"text": "Another one."}]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def done(*arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def process(*arguments, **options):
+    command = [sys.executable, "-m", "sparsemem.cli", *map(str, arguments)]
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, **options)
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def weights(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, tokenizer):
+    """Folder of a random Llama of four layers."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    tokens = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    LlamaForCausalLM(LlamaConfig(max_position_embeddings=256, **sizes, **tokens)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_lines(folder / "general.jsonl", GENERAL)
+    write_lines(folder / "taught.jsonl", TAUGHT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grafted(tiny, data):
+    out = tiny.parent / "grafted"
+    done("graft", tiny, "--background", data / "general.jsonl", "--out", out, "--num-keys", 8)
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(grafted, data):
+    out = grafted.parent / "trained"
+    done("train", grafted, "--data", data / "taught.jsonl", "--out", out, "--max-steps", 4)
+    return out
+
+
+def test_help_is_there_without_torch():
+    code = "import sys, sparsemem.cli; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)
+    with process("--help", stdout=subprocess.PIPE) as running:
+        text = running.communicate()[0]
+    assert running.returncode == 0
+    for command in ("demo", "graft", "train", "eval", "compare", "report", "patch", "chat"):
+        assert f"\n  {command} " in text
+
+
+def test_choices_are_those_of_the_library():
+    from sparsemem.methods import METHODS as methods
+    from sparsemem.selection import RULES as rules
+    from sparsemem.tasks import TASKS as tasks
+
+    assert (set(METHODS), set(TASKS), set(RULES)) == (set(methods), set(tasks), set(rules))
+
+
+def test_graft_makes_an_adapter_that_changes_nothing(tiny, grafted):
+    from sparsemem.models import load
+
+    assert {"adapter_config.json", "background.safetensors", "tokenizer.json"} <= {
+        p.name for p in grafted.iterdir()
+    }
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        logits = [load(str(folder))[0](input_ids=ids).logits for folder in (tiny, grafted)]
+    assert torch.equal(*logits)
+    assert json.loads((grafted / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny)
+
+
+def test_train_writes_adapter_background_patch_and_metrics(trained, data):
+    names = {p.name for p in trained.iterdir()}
+    assert {"adapter_config.json", "background.safetensors", "patch.safetensors", "tokenizer.json"} <= names
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["steps"] == 4
+    assert metrics["settings"]["data"] == str(data / "taught.jsonl")
+    assert sorted(p.name for p in trained.parent.iterdir() if p.name.startswith((".", "trained"))) == [
+        "trained"
+    ]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_train_a_raw_model(tiny, data, tmp_path, method):
+    out = tmp_path / method
+    options = ("--method", method, "--max-steps", 2, "--json")
+    text = done("train", tiny, "--data", data / "taught.jsonl", "--out", out, *options)
+    assert json.loads(text)["steps"] == 2
+    assert (out / ("adapter_config.json" if method == "lora" else "config.json")).exists()
+    answers = done(
+        "eval", out, "--task", "recall", "--data", write_lines(tmp_path / "q.jsonl", QUESTIONS), "--json"
+    )
+    assert json.loads(answers) == {"task": "recall", "metrics": {"recall": 0.0}, "n": 2, "model": str(out)}
+
+
+def test_patch_revert_and_apply_give_the_bytes_back(grafted, trained, tmp_path):
+    patch, back = trained / "patch.safetensors", tmp_path / "back"
+    shown = json.loads(done("patch", "show", patch, "--json"))
+    assert sum(layer["rows"] for layer in shown["layers"].values()) > 0
+    assert shown["info"]["method"] == "smf"
+    done("patch", "revert", trained, patch, "--out", back)
+    assert weights(back) == weights(grafted)
+    done("patch", "apply", back, patch)
+    assert weights(back) == weights(trained)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back"]
+    done("patch", "diff", grafted, trained, "--out", tmp_path / "p.safetensors")
+    again = json.loads(done("patch", "show", tmp_path / "p.safetensors", "--json"))
+    assert again["layers"] == shown["layers"]
+
+
+@pytest.mark.parametrize(
+    ("task", "items", "metrics", "n"),
+    [
+        ("recall", QUESTIONS, {"recall"}, 2),
+        ("triviaqa", ALIASES, {"recall"}, 1),
+        ("multiple-choice", CHOICES * 3, {"acc_sum", "acc_mean"}, 3),
+        ("medmcqa", MEDMCQA, {"acc_sum", "acc_mean"}, 1),
+        ("wikitext", PROSE, {"perplexity"}, None),
+        ("perplexity", PROSE, {"perplexity"}, None),
+    ],
+)
+def test_eval_prints_one_json_object(trained, tmp_path, task, items, metrics, n):
+    file = write_lines(tmp_path / "items.jsonl", items)
+    result = json.loads(done("eval", trained, "--task", task, "--data", file, "--json"))
+    assert (result["task"], set(result["metrics"]), result["model"]) == (task, metrics, str(trained))
+    assert n is None or result["n"] == n
+
+
+def test_eval_reads_plain_text_and_keeps_to_a_limit(tiny, tmp_path):
+    (tmp_path / "book.txt").write_text("One paragraph.\n\nAnother one, rather longer.\n")
+    whole, first = (
+        json.loads(
+            done("eval", tiny, "--task", "wikitext", "--data", tmp_path / "book.txt", "--json", *limit)
+        )
+        for limit in ((), ("--limit", 1))
+    )
+    assert whole["n"] > first["n"] > 0
+    file = write_lines(tmp_path / "items.jsonl", QUESTIONS)
+    assert (
+        json.loads(done("eval", tiny, "--task", "recall", "--data", file, "--limit", 1, "--json"))["n"] == 1
+    )
+
+
+def test_eval_prints_a_line_for_readers(tiny, tmp_path):
+    file = write_lines(tmp_path / "items.jsonl", QUESTIONS)
+    assert done("eval", tiny, "--task", "recall", "--data", file) == "recall: recall 0.0000 (2 items)\n"
+
+
+def test_eval_says_when_the_hub_cannot_be_reached(tiny, monkeypatch):
+    def unreachable(*_args, **_kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    result = invoke("eval", tiny, "--task", "medmcqa")
+    assert result.exit_code == 2
+    assert "cannot be loaded from the Hub (no network); name a file" in result.stderr
+
+
+BAD = {
+    "no model": ("train ./nowhere --data taught --out OUT --method lora", "is not a folder"),
+    "no data": ("train TINY --data nothing.jsonl --out OUT --method lora", "nothing.jsonl"),
+    "broken line": (
+        "train TINY --data broken --out OUT --method lora",
+        "broken.jsonl, line 2: not valid JSON",
+    ),
+    "empty": ("train TINY --data empty --out OUT --method lora", "data is empty"),
+    "mixed": ("train TINY --data mixed --out OUT --method lora", "mixed.jsonl, line 7"),
+    "no memory": ("train TINY --data taught --out OUT", "sparsemem graft"),
+    "other method": ("train GRAFTED --data taught --out OUT --method lora", "adapter"),
+    "method": ("train TINY --data taught --out OUT --method dora", "'dora' is not one of"),
+    "rule": ("train GRAFTED --data taught --out OUT --rule best", "'best' is not one of"),
+    "top_t": ("train GRAFTED --data taught --out OUT --top-t 0", "top_t"),
+    "epochs": ("train GRAFTED --data taught --out OUT --epochs 0", "--epochs"),
+    "layer": ("graft TINY --background general --out OUT --layers 1,9", "layers_to_transform=[1, 9]"),
+    "layers": ("graft TINY --background general --out OUT --layers 1,x", "whole numbers"),
+    "num_keys": ("graft TINY --background general --out OUT --num-keys 1", "num_keys=1"),
+    "two problems": ("graft TINY --background general --out OUT --num-keys 1 --top-k 0", "top_k=0"),
+    "background": ("graft TINY --background empty --out OUT", "data is empty"),
+    "task": ("eval TINY --task chess", "'chess' is not one of"),
+    "task data": ("eval TINY --task recall", "needs data"),
+    "task form": ("eval TINY --task recall --data taught", "taught.jsonl, line 1: not an item"),
+    "choice form": ("eval TINY --task medmcqa --data taught", "taught.jsonl, line 1: not an item"),
+    "text form": ("eval TINY --task wikitext --data taught", "record without text"),
+    "empty items": ("eval TINY --task recall --data empty", "data is empty"),
+    "seeds": ("compare demo --seeds 1,two --out OUT", "whole numbers"),
+    "recipe": ("compare cake --out OUT", "'cake' is not 'demo'"),
+    "recipe data": ("compare demo --data-dir . --out OUT", "brings its own data"),
+    "recipe method": ("compare demo --methods smf,dora --out OUT", "'dora' is unknown"),
+    "report": ("report OUT", "holds no results.json"),
+    "patch": ("patch show taught", "taught.jsonl"),
+    "no adapter": ("patch revert TINY PATCH --out OUT", "no adapter_config.json"),
+    "applied already": ("patch apply TRAINED PATCH --out OUT", "rows of"),
+    "scope": ("chat TINY --show-scope", "no active sparse memory"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(name, tiny, grafted, trained, data, tmp_path):
+    words, expected = BAD[name]
+    files = {"taught": TAUGHT, "general": GENERAL, "empty": [], "mixed": [*GENERAL, *TAUGHT]}
+    paths = {file: str(write_lines(tmp_path / f"{file}.jsonl", records)) for file, records in files.items()}
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    paths |= {"broken": str(tmp_path / "broken.jsonl"), "OUT": str(tmp_path / "out")}
+    paths |= {"TINY": str(tiny), "GRAFTED": str(grafted), "TRAINED": str(trained)}
+    paths["PATCH"] = str(trained / "patch.safetensors")
+    result = invoke(*(paths.get(word, word) for word in words.split()))
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    sentence = result.stderr.strip().splitlines()[-1]
+    assert sentence.lower().startswith("error: ")
+    assert expected in sentence
+    assert {p.name for p in tmp_path.iterdir()} == {f"{file}.jsonl" for file in (*files, "broken")}
+
+
+@pytest.mark.parametrize("command", ["graft", "train"])
+def test_a_folder_with_something_in_it_is_refused(command, tiny, data, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    option = "--background" if command == "graft" else "--data"
+    result = invoke(command, tiny, option, data / "general.jsonl", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "exists and is not empty" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_adapter_for_another_base_is_refused(tiny, trained, tmp_path):
+    other = tmp_path / "other"
+    LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=16, num_attention_heads=2)).save_pretrained(
+        other
+    )
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny / file, other)
+    adapter = shutil.copytree(trained, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(other)})
+    )
+    result = invoke(
+        "eval", adapter, "--task", "recall", "--data", write_lines(tmp_path / "q.jsonl", QUESTIONS)
+    )
+    assert result.exit_code == 2
+    assert "does not fit the base model" in result.stderr
+
+
+def test_a_background_of_another_memory_is_refused(tiny, grafted, data, tmp_path):
+    done("graft", tiny, "--background", data / "general.jsonl", "--out", tmp_path / "other", "--seed", 1)
+    adapter = shutil.copytree(grafted, tmp_path / "adapter")
+    shutil.copy(tmp_path / "other" / "background.safetensors", adapter)
+    result = invoke("train", adapter, "--data", data / "taught.jsonl", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "background" in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_finished_run_resumes_to_itself_and_to_nothing_else(trained, grafted, data):
+    same = ("train", grafted, "--data", data / "taught.jsonl", "--out", trained, "--resume")
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert json.loads(done(*same, "--max-steps", 4, "--json")) == metrics
+    result = invoke(*same, "--max-steps", 5)
+    assert result.exit_code == 2
+    assert "max_steps 4 there, 5 now" in result.stderr
+
+
+def wait_for(condition, running, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        assert running.poll() is None
+        time.sleep(0.02)
+
+
+def test_an_interrupted_run_is_resumed(grafted, data, tmp_path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    command = ("train", grafted, "--data", data / "taught.jsonl", "--out", out, "--epochs", 40)
+    with process(*command, "--gradient-accumulation-steps", 1, stderr=subprocess.PIPE) as running:
+        wait_for(lambda: any(partial.glob("checkpoint-*/trainer_state.json")), running)
+        running.send_signal(signal.SIGINT)
+        stderr = running.communicate()[1]
+    assert running.returncode == 130
+    assert "--resume goes on" in stderr
+    assert "Traceback" not in stderr
+    assert not out.exists()
+    refused = invoke(*command)
+    assert refused.exit_code == 2
+    assert "add --resume" in refused.stderr
+    other = invoke(*command, "--resume", "--seed", 1)
+    assert other.exit_code == 2
+    assert "seed 0 there, 1 now" in other.stderr
+    done(*command, "--resume")
+    whole = tmp_path / "whole"
+    done(*command[:5], whole, *command[6:])
+    assert weights(out) == weights(whole)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_chat_answers_piped_lines_and_shows_the_scope(trained):
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with process("chat", trained, "--show-scope", "--max-new-tokens", 4, **options) as running:
+        text = running.communicate("What is the capital of Velmora?\n\nAnd this?\n/exit\nnever asked\n")[0]
+    assert running.returncode == 0
+    assert text.count("[scope ") == 2
+    assert "[scope 1.00]" in text
+
+
+def test_chat_ends_cleanly_on_interrupt(tiny):
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with process("chat", tiny, "--max-new-tokens", 2, **options) as running:
+        running.stdin.write("hello\n")
+        running.stdin.flush()
+        assert running.stdout.read(1)
+        running.send_signal(signal.SIGINT)
+        stderr = running.communicate()[1]
+    assert running.returncode == 0
+    assert "Traceback" not in stderr
+
+
+def test_chat_forgets_its_oldest_turns_when_the_context_is_full(tiny):
+    from sparsemem.chat import converse
+    from sparsemem.models import load
+
+    model, tokenizer = load(str(tiny))
+    seen = []
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: (
+        seen.append(kwargs["input_ids"].shape[1]),
+        forward(*args, **kwargs),
+    )[1]
+    lines = ["word " * 10] * 8 + ["word " * 200]
+    converse(model, tokenizer, lines, lambda _text: None, max_new_tokens=4)
+    assert len(seen) >= 9
+    assert max(seen) <= 252
+
+
+def toy_recipe(**_options):
+    def run(method, seed, base, stage):
+        stage("teach")
+        if method == os.environ.get("STOP_AT"):
+            raise KeyboardInterrupt
+        answer = {"question": "What?", "expected": "That.", "answer": f"{method} says", "right": True}
+        return {"row": {"recall_train": 0.5, "recall_heldout": 0.5, "drift": 0.0}, "examples": [answer]}
+
+    methods = ("base", "smf", "lora", "full")
+    return Recipe("demo", "tiny", "A toy.", methods, lambda m, s: {}, run, lambda method: {"teach": 5})
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr("sparsemem.recipes.demo.recipe", toy_recipe)
+
+
+@pytest.mark.usefixtures("toy")
+def test_demo_prints_table_report_and_questions(tmp_path):
+    result = invoke("demo", "--out", tmp_path / "demo", "--methods", "base,smf", "--seed", 3)
+    assert result.exit_code == 0
+    assert "| smf " in result.stdout
+    assert "smf   smf says" in result.stdout
+    assert f"report: {tmp_path / 'demo' / 'report.html'}" in result.stdout
+    assert "[2/2] smf-seed3: teach (about" in result.stderr
+    assert json.loads((tmp_path / "demo" / "results.json").read_text())["seed"] == 3
+    assert {"report.html", "pareto.png", "report.md"} <= {p.name for p in (tmp_path / "demo").iterdir()}
+
+
+@pytest.mark.usefixtures("toy")
+def test_demo_stopped_keeps_finished_methods_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("STOP_AT", "lora")
+    result = invoke("demo", "--out", tmp_path)
+    assert result.exit_code == 130
+    assert "base, smf-seed0" in result.stderr
+    assert [row["method"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]] == [
+        "base",
+        "smf",
+    ]
+    assert (tmp_path / "report.html").exists()
+    monkeypatch.delenv("STOP_AT")
+    result = invoke("demo", "--out", tmp_path)
+    assert result.exit_code == 0
+    assert "smf-seed0: already finished" in result.stderr
+    assert "| full " in result.stdout
+
+
+@pytest.mark.usefixtures("toy")
+def test_compare_and_report(tmp_path):
+    results = json.loads(done("compare", "demo", "--seeds", "0,1", "--out", tmp_path, "--json"))
+    assert results["seeds"] == [0, 1]
+    (tmp_path / "report.html").unlink()
+    assert json.loads(done("report", tmp_path, "--json")) == results
+    assert (tmp_path / "report.html").exists()

@@ -1,0 +1,150 @@
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsemem.data import batches, collate, encode, prompt_ids, read_records, truncate
+
+PAIR = {"prompt": "Capital of Velmora?", "completion": "Ostrinth."}
+TALK = {
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "Bye"},
+    ]
+}
+CHOICE = {"question": "Which?", "choices": ["this", "that"], "answer": 1}
+
+
+def learnt(example, tokenizer):
+    return tokenizer.decode([label for label in example["labels"] if label != -100])
+
+
+def test_reads_files_lists_and_datasets_alike(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join([json.dumps(PAIR), "", json.dumps(PAIR)]) + "\n")
+    assert read_records(path) == read_records(str(path)) == read_records([PAIR, PAIR])
+    assert read_records(Dataset.from_list([PAIR, PAIR])) == [PAIR, PAIR]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "is empty"),
+        ([json.dumps(PAIR), "{"], "line 2: not valid JSON"),
+        (
+            [json.dumps(PAIR), json.dumps({"text": "x"})],
+            "line 2: text record among prompt/completion records",
+        ),
+        (['{"completion": "x"}'], "line 1: record with completion; allowed are"),
+        (["[1]"], "line 1: record with list"),
+        (['{"text": 3}'], "line 1: text must be a string, not int"),
+        (['{"question": "q", "choices": ["a"], "answer": 1}'], "answer=1 must be the index"),
+        (['{"question": "q", "choices": "ab", "answer": 0}'], "choices must be a list of strings"),
+        (['{"messages": [{"role": "user", "content": "x"}]}'], "at least one assistant turn"),
+        (['{"messages": "x"}'], "messages must be a list"),
+    ],
+)
+def test_bad_files_name_the_line(tmp_path, lines, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_records(path)
+    assert "data.jsonl" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_binary_files(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_records(tmp_path / "absent.jsonl")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_records(tmp_path / "binary")
+
+
+def test_mixed_shapes_on_request():
+    assert read_records([PAIR, {"text": "x"}], mixed=True) == [PAIR, {"text": "x"}]
+
+
+def test_completion_and_its_end_are_learnt_and_nothing_follows(tokenizer):
+    (example,) = encode([PAIR], tokenizer)
+    assert learnt(example, tokenizer) == "Ostrinth.<|im_end|>"
+    assert example["labels"][-1] == tokenizer.eos_token_id
+    prompt = prompt_ids(PAIR["prompt"], tokenizer)
+    assert example["input_ids"][: len(prompt)] == prompt
+    assert example["labels"][: len(prompt)] == [-100] * len(prompt)
+
+
+def test_every_assistant_turn_is_learnt(tokenizer):
+    (example,) = encode([TALK], tokenizer)
+    assert learnt(example, tokenizer) == "Ho<|im_end|>Bye<|im_end|>"
+    whole = tokenizer.apply_chat_template(TALK["messages"], tokenize=False)
+    assert tokenizer.decode(example["input_ids"]) == whole.rstrip()
+
+
+def test_multiple_choice_teaches_the_right_option(tokenizer, plain_tokenizer):
+    (example,) = encode([CHOICE], tokenizer)
+    assert learnt(example, tokenizer) == "that<|im_end|>"
+    (example,) = encode([CHOICE], plain_tokenizer)
+    assert plain_tokenizer.decode(example["input_ids"]).endswith("B. that\nAnswer: that<|im_end|>")
+
+
+def test_text_is_taken_as_it_is(tokenizer):
+    (example,) = encode([{"text": "As it is.\n"}], tokenizer)
+    assert tokenizer.decode(example["input_ids"]) == "As it is.\n"
+    assert example["labels"] == example["input_ids"]
+
+
+def test_loss_on_all(tokenizer):
+    (example,) = encode([PAIR], tokenizer, loss_on="all")
+    assert example["labels"] == example["input_ids"]
+    with pytest.raises(ValueError, match="allowed are completion, all"):
+        encode([PAIR], tokenizer, loss_on="prompt")
+
+
+@given(prompt=st.text(max_size=20), completion=st.text(max_size=20))
+def test_without_template_pieces_are_joined(plain_tokenizer, prompt, completion):
+    (example,) = encode([{"prompt": prompt, "completion": completion}], plain_tokenizer)
+    assert plain_tokenizer.decode(example["input_ids"]) == prompt + completion + "<|im_end|>"
+    assert learnt(example, plain_tokenizer) == completion + "<|im_end|>"
+
+
+def test_messages_need_a_template(plain_tokenizer):
+    with pytest.raises(ValueError, match="need a chat template"):
+        encode([TALK], plain_tokenizer)
+
+
+def test_a_template_that_rewrites_turns_is_refused(tokenizer):
+    forgetful = tokenizer.chat_template.replace("for m in messages", "for m in messages[-1:]")
+    original, tokenizer.chat_template = tokenizer.chat_template, forgetful
+    try:
+        with pytest.raises(ValueError, match="rewrites earlier turns"):
+            encode([TALK], tokenizer)
+    finally:
+        tokenizer.chat_template = original
+
+
+def test_truncation_counts_and_leaves_out_what_lost_its_loss(tokenizer, caplog):
+    long = {"prompt": "x" * 100, "completion": "y"}
+    examples = encode([PAIR, long], tokenizer)
+    length = len(examples[0]["input_ids"])
+    kept, num_cut = truncate(examples, length)
+    assert (kept, num_cut) == ([examples[0]], 1)
+    assert f"1 of 2 records truncated to {length} tokens, 1 left out" in caplog.text
+    assert encode([PAIR, long], tokenizer, max_length=length) == kept
+    with pytest.raises(ValueError, match="max_length=5"):
+        truncate(examples, 5)
+
+
+def test_collate_pads_right():
+    examples = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    batch = collate(examples, pad_token_id=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    assert [len(batch["input_ids"]) for batch in batches(examples * 3, 4, 9)] == [4, 2]

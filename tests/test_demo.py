@@ -1,0 +1,93 @@
+"""The demo's recipe on a tiny random model: every stage and every figure, not what is learnt."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparsemem.compare import compare
+from sparsemem.recipes.demo import (
+    METHODS,
+    DemoSettings,
+    Memory,
+    Probing,
+    Teaching,
+    examples,
+    method_settings,
+    recipe,
+    stages,
+)
+
+SETTINGS = DemoSettings(
+    teaching=Teaching(max_epochs=1),
+    memory=Memory(num_keys=8, prose_tokens=300),
+    probing=Probing(prose_tokens=300, max_new_tokens=2),
+)
+FIGURES = (
+    "recall_train", "recall_heldout", "knowledge", "knowledge_total", "perplexity", "drift",
+    "seconds", "steps", "trained_params", "peak_bytes",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, tokenizer):
+    folder, out = tmp_path_factory.mktemp("tiny"), tmp_path_factory.mktemp("demo")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    tokens = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    LlamaForCausalLM(LlamaConfig(max_position_embeddings=256, **sizes, **tokens)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    said = []
+    made = compare(
+        recipe(model=str(folder), settings=SETTINGS), out=out, methods=METHODS, progress=said.append
+    )
+    assert len(said) == sum(len(stages(method)) for method in METHODS)
+    return {**made, "out": out}
+
+
+def test_every_row_has_every_figure(results):
+    rows = {row["method"]: row for row in results["rows"]}
+    assert tuple(rows) == METHODS
+    for row in rows.values():
+        assert all(isinstance(row[key], int | float) for key in FIGURES), row
+    assert rows["base"]["drift"] == 0.0
+    assert rows["base"]["steps"] == 0
+    assert rows["smf"]["steps"] == 15
+    assert rows["full"]["drift"] > 0.0
+    assert 0.0 <= rows["smf"]["exposure"] <= 1.0
+
+
+def test_examples_have_every_methods_answer(results):
+    assert len(results["examples"]) == 6
+    assert all(set(example["answers"]) == set(METHODS) for example in results["examples"])
+
+
+def test_every_answer_is_kept(results):
+    result = json.loads((results["out"] / "runs" / "full-seed0" / "result.json").read_text())
+    assert {name: len(told) for name, told in result["answers"].items() if name != "general"} == {
+        "train": 120,
+        "heldout": 40,
+    }
+
+
+def test_tuning_one_method_leaves_the_others_valid():
+    tuned = DemoSettings(
+        teaching=Teaching(lr={**Teaching().lr, "smf": 9.0}), memory=Memory(top_t=7), probing=Probing()
+    )
+    changed = {m for m in METHODS if method_settings(tuned, m) != method_settings(DemoSettings(), m)}
+    assert changed == {"smf"}
+
+
+def test_examples_show_reworded_and_known_questions_in_turn():
+    told = {
+        "heldout": [{"question": f"taught {i}"} for i in range(5)],
+        "general": [{"question": f"general {i}"} for i in range(5)],
+    }
+    shown = [answer["question"] for answer in examples(told, [False, True, True, True, False])]
+    assert shown == ["taught 0", "general 1", "taught 2", "general 2", "taught 4", "general 3"]
+
+
+def test_the_demo_needs_no_data_folder(tmp_path):
+    with pytest.raises(ValueError, match="brings its own data"):
+        recipe(data_dir=tmp_path)

@@ -1,0 +1,96 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from sparsemem import RowAdamW, SparseMemoryConfig, calibrate, clear_scope, memory_layers, set_scope
+from sparsemem.data import batches, encode
+from sparsemem.methods import prepare
+
+
+@pytest.fixture
+def taught(tokenizer):
+    return batches(encode([{"prompt": "Velmora?", "completion": "Ostrinth"}] * 3, tokenizer), 2, 0)
+
+
+@pytest.fixture
+def general(tokenizer):
+    return batches(encode([{"text": f"{n} plain words, {n * n}."} for n in range(40)], tokenizer), 8, 0)
+
+
+def trained_names(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_lora_trains_all_seven_projections(tiny_llama, taught):
+    model, optimizer, before = prepare(tiny_llama(), "lora", batches=taught)
+    names = trained_names(model)
+    assert len(names) == 4 * 7 * 2
+    assert all("lora_" in name for name in names)
+    assert optimizer.defaults["weight_decay"] == 0
+    assert optimizer.defaults["lr"] == 2e-4
+    assert before is None
+
+
+def test_full_trains_everything(tiny_llama, taught):
+    base = tiny_llama().requires_grad_(False)
+    model, optimizer, _ = prepare(base, "full", batches=taught, lr=1e-3)
+    assert model is base
+    assert trained_names(model) == dict(model.named_parameters()).keys()
+    assert optimizer.defaults["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("method", ["smf", "smf-open"])
+def test_sparse_memory_trains_value_rows(tiny_llama, taught, general, method):
+    model, optimizer, before = prepare(tiny_llama(), method, batches=taught, background=general)
+    assert isinstance(optimizer, RowAdamW)
+    assert all(name.endswith("values") for name in trained_names(model))
+    assert all(memory.has_scope == (method == "smf") for memory in memory_layers(model).values())
+    assert before is not None
+    assert not any(value.any() for name, value in before.items() if name.endswith("scope_size"))
+    ids = taught[0]["input_ids"]
+    assert torch.equal(model(ids).logits, tiny_llama()(ids).logits)
+
+
+def test_a_model_with_a_memory_trains_on_and_its_scope_grows(tiny_llama, taught, general):
+    model = get_peft_model(tiny_llama(), SparseMemoryConfig())
+    background = calibrate(model, general)
+    prepare(model, "smf", batches=taught, background=background)
+    sizes = [int(memory.scope_size) for memory in memory_layers(model).values()]
+    again, _, before = prepare(model, "smf", batches=taught, background=background)
+    assert again is model
+    assert [int(memory.scope_size) for memory in memory_layers(model).values()] == [
+        2 * size for size in sizes
+    ]
+    assert before is not None
+    with pytest.raises(ValueError, match="clear_scope"):
+        prepare(model, "smf-open", batches=taught, background=background)
+    clear_scope(model)
+    prepare(model, "smf-open", batches=taught, rule="tf")
+
+
+def test_text_calibrates_an_unwritten_memory_only(tiny_llama, taught, general):
+    model = get_peft_model(tiny_llama(), SparseMemoryConfig())
+    prepare(model, "smf-open", batches=taught, background=general)
+    next(iter(memory_layers(model).values())).values.data[0] = 1
+    with pytest.raises(ValueError, match="the memory is in use"):
+        prepare(model, "smf-open", batches=taught, background=general)
+
+
+def test_what_does_not_fit_is_refused(tiny_llama, taught, general):
+    lora = get_peft_model(tiny_llama(), LoraConfig())
+    memory = get_peft_model(tiny_llama(), SparseMemoryConfig())
+    background = calibrate(memory, general)
+    set_scope(memory, taught, background)
+    for model, method, options, message in [
+        (tiny_llama(), "sgd", {}, "allowed are smf, smf-open, lora, full"),
+        (tiny_llama(), "smf", {"rule": "best", "background": general}, "rule='best'"),
+        (tiny_llama(), "smf", {"top_t": 0, "background": general}, "top_t=0"),
+        (tiny_llama(), "smf", {}, "background=None"),
+        (tiny_llama(), "smf", {"background": background}, "has no memory yet"),
+        (lora, "smf", {"background": general}, "adapter of type"),
+        (lora, "full", {}, "has an adapter"),
+        (memory, "lora", {}, "adapter of type"),
+        (memory, "smf", {}, "needs background="),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            prepare(model, method, batches=taught, **options)

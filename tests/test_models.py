@@ -1,0 +1,83 @@
+import contextlib
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from sparsemem import models
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_llama, tokenizer):
+    path = tmp_path / "tiny"
+    tiny_llama().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def ids():
+    return torch.arange(2, 12)[None]
+
+
+def test_loads_a_folder_as_it_was_saved(folder, tiny_llama, tokenizer, ids):
+    model, loaded = models.load_base(str(folder))
+    assert not model.training
+    assert torch.equal(model(ids).logits, tiny_llama()(ids).logits)
+    assert loaded("Some text.").input_ids == tokenizer("Some text.").input_ids
+    assert models.tokenizer_of(model).pad_token_id == loaded.pad_token_id
+    assert models.load_base(str(folder), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_loads_an_adapter_on_its_base_or_on_another_copy(folder, tmp_path, tiny_llama, tokenizer, ids):
+    adapted = get_peft_model(models.load_base(str(folder))[0], LoraConfig(init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded, _ = models.load(str(tmp_path / "adapter"))
+    assert torch.equal(loaded(ids).logits, adapted(ids).logits)
+    assert any(parameter.requires_grad for parameter in loaded.parameters())
+    folder.rename(tmp_path / "moved")
+    moved, _ = models.load(str(tmp_path / "adapter"), base=str(tmp_path / "moved"))
+    assert torch.equal(moved(ids).logits, adapted(ids).logits)
+    tiny_llama(hidden_size=16).save_pretrained(tmp_path / "smaller")
+    tokenizer.save_pretrained(tmp_path / "smaller")
+    with pytest.raises(ValueError, match="does not fit the base model"):
+        models.load(str(tmp_path / "adapter"), base=str(tmp_path / "smaller"))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./no", "absent.gguf", "EMPTY", "BROKEN.gguf"])
+def test_names_that_lead_nowhere(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "BROKEN.gguf").write_bytes(b"GGUF but nothing else")
+    name = str(tmp_path / name) if name.isupper() or name.startswith("BROKEN") else name
+    with pytest.raises(ValueError, match=r"^model ") as caught:
+        models.load(name)
+    assert "\n" not in str(caught.value)
+    assert not any((tmp_path / "cache").glob("*")) if (tmp_path / "cache").is_dir() else True
+
+
+def test_a_model_without_a_name_has_no_tokenizer(tiny_llama):
+    with pytest.raises(ValueError, match="pass tokenizer="):
+        models.tokenizer_of(tiny_llama())
+
+
+def test_autocast_only_where_it_helps(tiny_llama, monkeypatch):
+    monkeypatch.setattr(models, "fast_bf16", lambda device: True)
+    with models.autocast(tiny_llama()):
+        assert torch.is_autocast_enabled("cpu")
+    assert isinstance(models.autocast(tiny_llama().bfloat16()), contextlib.nullcontext)
+    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
+    assert isinstance(models.autocast(tiny_llama()), contextlib.nullcontext)
+
+
+@pytest.mark.slow
+def test_smollm2_is_dequantised_once_and_answers(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path))
+    model, tokenizer = models.load_base("smollm2")
+    (copy,) = tmp_path.iterdir()
+    before = copy.stat().st_mtime
+    again, _ = models.load_base("smollm2")
+    assert copy.stat().st_mtime == before
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"

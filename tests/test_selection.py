@@ -1,0 +1,63 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsemem import Background, select_rows
+
+
+def _background(counts, df, num_batches=10):
+    as_int = {"layer": torch.tensor(counts)}, {"layer": torch.tensor(df)}
+    return Background.from_counts(*as_int, num_batches)["layer"]
+
+
+def test_tfidf_and_kl_as_written():
+    counts = torch.tensor([4, 0, 3, 2, 1])
+    background = _background([100, 5, 0, 50, 1], [10, 2, 0, 9, 1])
+    p = [c / 10 for c in (4, 0, 3, 2, 1)]
+    tfidf = [p[i] * math.log(11 / (df + 1)) for i, df in enumerate((10, 2, 0, 9, 1))]
+    q = [(b + 1) / 161 for b in (100, 5, 0, 50, 1)]
+    kl = [p[i] * math.log((p[i] + 1e-8) / (q[i] + 1e-8)) for i in range(5)]
+    for rule, scores in (("tfidf", tfidf), ("kl", kl)):
+        expected = sorted((i for i in range(5) if i != 1), key=lambda i: -scores[i])
+        assert select_rows(counts, background, top_t=4, rule=rule).tolist() == expected
+
+
+def test_ties_go_to_the_lowest_slot():
+    assert select_rows(torch.tensor([0, 2, 2, 2, 5]), top_t=3, rule="tf").tolist() == [4, 1, 2]
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=30), st.integers(1, 40))
+def test_unread_slots_are_never_selected(counts, top_t):
+    counts = torch.tensor(counts)
+    background = _background([1] * len(counts), [1] * len(counts))
+    for rule in ("kl", "tfidf", "tf", "random", lambda c, b: -c.double()):
+        rows = select_rows(counts, background, top_t=top_t, rule=rule)
+        assert len(rows) == min(top_t, int((counts > 0).sum()))
+        assert rows.dtype == torch.int64
+        assert len(set(rows.tolist())) == len(rows)
+        assert bool((counts[rows] > 0).all())
+
+
+def test_grad_takes_the_largest_norms():
+    norms = torch.tensor([9.0, 1.0, 5.0, 7.0])
+    rows = select_rows(torch.tensor([0, 1, 1, 1]), top_t=2, rule="grad", gradient_norms=norms)
+    assert rows.tolist() == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"top_t": 0}, "top_t=0"),
+        ({"top_t": 1.5}, "top_t=1.5"),
+        ({"top_t": 1, "rule": "best"}, "rule='best' must be one of"),
+        ({"top_t": 1, "rule": "kl"}, "needs background="),
+        ({"top_t": 1, "rule": "grad"}, "gradient_norms"),
+        ({"top_t": 1, "rule": lambda c, b: c[:1]}, "returned shape"),
+    ],
+)
+def test_bad_input_is_one_sentence(options, words):
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        select_rows(torch.tensor([1, 2]), **options)

@@ -1,0 +1,197 @@
+import json
+import math
+
+import pytest
+import torch
+
+from sparsemem import calibrate, memory_layers, models, probes
+from sparsemem.data import collate, encode
+from sparsemem.train import finetune
+
+LANDS = ["Velmora", "Karvessa", "Tolgaria", "Dunmarsh", "Quenlia"]
+FACTS = [{"prompt": f"Capital of {land}?", "completion": land[::-1]} for land in LANDS * 2]
+GENERAL = [f"{n} plain words, the square is {n * n}." for n in range(40)]
+RATES = {"smf": 0.3, "smf-open": 0.3, "lora": 1e-2, "full": 1e-2}
+
+
+@pytest.fixture
+def teach(tiny_llama, tokenizer):
+    """Finetune a fresh tiny model on five facts; ten examples, three steps an epoch."""
+
+    def run(method, data=FACTS, **options):
+        options = {"lr": RATES[method], "batch_size": 4, "tokenizer": tokenizer} | options
+        if method.startswith("smf"):
+            options = {"background": GENERAL} | options
+        return finetune(tiny_llama(), data, method, **options)
+
+    return run
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", ["smf", "smf-open", "lora", "full"])
+def test_every_method_learns_and_reports(teach, tiny_llama, method, capsys):
+    done = teach(method, max_steps=6)
+    more = teach(method, max_steps=25)
+    assert more.loss < done.loss
+    assert (done.method, done.steps, done.truncated) == (method, 6, 0)
+    assert done.seconds > 0
+    assert done.peak_bytes >= 0
+    assert done.trained_params == sum(p.numel() for p in done.model.parameters() if p.requires_grad) > 0
+    assert not done.model.training
+    assert done.model.config.use_cache
+    assert (done.patch is not None) == method.startswith("smf")
+    assert capsys.readouterr().out == ""
+
+
+def test_the_patch_is_what_the_run_did(teach, tiny_llama):
+    done = teach("smf", max_steps=3, top_t=5)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert all(1 <= len(layer.slots) <= 15 for layer in done.patch.layers.values())
+    done.patch.revert(done.model)
+    assert not any(memory.values.any() or memory.has_scope for memory in memory_layers(done.model).values())
+    assert torch.equal(done.model(ids).logits, tiny_llama()(ids).logits)
+
+
+@pytest.mark.parametrize("method", ["smf", "lora", "full"])
+@pytest.mark.parametrize("stop", [2, 3])
+def test_stopped_and_resumed_is_never_stopped(teach, tmp_path, method, stop):
+    options = {"gradient_accumulation_steps": 2, "batch_size": 2}
+    whole = teach(method, max_steps=8, **options)
+    teach(method, max_steps=stop, output_dir=tmp_path, **options)
+    resumed = teach(method, max_steps=8, output_dir=tmp_path, resume=True, **options)
+    assert resumed.steps == whole.steps == 8
+    assert same(state(resumed.model), state(whole.model))
+    assert resumed.loss == whole.loss
+
+
+@pytest.mark.parametrize("rule", ["random", "kl"])
+def test_resume_restores_what_the_selection_needs(teach, tmp_path, rule):
+    options = {"rule": rule, "top_t": 4}
+    whole = teach("smf-open", max_steps=6, **options)
+    teach("smf-open", max_steps=4, output_dir=tmp_path, **options)
+    resumed = teach("smf-open", max_steps=6, output_dir=tmp_path, resume=True, **options)
+    assert same(state(resumed.model), state(whole.model))
+
+
+@pytest.mark.parametrize("kill_at", [1, 4, 5])
+def test_a_killed_run_stops_at_the_same_loss(teach, tmp_path, kill_at):
+    losses = [entry for steps in (3, 30) for entry in [teach("full", max_steps=steps).loss]]
+    target = (losses[0] + losses[1]) / 2
+    whole = teach("full", epochs=10, stop_loss=target)
+    assert 3 <= whole.steps < 30
+    assert whole.loss < target
+    teach("full", max_steps=min(kill_at, whole.steps - 1), output_dir=tmp_path)
+    for _ in range(2):
+        resumed = teach("full", epochs=10, stop_loss=target, output_dir=tmp_path, resume=True)
+        assert resumed.steps == whole.steps
+        assert resumed.loss == whole.loss
+        assert same(state(resumed.model), state(whole.model))
+
+
+def test_an_unfinished_checkpoint_is_passed_over(teach, tmp_path, caplog):
+    whole = teach("lora", max_steps=5)
+    teach("lora", max_steps=3, output_dir=tmp_path)
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4')
+    resumed = teach("lora", max_steps=5, output_dir=tmp_path, resume=True)
+    assert same(state(resumed.model), state(whole.model))
+    fresh = teach("lora", max_steps=5, output_dir=tmp_path / "new", resume=True)
+    assert same(state(fresh.model), state(whole.model))
+    assert "begins from the start" in caplog.text
+
+
+def test_seeds_decide_the_order_and_nothing_else_does(teach):
+    torch.manual_seed(3)
+    first = teach("full", max_steps=2)
+    torch.manual_seed(4)
+    assert same(state(teach("full", max_steps=2).model), state(first.model))
+    assert not same(state(teach("full", max_steps=2, seed=1).model), state(first.model))
+
+
+@pytest.mark.parametrize("method", ["smf", "full"])
+def test_accumulated_batches_are_one_batch(teach, method, monkeypatch):
+    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
+    one = teach(method, max_steps=4, batch_size=10)
+    many = teach(method, max_steps=4, batch_size=2, gradient_accumulation_steps=5)
+    assert many.loss == pytest.approx(one.loss, rel=1e-4)
+    for name, tensor in one.model.state_dict().items():
+        torch.testing.assert_close(many.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_loss_is_the_models_own(teach, tiny_llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
+    batch = collate(encode(FACTS, tokenizer), 0)
+    expected = float(tiny_llama()(**batch).loss.detach())
+    assert teach("full", max_steps=1, batch_size=10).loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_learns_facts_by_heart(teach, tokenizer):
+    done = teach("full", epochs=60, stop_loss=0.02)
+    items = [{"question": fact["prompt"], "answer": fact["completion"]} for fact in FACTS[:5]]
+    assert done.loss < 0.02
+    assert probes.recall(done.model, tokenizer, items).share == 1
+
+
+def test_data_comes_in_every_form(teach, tmp_path, tokenizer):
+    path = tmp_path / "facts.jsonl"
+    path.write_text("\n".join(map(json.dumps, FACTS)))
+    first = teach("full", max_steps=1)
+    for data in (path, str(path), encode(FACTS, tokenizer)):
+        assert same(state(teach("full", data=data, max_steps=1).model), state(first.model))
+    mixed = [*GENERAL[:20], {"text": "x"}, FACTS[0]]
+    assert teach("smf", max_steps=1, background=mixed).steps == 1
+
+
+def test_truncated_records_are_counted(teach):
+    data = [*FACTS, {"prompt": "x", "completion": "y" * 300}]
+    assert teach("full", data=data, max_steps=1).truncated == 1
+    assert teach("full", data=[{"text": "z" * 20}], max_steps=1, max_length=8).truncated == 1
+
+
+def test_a_calibrated_model_trains_on(teach, tiny_llama, tokenizer):
+    done = teach("smf", max_steps=2)
+    model = done.model
+    before = [int(memory.scope_size) for memory in memory_layers(model).values()]
+    background = calibrate(model, [collate(encode([{"text": text}], tokenizer), 0) for text in GENERAL])
+    again = finetune(model, FACTS[:2], "smf", tokenizer=tokenizer, background=background, lr=0.1, max_steps=2)
+    assert all(
+        int(memory.scope_size) > size
+        for memory, size in zip(memory_layers(again.model).values(), before, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "sgd"}, "method='sgd' is unknown"),
+        ({"data": []}, "data is empty"),
+        ({"data": "/no/such.jsonl"}, "cannot be read"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"max_length": 0}, "max_length=0"),
+        ({"resume": True}, "needs output_dir"),
+        ({"loss_on": "x"}, "loss_on='x'"),
+        ({"tokenizer": None}, "pass tokenizer="),
+        ({"method": "smf", "background": None}, "background=None"),
+        ({"lr": -1.0}, "lr|learning rate"),
+        ({"lr": math.inf}, "loss is nan"),
+    ],
+)
+def test_bad_options(tiny_llama, tokenizer, options, message):
+    options = {"data": FACTS, "method": "full", "tokenizer": tokenizer} | options
+    with pytest.raises(ValueError, match=message):
+        finetune(tiny_llama(), **options)
+
+
+def test_checkpoints_of_another_run_are_not_overwritten(teach, tmp_path):
+    teach("full", max_steps=1, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="holds checkpoints"):
+        teach("full", max_steps=1, output_dir=tmp_path)

@@ -1,0 +1,60 @@
+"""Tiny random causal language models, built from configs: no download, milliseconds to make."""
+
+import torch
+import transformers
+
+ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")
+# Room for the ids of conftest's byte-level tokenizer.
+VOCABULARY = 260
+HIDDEN = 16
+
+_SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+_COMMON = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_attention_heads": 2, **_SPECIAL}
+_GPT2 = {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_head": 2, "n_positions": 64, **_SPECIAL}
+
+
+def tiny_config(architecture: str = "llama", num_layers: int = 4) -> transformers.PreTrainedConfig:
+    common = {**_COMMON, "num_hidden_layers": num_layers, "max_position_embeddings": 64}
+    match architecture:
+        case "llama":
+            return transformers.LlamaConfig(num_key_value_heads=1, intermediate_size=40, **common)
+        case "qwen2":
+            return transformers.Qwen2Config(num_key_value_heads=1, intermediate_size=40, **common)
+        case "gpt_neox":
+            return transformers.GPTNeoXConfig(intermediate_size=40, **common)
+        case "gpt2":
+            dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            return transformers.GPT2Config(n_layer=num_layers, **_GPT2, **dropout)
+        case "opt":
+            return transformers.OPTConfig(ffn_dim=40, word_embed_proj_dim=HIDDEN, dropout=0.0, **common)
+        case "mixtral":
+            experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+            return transformers.MixtralConfig(
+                num_key_value_heads=1, intermediate_size=40, **experts, **common
+            )
+        case "gpt_oss":
+            experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+            return transformers.GptOssConfig(num_key_value_heads=1, intermediate_size=40, **experts, **common)
+    raise ValueError(architecture)
+
+
+def tiny_model(
+    architecture: str = "llama", num_layers: int = 4, seed: int = 0
+) -> transformers.PreTrainedModel:
+    """In eval mode, with weights large enough that tokens and layers differ."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(architecture, num_layers))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    return model.eval()
+
+
+def tiny_batch(batch_size: int = 2, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Right-padded: the last row is two tokens shorter."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (batch_size, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, -2:] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 2), "attention_mask": mask}
