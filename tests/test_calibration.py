@@ -45,6 +45,19 @@ def test_calibrate_is_deterministic_by_seed(tiny_llama):
     assert not any(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
 
 
+def test_autocast_around_it_rounds_nothing(tiny_llama):
+    made = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            background = calibrate(model, [batch(s) for s in range(4)])
+            set_scope(model, [batch(50)], background)
+        made.append([memory.state_dict() for memory in memory_layers(model).values()])
+    for plain, cast in zip(*made, strict=True):
+        assert all(torch.equal(plain[key], cast[key]) for key in plain)
+
+
 def test_statistics_do_not_depend_on_how_the_corpus_is_batched(model):
     whole = batch(3, rows=8)
     parts = [{key: value[i : i + 2] for key, value in whole.items()} for i in range(0, 8, 2)]

@@ -24,6 +24,8 @@ def test_defaults_are_the_contract():
     assert config.target_modules is None
     assert config.layers_to_transform is None
     assert not config.is_prompt_learning
+    # What PEFT's get_model_status reads the method's name from.
+    assert str(config.peft_type).partition(".")[2] == "SPARSE_MEMORY"
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,14 @@ def with_scope(architecture="llama"):
     return model.eval()
 
 
+def assert_same_memory(model, other, batch):
+    """The same tensors to the bit. Mapped files lie unaligned in memory, so sums may differ by a bit."""
+    for mine, theirs in zip(memory_layers(model).values(), memory_layers(other).values(), strict=True):
+        for name, tensor in mine.state_dict().items():
+            assert torch.equal(theirs.state_dict()[name], tensor), name
+    torch.testing.assert_close(logits(other, batch), logits(model, batch), atol=1e-5, rtol=0)
+
+
 @pytest.fixture
 def base_folder(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
@@ -103,10 +111,10 @@ def test_low_cpu_mem_usage(tmp_path):
     model = with_scope()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path, low_cpu_mem_usage=True)
-    assert torch.equal(logits(loaded), logits(model))
+    assert_same_memory(model, loaded, training_batch())
     loaded.load_adapter(tmp_path, "other", low_cpu_mem_usage=True)
     loaded.set_adapter("other")
-    assert torch.equal(logits(loaded), logits(model))
+    assert_same_memory(model, loaded, training_batch())
     assert {t.device.type for t in loaded.state_dict().values()} == {"cpu"}
 
 
@@ -174,11 +182,11 @@ def test_transformers_loads_a_saved_adapter(architecture, tmp_path):
     native = tiny_model(architecture)
     native.load_adapter(str(tmp_path))
     batch = training_batch()
-    assert torch.equal(logits(native, batch), logits(model, batch))
+    assert_same_memory(model, native, batch)
     native.disable_adapters()
     assert torch.equal(logits(native, batch), logits(tiny_model(architecture), batch))
     native.enable_adapters()
-    assert torch.equal(logits(native, batch), logits(model, batch))
+    assert_same_memory(model, native, batch)
 
 
 def test_transformers_adds_switches_and_deletes_adapters(tmp_path):
@@ -198,7 +206,7 @@ def test_transformers_adds_switches_and_deletes_adapters(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").exists()
     other = tiny_model()
     other.load_adapter(str(tmp_path), "a")
-    assert torch.equal(logits(other), first)
+    assert_same_memory(model, other, tiny_batch())
     model.delete_adapter("b")
     assert torch.equal(logits(model), first)
     model.delete_adapter("a")

@@ -3,14 +3,16 @@ import math
 
 import pytest
 import torch
+from peft import get_peft_model
 
-from sparsemem import calibrate, memory_layers, models, probes
-from sparsemem.data import collate, encode
+from sparsemem import SparseMemoryConfig, calibrate, memory_layers, models, probes
+from sparsemem.data import batches, collate, encode
 from sparsemem.train import finetune
 
 LANDS = ["Velmora", "Karvessa", "Tolgaria", "Dunmarsh", "Quenlia"]
 FACTS = [{"prompt": f"Capital of {land}?", "completion": land[::-1]} for land in LANDS * 2]
 GENERAL = [f"{n} plain words, the square is {n * n}." for n in range(40)]
+SIZES = {"num_keys": 8, "num_heads": 2, "key_dim": 8, "top_k": 4}
 RATES = {"smf": 0.3, "smf-open": 0.3, "lora": 1e-2, "full": 1e-2}
 
 
@@ -20,9 +22,11 @@ def teach(tiny_llama, tokenizer):
 
     def run(method, data=FACTS, **options):
         options = {"lr": RATES[method], "batch_size": 4, "tokenizer": tokenizer} | options
+        model = tiny_llama()
         if method.startswith("smf"):
+            model = get_peft_model(model, SparseMemoryConfig(**SIZES))
             options = {"background": GENERAL} | options
-        return finetune(tiny_llama(), data, method, **options)
+        return finetune(model, data, method, **options)
 
     return run
 
@@ -80,19 +84,18 @@ def test_resume_restores_what_the_selection_needs(teach, tmp_path, rule):
     assert same(state(resumed.model), state(whole.model))
 
 
-@pytest.mark.parametrize("kill_at", [1, 4, 5])
-def test_a_killed_run_stops_at_the_same_loss(teach, tmp_path, kill_at):
-    losses = [entry for steps in (3, 30) for entry in [teach("full", max_steps=steps).loss]]
-    target = (losses[0] + losses[1]) / 2
-    whole = teach("full", epochs=10, stop_loss=target)
-    assert 3 <= whole.steps < 30
+def test_a_killed_run_stops_at_the_same_loss(teach, tmp_path):
+    target = (teach("full", max_steps=3).loss + teach("full", max_steps=15).loss) / 2
+    whole = teach("full", epochs=5, stop_loss=target)
+    assert 3 <= whole.steps < 15
     assert whole.loss < target
-    teach("full", max_steps=min(kill_at, whole.steps - 1), output_dir=tmp_path)
-    for _ in range(2):
-        resumed = teach("full", epochs=10, stop_loss=target, output_dir=tmp_path, resume=True)
-        assert resumed.steps == whole.steps
-        assert resumed.loss == whole.loss
-        assert same(state(resumed.model), state(whole.model))
+    for killed_at in (1, whole.steps - 1):
+        folder = tmp_path / str(killed_at)
+        teach("full", max_steps=killed_at, output_dir=folder)
+        for _ in range(2):
+            resumed = teach("full", epochs=5, stop_loss=target, output_dir=folder, resume=True)
+            assert (resumed.steps, resumed.loss) == (whole.steps, whole.loss)
+            assert same(state(resumed.model), state(whole.model))
 
 
 def test_an_unfinished_checkpoint_is_passed_over(teach, tmp_path, caplog):
@@ -155,16 +158,16 @@ def test_truncated_records_are_counted(teach):
     assert teach("full", data=[{"text": "z" * 20}], max_steps=1, max_length=8).truncated == 1
 
 
-def test_a_calibrated_model_trains_on(teach, tiny_llama, tokenizer):
-    done = teach("smf", max_steps=2)
-    model = done.model
-    before = [int(memory.scope_size) for memory in memory_layers(model).values()]
-    background = calibrate(model, [collate(encode([{"text": text}], tokenizer), 0) for text in GENERAL])
-    again = finetune(model, FACTS[:2], "smf", tokenizer=tokenizer, background=background, lr=0.1, max_steps=2)
-    assert all(
-        int(memory.scope_size) > size
-        for memory, size in zip(memory_layers(again.model).values(), before, strict=True)
-    )
+def test_a_calibrated_model_learns_one_task_after_another(tiny_llama, tokenizer):
+    model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SIZES))
+    examples = encode([{"text": text} for text in GENERAL], tokenizer)
+    background = calibrate(model, batches(examples, 8, tokenizer.pad_token_id))
+    sizes = []
+    for task in (FACTS[:2], FACTS[2:4]):
+        done = finetune(model, task, tokenizer=tokenizer, background=background, lr=0.3, max_steps=4)
+        assert done.model is model
+        sizes.append([int(memory.scope_size) for memory in memory_layers(model).values()])
+    assert all(0 < first < both for first, both in zip(*sizes, strict=True))
 
 
 @pytest.mark.parametrize(

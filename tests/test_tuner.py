@@ -331,6 +331,14 @@ def test_merging_is_refused(call):
     assert torch.equal(logits(model), before)
 
 
+def test_a_batch_that_mixes_adapters_is_refused():
+    model = with_memory()
+    model.add_adapter("b", SparseMemoryConfig(**RANDOM))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"adapter_names=\['default', 'b'\]: one batch cannot mix"):
+            call(**tiny_batch(), adapter_names=["default", "b"])
+
+
 def test_unload_gives_the_base_back_for_another_memory():
     base = tiny_model()
     names = list(base.state_dict())
@@ -352,6 +360,8 @@ def test_wrapping_twice_warns_as_in_peft():
     ):
         twice = get_peft_model(model.get_base_model(), SparseMemoryConfig(**SMALL), adapter_name="two")
     assert torch.equal(logits(twice), logits(tiny_model()))
+    assert model.unload() is twice.unload()
+    assert not model.get_base_model()._forward_pre_hooks
 
 
 def test_base_tensors_have_the_names_that_lora_gives_them():

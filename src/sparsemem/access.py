@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .files import ArtifactError, fingerprint_tensors, load_artifact, save_artifact
 from .memory import ProductKeyMemory
+from .models import autocast
 from .tuner import SparseMemoryLayer, memory_layers
 
 KIND = "background"
@@ -167,6 +168,8 @@ def count_accesses(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) ->
 def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
     """For every batch: (batch, {layer name: its inputs [tokens, d_in] at unpadded positions}), memory switched off.
 
+    The model runs in bfloat16 autocast where that is faster; what is done with its states is not for autocast to round.
+
     Raises:
         ValueError: no batches, or a batch without input_ids.
     """
@@ -184,7 +187,7 @@ def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
     ]
     empty = True
     try:
-        with torch.no_grad(), memory_off(modules.values()), evaluating(model):
+        with torch.no_grad(), precise(model), memory_off(modules.values()), evaluating(model):
             for batch in batches:
                 if not isinstance(batch, Mapping) or "input_ids" not in batch:
                     raise ValueError(
@@ -195,7 +198,8 @@ def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
                 ids = batch["input_ids"].to(device)
                 mask = batch.get("attention_mask")
                 mask = torch.ones_like(ids) if mask is None else mask.to(device)
-                model(input_ids=ids, attention_mask=mask)
+                with autocast(model):
+                    model(input_ids=ids, attention_mask=mask)
                 yield batch, {n: seen[n].reshape(*mask.shape, -1)[mask.bool()] for n in modules}
     finally:
         for handle in handles:
@@ -211,6 +215,11 @@ def supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     predicts, labelled = torch.zeros_like(mask), labels != -100
     predicts[:, :-1] = labelled[:, 1:]
     return predicts[mask], (predicts & ~labelled)[mask]
+
+
+def precise(model: nn.Module) -> torch.autocast:
+    """No autocast within: statistics, addressing and scopes are float32 whatever the caller runs in."""
+    return torch.autocast(next(model.parameters()).device.type, enabled=False)
 
 
 def addressing_fingerprint(memory: ProductKeyMemory) -> str:

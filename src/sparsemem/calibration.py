@@ -24,6 +24,7 @@ from .access import (
     addressing_fingerprint,
     count_accesses,
     layer_inputs,
+    precise,
     supervised,
 )
 from .files import fingerprint_base
@@ -72,8 +73,9 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed
             statistics[name].add(x)
             if starts is not None:
                 statistics[name].starts.add(x[starts.to(x.device)])
-    for name, memory in layers.items():
-        _set_addressing(memory, statistics[name], seed)
+    with precise(model):
+        for name, memory in layers.items():
+            _set_addressing(memory, statistics[name], seed)
     background = count_accesses(model, batches)
     for name, memory in layers.items():
         layer, seen = background[name], statistics[name]
@@ -151,12 +153,13 @@ def set_scope(
     keep = (
         torch.randperm(len(example), generator=torch.Generator().manual_seed(0))[:TAUGHT_SIZE].sort().values
     )
-    scopes = {
-        name: _scope_of(
-            name, memory, torch.cat(taught[name])[keep], example[keep], start[keep], background[name], extend
-        )
-        for name, memory in layers.items()
-    }
+    with precise(model):
+        scopes = {
+            name: _scope_of(
+                name, memory, torch.cat(taught[name])[keep], example[keep], start[keep], background[name], extend
+            )
+            for name, memory in layers.items()
+        }
     for name, memory in layers.items():
         memory.scope = scopes[name]
 
@@ -176,7 +179,7 @@ def _scope_of(
     layer: LayerBackground,
     extend: bool,
 ) -> Scope:
-    old = memory.scope if extend else None
+    old = memory.scope.copy() if extend and memory.scope is not None else None
     mean, whitener, known, quantile = _space(memory, layer)
     room = len(memory.scope_centres) - (0 if old is None else len(old.centres))
     if room < 1:
@@ -199,11 +202,11 @@ def _scope_of(
     )
     if old is None:
         return new
-    if not old.to("cpu").same_space(new):
+    if not old.same_space(new):
         raise ValueError(
             f"background: the scope of {name} was made with another one; extend it with the same background"
         )
-    return old.to("cpu").joined(new)
+    return old.joined(new)
 
 
 def _space(memory: ProductKeyMemory, layer: LayerBackground) -> tuple[Tensor, Tensor, Tensor, float]:

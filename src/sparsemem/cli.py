@@ -147,12 +147,10 @@ def _show_report(out: Path, as_json: bool) -> None:
 @out_folder
 @click.option("--retrofit", type=click.Choice(["calibrate"]), default="calibrate", show_default=True)
 @click.option("--layers", callback=_numbers, help="Blocks that get a memory; three late ones by default.")
-@click.option("--num-keys", type=int, default=32, show_default=True, help="A layer has num_keys ** 2 slots.")
-@click.option("--num-heads", type=int, default=4, show_default=True)
-@click.option(
-    "--top-k", type=int, default=8, show_default=True, help="Slots that one head reads for a token."
-)
-@click.option("--key-dim", type=int, default=64, show_default=True)
+@click.option("--num-keys", type=int, help="A layer has num_keys ** 2 slots.")
+@click.option("--num-heads", type=int, help="Queries per token and layer.")
+@click.option("--top-k", type=int, help="Slots that one head reads for a token.")
+@click.option("--key-dim", type=int, help="Width of one head's query.")
 @click.option(
     "--max-length", type=click.IntRange(2), default=512, show_default=True, help="Tokens per record."
 )
@@ -160,12 +158,13 @@ def _show_report(out: Path, as_json: bool) -> None:
 @as_json
 def graft(
     model: str, background: str, out: Path, retrofit: str, layers: list[int] | None, max_length: int,
-    seed: int, as_json: bool, **memory: int,
+    seed: int, as_json: bool, **memory: int | None,
 ) -> None:  # fmt: skip
     """Give MODEL a memory that general text has set up, as a new adapter; its answers stay what they were."""
     from . import folders
 
     folders.refuse_existing(out)
+    memory = {name: value for name, value in memory.items() if value is not None}
     config = {"layers_to_transform": layers, **memory}
     made = folders.graft(model, background, out, seed=seed, max_length=max_length, memory=config)
     if as_json:

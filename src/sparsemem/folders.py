@@ -183,7 +183,7 @@ def describe_patch(patch: Any) -> dict[str, Any]:
         layers[name] = {
             "rows": len(layer.slots),
             "largest_change": float(change.max()) if change.numel() else 0.0,
-            "centres": 0 if layer.scope_centres is None else len(layer.scope_centres),
+            "centres": 0 if layer.scope is None else len(layer.scope.centres),
         }
     return {"base": patch.base, "info": patch.info, "layers": layers}
 

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from .access import Background
 from .calibration import calibrate, set_scope
 from .config import SparseMemoryConfig
-from .models import autocast
 from .optim import RowAdamW
 from .patch import RowPatch
 from .selection import Rule, check_selection
@@ -84,19 +83,18 @@ def prepare(
         model = _lora(model) if method == "lora" else _full(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return Prepared(model, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True), None)
-    with autocast(model):
-        model, background = _with_memory(model, background, seed)
-        before = RowPatch.snapshot(model)
-        if method == "smf":
-            if background is None:
-                raise ValueError(
-                    "method='smf' needs background=, general text that the new knowledge is told apart from"
-                )
-            set_scope(model, batches, background, extend=True)
-        elif any(memory.has_scope for memory in memory_layers(model).values()):
+    model, background = _with_memory(model, background, seed)
+    before = RowPatch.snapshot(model)
+    if method == "smf":
+        if background is None:
             raise ValueError(
-                "method='smf-open' writes without a scope and the model has one; call clear_scope(model)"
+                "method='smf' needs background=, general text that the new knowledge is told apart from"
             )
+        set_scope(model, batches, background, extend=True)
+    elif any(memory.has_scope for memory in memory_layers(model).values()):
+        raise ValueError(
+            "method='smf-open' writes without a scope and the model has one; call clear_scope(model)"
+        )
     choice = {"top_t": top_t, "rule": rule, "background": background}
     return Prepared(model, RowAdamW(model, lr, **choice, max_grad_norm=1.0, seed=seed), before)
 

@@ -11,10 +11,14 @@ import json
 import logging
 import os
 import shutil
+import socket
 import struct
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub.constants
 import torch
 from peft import PeftModel
 from transformers import (
@@ -51,8 +55,9 @@ def load_base(
             f"model {name!r} is not a folder; give an existing folder, a .gguf file, a Hub name or smollm2"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        offline = {"local_files_only": not _hub_reachable()}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, adapter_kwargs=offline, **offline)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **offline)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ValueError(
@@ -113,6 +118,16 @@ def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager:
     if parameter.dtype == torch.float32 and fast_bf16(parameter.device):
         return torch.autocast(parameter.device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def _hub_reachable() -> bool:
+    """Whether the Hub's name resolves; without a network its client would retry for most of a minute."""
+    if getproxies():
+        return True
+    try:
+        return bool(socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, None))
+    except OSError:
+        return False
 
 
 def _smollm2_file() -> Path:

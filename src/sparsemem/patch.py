@@ -164,7 +164,7 @@ def _diff_layer(name: str, memory: ProductKeyMemory, before: Mapping[str, Tensor
     # Bytes, not values: -0.0 and NaN payloads are differences too.
     slots = (_as_ints(old) != _as_ints(new)).any(1).nonzero().flatten()
     patch = LayerPatch(slots, old[slots].clone(), new[slots].clone(), addressing_fingerprint(memory))
-    first, last = _scope_in(before, name), None if memory.scope is None else memory.scope.to("cpu")
+    first, last = _scope_in(before, name), None if memory.scope is None else memory.scope.copy()
     if last is not None:
         try:
             patch.scope = last if first is None else last.without(first)
@@ -197,7 +197,7 @@ def _checked_scope(name: str, memory: ProductKeyMemory, layer: LayerPatch, *, fo
         raise ArtifactError(
             f"patch: rows of {name} are not as they were {state}; apply patches in order, revert in reverse"
         )
-    now = None if memory.scope is None else memory.scope.to("cpu")
+    now = None if memory.scope is None else memory.scope.copy()
     if layer.scope is None:
         if forward and now is not None and len(layer.slots):
             raise ArtifactError(

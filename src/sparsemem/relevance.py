@@ -65,8 +65,9 @@ class Scope:
                 return self._with(rest) if len(rest) else None
         raise ValueError("these centres are not in the scope")
 
-    def to(self, device: torch.device | str) -> "Scope":
-        return Scope(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+    def copy(self) -> "Scope":
+        """A copy on the CPU, where a memory layer's own scope is a view of its buffers."""
+        return Scope(**{field.name: getattr(self, field.name).detach().cpu().clone() for field in fields(self)})
 
     def gate(self, states: Tensor) -> Tensor:
         """g [tokens] float32 in [0, 1] of states [tokens, d]; exactly 0 out of scope."""

@@ -130,7 +130,7 @@ def finetune(
     examples, truncated = truncate(_examples(data, tokenizer, loss_on), length)
     general: Any = background
     if background is not None and not isinstance(background, Background):
-        general = truncate(_examples(background, tokenizer, "all", mixed=True), length)[0]
+        general = truncate(_examples(background, tokenizer, "completion", mixed=True), length)[0]
         general = batched(sorted(general, key=lambda one: len(one["input_ids"])), BACKGROUND_BATCH_SIZE, pad)
 
     with ExitStack() as stack:

@@ -7,6 +7,7 @@ What PEFT 0.21 needs to be told that it does not know by itself:
 """
 
 import inspect
+from contextlib import contextmanager
 from typing import Any
 
 from peft import mapping
@@ -124,14 +125,25 @@ class SparseMemoryModel(BaseTuner):
         raise ValueError(_CANNOT_MERGE)
 
     def _post_injection_hook(self, model: nn.Module, config, adapter_name: str) -> None:
-        if not hasattr(model, "_sparse_memory_mask_hook"):
+        if "_sparse_memory_mask_hook" not in vars(model):
             hook = model.register_forward_pre_hook(_hand_out_mask, with_kwargs=True)
-            model._sparse_memory_mask_hook = hook  # type: ignore[assignment]
+            vars(model)["_sparse_memory_mask_hook"] = hook
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        # PEFT would drop the names without a word and let the active adapter read the whole batch.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']}: one batch cannot mix sparse memories; "
+                "call set_adapter and pass one batch per adapter"
+            )
+        yield
 
     def unload(self) -> nn.Module:
         model = super().unload()
-        model._sparse_memory_mask_hook.remove()  # type: ignore[union-attr,operator]
-        del model._sparse_memory_mask_hook
+        hook = vars(model).pop("_sparse_memory_mask_hook", None)
+        if hook is not None:
+            hook.remove()
         return model
 
 

@@ -35,7 +35,7 @@ class Memory:
 
     layers: tuple[int, ...] | None = None
     num_keys: int = 32
-    num_heads: int = 4
+    num_heads: int = 16
     top_k: int = 8
     key_dim: int = 64
     top_t: int = 512
