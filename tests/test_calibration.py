@@ -4,7 +4,15 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from sparsemem import Background, SparseMemoryConfig, calibrate, clear_scope, count_accesses, memory_layers, set_scope
+from sparsemem import (
+    Background,
+    SparseMemoryConfig,
+    calibrate,
+    clear_scope,
+    count_accesses,
+    memory_layers,
+    set_scope,
+)
 from sparsemem.access import layer_inputs
 from sparsemem.calibration import addressing_report
 

@@ -1,4 +1,4 @@
-"""The ten laws, each on real models and real files. Law 3: test_values. Law 4: test_product_keys. Law 7: test_train."""
+"""The ten laws, on real models and files. Law 3: test_values. Law 4: test_product_keys. Law 7: test_train."""
 
 import copy
 import os
@@ -10,12 +10,12 @@ import time
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from test_calibration import SMALL, batch
-from tiny import ARCHITECTURES, tiny_batch, tiny_model
 
 from sparsemem import RowAdamW, RowPatch, SparseMemoryConfig, calibrate, memory_layers, set_scope
 from sparsemem.memory import ProductKeyMemory
 from sparsemem.product_keys import exhaustive_top_k_slots, sub_key_scores
+from test_calibration import SMALL, batch
+from tiny import ARCHITECTURES, tiny_batch, tiny_model
 
 TINY = {"task_type": "CAUSAL_LM", "num_keys": 4, "num_heads": 2, "top_k": 3, "key_dim": 8, "max_centres": 32}
 
@@ -78,7 +78,9 @@ def test_law_2_under_accumulation_and_checkpointing(tiny_llama, accumulate, chec
             ever[name] |= set(rows.tolist())
     for name, tensor in model.state_dict().items():
         layer = next((n for n in ever if name.endswith(f"{n}.sparse_memory_layers.default.values")), None)
-        changed = set() if layer is None else set((tensor != before[name]).any(1).nonzero().flatten().tolist())
+        changed = (
+            set() if layer is None else set((tensor != before[name]).any(1).nonzero().flatten().tolist())
+        )
         assert changed <= ever.get(layer, set())
         if layer is None:
             assert torch.equal(tensor, before[name]), name
@@ -93,7 +95,8 @@ def test_law_3_memory_equals_its_naive_twin_in_value_and_gradients(mode, value_g
     """float32, tolerance 1e-5."""
     torch.manual_seed(0)
     memory = ProductKeyMemory(
-        *widths, num_keys=5, num_heads=3, top_k=4, key_dim=6, mode=mode, value_gate=value_gate, init_weights=False
+        *widths, num_keys=5, num_heads=3, top_k=4, key_dim=6,
+        mode=mode, value_gate=value_gate, init_weights=False,
     )  # fmt: skip
     x, base = torch.randn(2, 6, widths[0]), torch.randn(2, 6, widths[1])
 
@@ -254,7 +257,8 @@ def test_law_10_reloaded_logits_are_bit_identical(tmp_path):
     again = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
     assert torch.equal(again(**_answers(50)).logits, model(**_answers(50)).logits)
     for one, other in zip(memory_layers(model).values(), memory_layers(again).values(), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+        pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 _SAVER = """
@@ -270,7 +274,8 @@ for number in range(10**6):
     if kind == "patch":
         artefact = RowPatch({"l": LayerPatch(torch.arange(n), rows, rows + 1, "a")}, "b", {"n": n})
     else:
-        artefact = Background({"l": LayerBackground(torch.full((n,), number), torch.full((n,), number), number)})
+        counts, df = torch.full((n,), number), torch.full((n,), number)
+        artefact = Background({"l": LayerBackground(counts, df, number)})
     artefact.save(path)
 """
 

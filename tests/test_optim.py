@@ -10,6 +10,7 @@ OPTIMIZERS = [
     pytest.param(lambda m, **o: RowSGD(m, 0.1, momentum=0.9, weight_decay=0.01, **o), id="sgd"),
     pytest.param(lambda m, **o: RowAdamW(m, 0.1, weight_decay=0.01, **o), id="adamw-row"),
     pytest.param(lambda m, **o: RowAdamW(m, 0.1, moments="element", **o), id="adamw-element"),
+    pytest.param(lambda m, **o: RowAdamW(m, 0.1, moments="table", **o), id="adamw-table"),
 ]
 
 
@@ -75,7 +76,7 @@ def _assert_state_of_others_rests(before, after, chosen):
     place = {slot: index for index, slot in enumerate(after["slots"].tolist())}
     for index, slot in enumerate(before["slots"].tolist()):
         if slot not in chosen:
-            for key in before:
+            for key in before.keys() - {"table"}:
                 assert torch.equal(before[key][index], after[key][place[slot]]), key
 
 
@@ -114,6 +115,18 @@ def test_one_moment_per_row_is_the_mean_square(model):
         rows = optimizer.selected[name]
         moved = (memory.values - before[name])[rows]
         torch.testing.assert_close(moved.square().mean(1).sqrt(), torch.full((len(rows),), 0.1))
+
+
+def test_one_moment_per_table_keeps_the_gradients_proportions(model):
+    optimizer = RowAdamW(model, 0.1, top_t=4, rule="tf", moments="table", betas=(0.0, 0.9), eps=1e-30)
+    twin = copy.deepcopy(model)
+    sgd = RowSGD(twin, 1.0, top_t=4, rule="tf")
+    _step(model, optimizer)
+    _step(twin, sgd)
+    for name, memory in memory_layers(model).items():
+        rows = optimizer.selected[name]
+        moved, gradient = memory.values[rows], memory_layers(twin)[name].values[rows]
+        torch.testing.assert_close(moved, 0.1 * gradient / gradient.square().mean().sqrt())
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
@@ -206,7 +219,8 @@ def test_background_of_another_addressing_is_refused(model):
     with pytest.raises(ValueError, match="another addressing"):
         RowAdamW(model, 0.1, background=background)
     names = list(memory_layers(model))
-    short = Background.from_counts({n: torch.ones(4).long() for n in names}, {n: torch.ones(4).long() for n in names}, 1)
+    four = {name: torch.ones(4).long() for name in names}
+    short = Background.from_counts(four, four, 1)
     with pytest.raises(ValueError, match="4 slots"):
         RowAdamW(model, 0.1, background=short)
 

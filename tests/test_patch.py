@@ -4,7 +4,6 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_calibration import SMALL, batch
 
 from sparsemem import (
     ArtifactError,
@@ -16,6 +15,7 @@ from sparsemem import (
     memory_layers,
     set_scope,
 )
+from test_calibration import SMALL, batch
 
 
 def _teach(model, background, seed, steps=3, scope=True):

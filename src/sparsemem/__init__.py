@@ -1,7 +1,7 @@
 """Sparse Memory Finetuning: teach a language model something new without forgetting what it knew.
 
-The names load on first use, so that `sparsemem --help` does not wait for torch. The PEFT method registers itself as
-soon as both this package and peft are imported, in whichever order.
+The names load on first use, so that `sparsemem --help` does not wait for torch. The PEFT method registers
+itself as soon as both this package and peft are imported, in whichever order.
 """
 
 import sys
@@ -43,7 +43,7 @@ _ROOM = {
     "set_scope": "calibration",
 }
 
-__all__ = [  # noqa: RUF022 (pyright wants it literal)
+__all__ = [
     "ArtifactError", "Background", "ProductKeyMemory", "RowAdamW", "RowPatch", "RowSGD", "SparseMemoryConfig",
     "calibrate", "clear_scope", "count_accesses", "exposure", "finetune", "memory_layers", "scope_gate",
     "select_rows", "set_scope",

@@ -1,4 +1,4 @@
-"""What a general corpus reads: access counts, and the Background that calibration, scopes and selection need."""
+"""Access counts of a general corpus, and the Background that calibration, scopes and selection need."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -29,8 +29,9 @@ class LayerBackground:
     Attributes:
         counts, df: [num_slots] int64: reads, and number of batches that read the slot at all.
         num_batches: n_bg of the TF-IDF rule.
-        mean [d_in], covariance [d_in, d_in] float64, sample [n, d_in]: of the layer's inputs; None where only counts are known.
-        starts [m, d_in]: sample of the inputs at answer starts: the positions before the first label of an answer.
+        mean [d_in], covariance [d_in, d_in] float64, sample [n, d_in]: of the layer's inputs; None where only
+            counts are known.
+        starts [m, d_in]: sample of the inputs at answer starts, the positions before an answer's first label.
         addressing: fingerprint of the query and keys that made the counts; None: unchecked.
     """
 
@@ -166,9 +167,9 @@ def count_accesses(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) ->
 
 
 def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
-    """For every batch: (batch, {layer name: its inputs [tokens, d_in] at unpadded positions}), memory switched off.
+    """For each batch, memory off: (batch, {layer name: its inputs [tokens, d_in] at unpadded positions}).
 
-    The model runs in bfloat16 autocast where that is faster; what is done with its states is not for autocast to round.
+    The model runs in bfloat16 autocast where that is faster; work on its states is not rounded.
 
     Raises:
         ValueError: no batches, or a batch without input_ids.
@@ -209,7 +210,7 @@ def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
 
 
 def supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Of a batch's unpadded positions [tokens]: which predict a label, and which of them are the first to do so."""
+    """Of a batch's unpadded positions [tokens]: which predict a label, and which do so first."""
     ids, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
     predicts, labelled = torch.zeros_like(mask), labels != -100
@@ -271,13 +272,14 @@ def _merge_layers(name: str, a: LayerBackground, b: LayerBackground) -> LayerBac
         for key in ("mean", "covariance", "sample", "starts", "num_states"):
             setattr(merged, key, getattr(parts[0], key))
     elif len(parts) == 2:
-        assert (
-            a.mean is not None
-            and b.mean is not None
-            and a.covariance is not None
-            and b.covariance is not None
-        )
-        assert a.sample is not None and b.sample is not None and a.starts is not None and b.starts is not None
+        assert a.mean is not None
+        assert b.mean is not None
+        assert a.covariance is not None
+        assert b.covariance is not None
+        assert a.sample is not None
+        assert b.sample is not None
+        assert a.starts is not None
+        assert b.starts is not None
         n, gap = a.num_states + b.num_states, b.mean - a.mean
         share = b.num_states / n
         merged.num_states, merged.mean = n, a.mean + share * gap

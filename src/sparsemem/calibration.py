@@ -1,11 +1,11 @@
-"""What data sets and nobody trains: the addressing (`calibrate`) and the scope (`set_scope`) of memory layers.
+"""What data sets and nobody trains: the addressing (`calibrate`) and the scope (`set_scope`) of a memory.
 
-calibrate: hidden states of a general corpus are centred, whitened and rotated, split into heads and halves; the
-sub-keys of each half are the k-means centroids of its queries, the score is the negative squared distance times an
-inverse temperature from the data. Value rows stay as they are (zero), so logits stay the base's to the bit.
+calibrate: hidden states of a general corpus are centred, whitened and rotated, split into heads and halves;
+the sub-keys of each half are the k-means centroids of its queries, the score is the negative squared distance
+times an inverse temperature from the data. Value rows stay as they are, so logits stay the base's to the bit.
 
-set_scope: the whitened states at the supervised positions of the training data become the centres of the relevance
-gate, its thresholds come from the background and from how near the training examples are to each other.
+set_scope: the whitened states at the supervised positions of the training data become the centres of the
+relevance gate, its thresholds come from the background and from the training examples' own nearness.
 
 Reference: ours; it takes the place of the paper's dense retrofit (2605.03229, stage 1).
 """
@@ -34,7 +34,7 @@ from .tuner import memory_layers
 
 logger = logging.getLogger(__name__)
 
-# Mean difference, in nats, between the scores of the best and the last of the top_k slots: the softmax temperature.
+# Softmax temperature: the mean difference, in nats, of the scores of the best and the last of top_k slots.
 SCORE_SPREAD = 2.0
 # Below this share of slots in use, or of the entropy of uniform reads, the addressing counts as collapsed.
 COLLAPSE = 0.5
@@ -50,8 +50,8 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed
 
     Args:
         model: a model with memory layers.
-        batches: dicts with input_ids and, where there is padding, attention_mask; iterated twice. With labels (-100: not
-            an answer) the states at answer starts are kept apart, from which `set_scope` takes its thresholds.
+        batches: dicts with input_ids and, where there is padding, attention_mask; iterated twice. With labels
+            (-100: not an answer) the states at answer starts are kept apart, for `set_scope`'s thresholds.
         seed: of the sample, the rotation and k-means; same data and seed give the same addressing.
 
     Returns:
@@ -96,8 +96,8 @@ def addressing_report(layer: LayerBackground) -> dict[str, float]:
     """How evenly a corpus uses the slots of one layer.
 
     Returns:
-        "used": share of slots read at all; "entropy": of the reads, as a share of uniform's; "top1": share of the reads
-        that fall on the most-read 1 % of slots.
+        "used": share of slots read at all; "entropy": of the reads, as a share of uniform's; "top1": share of
+        the reads that fall on the most-read 1 % of slots.
     """
     counts = layer.counts.double()
     p = counts / counts.sum().clamp_min(1)
@@ -110,12 +110,12 @@ def addressing_report(layer: LayerBackground) -> dict[str, float]:
 def set_scope(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], background: Background, *, extend: bool = False
 ) -> None:
-    """Set each memory layer's scope from training data; from then on tokens out of scope pass as in the base model.
+    """Set each memory layer's scope from training data; tokens out of scope then pass as in the base model.
 
     Args:
         model: a model with memory layers.
-        batches: dicts with input_ids, labels (-100: not supervised) and attention_mask. Centres are the states at the
-            positions whose next label is supervised, memory switched off.
+        batches: dicts with input_ids, labels (-100: not supervised) and attention_mask. Centres are the
+            states at the positions whose next label is supervised, memory switched off.
         background: of `calibrate`, which keeps mean, covariance and a sample of states.
         extend: keep the scope there is and add to it: g is then the largest over both.
 
@@ -156,7 +156,13 @@ def set_scope(
     with precise(model):
         scopes = {
             name: _scope_of(
-                name, memory, torch.cat(taught[name])[keep], example[keep], start[keep], background[name], extend
+                name,
+                memory,
+                torch.cat(taught[name])[keep],
+                example[keep],
+                start[keep],
+                background[name],
+                extend,
             )
             for name, memory in layers.items()
         }
@@ -210,9 +216,11 @@ def _scope_of(
 
 
 def _space(memory: ProductKeyMemory, layer: LayerBackground) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Mean, whitener and known states of a layer's background, and the quantile of `lo` that goes with these."""
-    assert layer.mean is not None and layer.covariance is not None
-    assert layer.sample is not None and layer.starts is not None
+    """Mean, whitener and known states of a layer's background, and the quantile where `lo` lies."""
+    assert layer.mean is not None
+    assert layer.covariance is not None
+    assert layer.sample is not None
+    assert layer.starts is not None
     mean, whitener = layer.mean.float(), whitening(layer.covariance)
     answers = len(layer.starts) >= MIN_STARTS
     states = (layer.starts if answers else layer.sample)[: len(memory.scope_known)]
@@ -238,7 +246,7 @@ def _set_addressing(memory: ProductKeyMemory, seen: "_Statistics", seed: int) ->
     for head in range(memory.num_heads):
         for half in range(2):
             memory.keys[head, half] = k_means(queries[:, head, half], memory.num_keys, generator)
-    # The score -|q - c|^2 as a linear one: 2 q.c - |c|^2, leaving out |q|^2, which is the same for every sub-key.
+    # The score -|q - c|^2 as a linear one: 2 q.c - |c|^2, without |q|^2, the same for every sub-key.
     centroids = memory.keys.detach().clone()
     memory.keys.copy_(2 * centroids)
     memory.key_bias.copy_(-(centroids**2).sum(-1))
@@ -278,7 +286,7 @@ class _Sample:
 
 
 class _Statistics:
-    """Streaming mean and covariance (Chan's update), and samples of all states and of those at answer starts."""
+    """Streaming mean and covariance (Chan's update), and samples of all states and of answer starts."""
 
     def __init__(self, width: int, seed: int) -> None:
         self.count = 0

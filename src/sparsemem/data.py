@@ -42,7 +42,7 @@ def read_records(
                 f"data {source!r} cannot be loaded from the Hub ({error}); check name and split"
             ) from error
     if isinstance(source, str | Path):
-        places, records = _read_jsonl(Path(source).expanduser())
+        places, records = read_jsonl(Path(source).expanduser())
     else:
         records: list[Any] = list(source)
         places = [f"data record {number}" for number in range(1, len(records) + 1)]
@@ -135,7 +135,7 @@ def batches(examples: Sequence[dict], batch_size: int, pad_token_id: int) -> lis
     return [collate(examples[start : start + batch_size], pad_token_id) for start in starts]
 
 
-def _read_jsonl(path: Path) -> tuple[list[str], list[Any]]:
+def read_jsonl(path: Path) -> tuple[list[str], list[Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:

@@ -1,7 +1,8 @@
 """Artefacts on disk: written whole or not at all, checked when read.
 
-One safetensors file per artefact. Its metadata is one canonical JSON text with a SHA-256 over the tensors' bytes and
-over itself, so that a damaged file is refused with one sentence before anything is changed. Nothing is unpickled.
+One safetensors file per artefact. Its metadata is one canonical JSON text with a SHA-256 over the tensors'
+bytes and over itself, so that a damaged file is refused with one sentence before anything is changed. Nothing
+is unpickled.
 """
 
 import hashlib
@@ -25,8 +26,8 @@ class ArtifactError(ValueError):
     """An artefact is damaged, or does not fit what it is used with. Nothing was changed."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary)` and move the result to `path`: a reader sees the old file or the new one, never a part."""
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file, then move it to `path`: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
@@ -86,7 +87,8 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[
     header = json.loads(text)
     if header.get("kind") != kind or header.get("format") != 1:
         raise ArtifactError(
-            f"{path}: holds a {header.get('kind')} of format {header.get('format')}, a {kind} of format 1 was expected"
+            f"{path}: holds a {header.get('kind')} of format {header.get('format')}, "
+            f"a {kind} of format 1 was expected"
         )
     if {name: _digest(tensor) for name, tensor in sorted(tensors.items())} != header["tensors"]:
         raise ArtifactError(f"{path}: its tensors are damaged (SHA-256 differs); get an undamaged copy")
@@ -96,8 +98,8 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[
 def fingerprint_base(model: nn.Module) -> str:
     """SHA-256 of the base model's weights under the memory: names, shapes and values rounded to bfloat16.
 
-    Rounding makes a model and its bfloat16 copy the same base. Memory layers, other adapters and their wrapping do not
-    enter.
+    Rounding makes a model and its bfloat16 copy the same base. Memory layers, other adapters and their
+    wrapping do not enter.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

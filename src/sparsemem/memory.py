@@ -1,11 +1,11 @@
 """One memory layer: query -> product keys -> value rows -> value gate -> scale -> relevance gate.
 
-Parameters are flat on the module (PEFT names an adapter's tensors `layer.adapter.tensor`, one level deep). Everything
-but the value rows is computed in float32 whatever the model's precision, autocast included: addresses and gates must
-not depend on the precision that the rest of the model happens to run in.
+Parameters are flat on the module (PEFT names an adapter's tensors `layer.adapter.tensor`, one level deep).
+Everything but the value rows is computed in float32 whatever the model's precision, autocast included:
+addresses and gates must not depend on the precision that the rest of the model happens to run in.
 
-Reference: Lample 2019 (1907.05242) for the read, Berges 2024 (2412.09764) for `value_gate="silu"`; the additive form
-mlp(x) + scale * y is the paper's (2605.03229); keys from data and the relevance gate are ours.
+Reference: Lample 2019 (1907.05242) for the read, Berges 2024 (2412.09764) for `value_gate="silu"`; the
+additive form mlp(x) + scale * y is the paper's (2605.03229); keys from data and the relevance gate are ours.
 """
 
 import torch
@@ -24,11 +24,21 @@ class ProductKeyMemory(nn.Module):
 
     Attributes:
         values: the value table [num_slots, d_out].
-        query [num_heads * key_dim, d_in], query_bias, keys [num_heads, 2, num_keys, key_dim / 2], key_bias: addressing.
+        query [num_heads * key_dim, d_in], query_bias, keys [num_heads, 2, num_keys, key_dim / 2], key_bias:
+            the addressing of a state.
         scale: the scalar alpha.
         log: where the reads of backward passes go, set by the row optimizers; None: dense gradients.
         token_mask: [batch, seq] bool of the running forward pass, set by the tuner; None: every token counts.
     """
+
+    scope_mean: Tensor
+    scope_whitener: Tensor
+    scope_known: Tensor
+    scope_num_known: Tensor
+    scope_centres: Tensor
+    scope_lo: Tensor
+    scope_hi: Tensor
+    scope_size: Tensor
 
     def __init__(
         self,
@@ -115,7 +125,7 @@ class ProductKeyMemory(nn.Module):
         return F.normalize(q, dim=-1) if self.query_norm else q
 
     def address(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots and weights [tokens, num_heads * top_k] that states [tokens, d_in] read; weights sum to 1 per head."""
+        """Slots, weights [tokens, num_heads * top_k] of states [tokens, d_in]; a head's weights sum to 1."""
         with torch.autocast(x.device.type, enabled=False):
             scores = sub_key_scores(self.queries(x), self.keys.float(), self.key_bias.float())
             slots, top = top_k_slots(scores, self.top_k)
@@ -178,7 +188,7 @@ class ProductKeyMemory(nn.Module):
             return (y if self.mode == "replacement" else out + y).view_as(base)
         g = self.relevance(flat)
         inside = g.nonzero().squeeze(1)
-        # In training the rows stay in the graph, or the backward pass of a batch out of scope would find none.
+        # In training the rows stay in the graph, or a backward pass out of scope would find none.
         if len(inside) == 0 and not torch.is_grad_enabled():
             return base
         y = self.read(flat[inside], None if counted is None else counted[inside])

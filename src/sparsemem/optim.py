@@ -1,17 +1,17 @@
 """RowSGD and RowAdamW: optimizers that select rows and change these alone.
 
-`step()` consumes what the backward passes since the last step left in the memory layers' read logs: it counts the
-accesses of the whole step, selects `top_t` rows per layer, computes the gradient of these rows alone, clips by the
-norm over them, and updates them. Every other row, and every other row's optimizer state, is not touched: law 2. The
-tables never get a `.grad`, so Trainer's own clipping and zeroing find nothing there.
+`step()` consumes what the backward passes since the last step left in the memory layers' read logs: it counts
+the accesses of the whole step, selects `top_t` rows per layer, computes the gradient of these rows alone,
+clips by the norm over them, and updates them. Every other row, and every other row's optimizer state, is not
+touched: law 2. The tables never get a `.grad`, so Trainer's own clipping and zeroing find nothing there.
 
-Several processes: counts are summed over processes before the selection, and the selected rows' gradients averaged, as
-DDP would; the model must not be wrapped in DDP when only value tables train.
+Several processes: counts are summed over processes before the selection, and the selected rows' gradients
+averaged, as DDP would; the model must not be wrapped in DDP when only value tables train.
 
 Whatever else is trainable (alpha, keys, modules_to_save) gets torch's plain AdamW inside the same optimizer.
 
-Reference: 2605.03229, stage 2. Deviation: moments belong to selected rows and rest with them; the authors' release
-masks gradients only, so that rows keep moving after they were deselected.
+Reference: 2605.03229, stage 2. Deviation: moments belong to selected rows and rest with them; the authors'
+release masks gradients only, so that rows keep moving after they were deselected.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from .selection import NEEDS_BACKGROUND, Rule, check_selection, select_rows
 from .tuner import memory_layers
 from .values import ReadLog
 
-MOMENTS = ("row", "element")
+MOMENTS = ("row", "element", "table")
 
 
 class _RowOptimizer(Optimizer):
@@ -113,7 +113,7 @@ class _RowOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        # torch casts state to the parameter's dtype, which would destroy slot ids and float32 moments of bf16 tables.
+        # torch casts state to the parameter's dtype: in bfloat16, slot ids and moments would be destroyed.
         tables = self.param_groups[0]["params"]
         for index, table in enumerate(tables):
             saved = state_dict["state"].get(index)
@@ -160,7 +160,7 @@ class _RowOptimizer(Optimizer):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The table's state, grown to hold `rows`, and where these lie in it.
 
-        State: "slots" [n] ascending, the rows that were ever selected, and one tensor [n, ...] per entry of shapes.
+        State: "slots" [n] ascending, the rows ever selected, and one tensor [n, ...] per entry of shapes.
         """
         state = self.state[table]
         if "slots" not in state:
@@ -198,7 +198,7 @@ class RowSGD(_RowOptimizer):
         seed: of rule "random".
 
     Raises:
-        ValueError: an option out of range, a rule without its background, or a background of another addressing.
+        ValueError: an option out of range, a rule without its background, or one of another addressing.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class RowAdamW(_RowOptimizer):
     Args:
         model, top_t, rule, background, max_grad_norm, seed: as `RowSGD`.
         lr, betas, eps, weight_decay: as torch.optim.AdamW; decay acts on selected rows only.
-        moments: "row": one second moment per row, the mean of its squared gradient; "element": one per element.
+        moments: "row": one second moment per row, of its mean squared gradient; "element": one per element.
 
     Raises:
         ValueError: as `RowSGD`.
@@ -268,26 +268,26 @@ class RowAdamW(_RowOptimizer):
         super().__init__(model, defaults, max_grad_norm=max_grad_norm, seed=seed, **options)
 
     def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        width = table.shape[1]
-        second = (1,) if group["moments"] == "row" else (width,)
-        state, place = self._rows_of(table, rows, {"exp_avg": (width,), "exp_avg_sq": second, "steps": (1,)})
+        width, kind = table.shape[1], group["moments"]
+        shapes: dict[str, tuple[int, ...]] = {"exp_avg": (width,), "steps": (1,)}
+        if kind != "table":
+            shapes["exp_avg_sq"] = (width,) if kind == "element" else (1,)
+        state, place = self._rows_of(table, rows, shapes)
         beta1, beta2 = group["betas"]
-        square = gradient.square().mean(1, keepdim=True) if group["moments"] == "row" else gradient.square()
         steps = state["steps"][place] + 1
         first_moment = torch.lerp(state["exp_avg"][place], gradient, 1 - beta1)
-        second_moment = torch.lerp(state["exp_avg_sq"][place], square, 1 - beta2)
-        state["steps"][place], state["exp_avg"][place], state["exp_avg_sq"][place] = (
-            steps,
-            first_moment,
-            second_moment,
-        )
-        step = (first_moment / (1 - beta1**steps)) / (
-            (second_moment / (1 - beta2**steps)).sqrt() + group["eps"]
-        )
+        state["steps"][place], state["exp_avg"][place] = steps, first_moment
+        if kind == "table":
+            second = state.setdefault("table", torch.zeros(2, device=table.device))
+            second += torch.stack([gradient.square().mean() - second[0], 1 - second[1]]) * (1 - beta2)
+            second_moment = second[0] / second[1]
+        else:
+            square = gradient.square() if kind == "element" else gradient.square().mean(1, keepdim=True)
+            state["exp_avg_sq"][place] = torch.lerp(state["exp_avg_sq"][place], square, 1 - beta2)
+            second_moment = state["exp_avg_sq"][place] / (1 - beta2**steps)
+        step = first_moment / (1 - beta1**steps) / (second_moment.sqrt() + group["eps"])
         current = table[rows].float()
-        table[rows] = (current * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * step).to(
-            table.dtype
-        )
+        table[rows] = (current * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * step).to(table.dtype)
 
 
 def _summed(counts: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """RowPatch: what one finetuning run did to the memory, as a file that can be applied and taken back.
 
-Per memory layer: the slots that changed with their rows before and after, and the scope that the run added. Applying
-checks everything first, base, addressing and every row's present bytes, so that a refused patch changes nothing.
+Per memory layer: the slots that changed with their rows before and after, and the scope that the run added.
+Applying checks everything first, base, addressing and every row's present bytes, so that a refused patch
+changes nothing.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ _SCOPE = tuple(field.name for field in fields(Scope))
 
 @dataclass
 class LayerPatch:
-    """One layer's share: slots [n] int64 ascending; before, after [n, d_out]; the scope that the run added, if any."""
+    """One layer's share: slots [n] int64 ascending; before, after [n, d_out]; the scope added, if any."""
 
     slots: Tensor
     before: Tensor
@@ -70,12 +71,12 @@ class RowPatch:
 
         Args:
             model: as it is now.
-            since: as it was: a `snapshot`, a dict of value tables by `memory_layers` name, an adapter's state dict, or
-                the folder of a saved adapter. Where it holds no scope, there was none.
+            since: as it was: a `snapshot`, a dict of value tables by `memory_layers` name, an adapter's state
+                dict, or the folder of a saved adapter. Where it holds no scope, there was none.
             info: provenance to keep in the patch.
 
         Raises:
-            ValueError: `since` lacks a layer or has another shape, or the scope was not extended but replaced.
+            ValueError: `since` lacks a layer or has another shape, or the scope was replaced, not extended.
         """
         before = _read_adapter(Path(since)) if isinstance(since, str | Path) else since
         layers = {name: _diff_layer(name, memory, before) for name, memory in memory_layers(model).items()}
@@ -117,8 +118,8 @@ class RowPatch:
         """Write the rows after and add the scope.
 
         Raises:
-            ArtifactError: another base, memory or addressing, a row that is not as `before`, a scope that cannot be
-                added, or a patch that is applied already; nothing is changed then.
+            ArtifactError: another base, memory or addressing, a row that is not as `before`, a scope that
+                cannot be added, or a patch that is applied already; nothing is changed then.
         """
         self._move(model, forward=True)
 

@@ -1,9 +1,9 @@
 """Product keys: scores of sub-keys, and the exact top_k over all pairs of them.
 
-Every slot of a memory is a pair (i, j) of sub-keys, slot = i * num_keys + j, and its score is the sum of the scores
-of i (first half of the query) and j (second half). The best top_k of all num_keys ** 2 sums are found among few
-candidates: a pair whose halves rank i-th and j-th (from 0) is beaten by at least (i + 1)(j + 1) - 1 others, so only
-pairs with (i + 1)(j + 1) <= top_k can be chosen.
+Every slot of a memory is a pair (i, j) of sub-keys, slot = i * num_keys + j, and its score is the sum of the
+scores of i (first half of the query) and j (second half). The best top_k of all num_keys ** 2 sums are found
+among few candidates: a pair whose halves rank i-th and j-th (from 0) is beaten by at least (i + 1)(j + 1) - 1
+others, so only pairs with (i + 1)(j + 1) <= top_k can be chosen.
 
 Reference: Lample 2019 (1907.05242), section 3.1; the candidate bound is ours.
 """
@@ -36,8 +36,8 @@ def top_k_slots(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         top_k: at most num_keys ** 2.
 
     Returns:
-        slots [tokens, heads, top_k] int64, and their scores [tokens, heads, top_k], best first. Where scores tie, the
-        choice among equals is torch.topk's.
+        slots [tokens, heads, top_k] int64, and their scores [tokens, heads, top_k], best first. Where scores
+        tie, the choice among equals is torch.topk's.
     """
     num_keys = scores.shape[-1]
     best, sub_keys = scores.topk(min(top_k, num_keys), dim=-1)

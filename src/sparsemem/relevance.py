@@ -1,15 +1,17 @@
 """The relevance gate of one memory layer: how far inside the taught region a hidden state lies.
 
-A scope is a set of centres (what is taught) with a threshold pair each, and a set of known states (answer starts of the
-background), all of them unit vectors in whitened space. For a state x with z = normalise(W (x - mean)):
+A scope is a set of centres (what is taught) with a threshold pair each, and a set of known states (answer
+starts of the background), all of them unit vectors in whitened space. For a state x:
 
-    s_c(x) = z . c - KNOWN_WEIGHT * max(0, max_b z . b),  g(x) = max_c clip((s_c(x) - lo_c) / (hi_c - lo_c), 0, 1)
+    z = normalise(W (x - mean))
+    s_c(x) = z . c - KNOWN_WEIGHT * max(0, max_b z . b)
+    g(x) = max_c clip((s_c(x) - lo_c) / (hi_c - lo_c), 0, 1)
 
-g is exactly 0 outside, so a token out of scope leaves the model as it was, to the bit. Thresholds belong to centres,
-so the union of several taught tasks is the concatenation of their centres. The gate is not differentiated.
+g is exactly 0 outside, so a token out of scope leaves the model as it was, to the bit. Thresholds belong to
+centres, so the union of several taught tasks is the concatenation of their centres. The gate has no gradient.
 
-Reference: ours (no paper). The known states are what tells a taught subject from a known one of the same question form;
-dev/LOG.md has the measurement.
+Reference: ours (no paper). The known states are what tells a taught subject from a known one of the same
+question form; dev/LOG.md has the measurement.
 """
 
 from dataclasses import dataclass, fields
@@ -24,14 +26,17 @@ KNOWN_WEIGHT = 0.5
 START_QUANTILE, STATE_QUANTILE = 0.98, 0.999
 # `hi` lies this far on the way from `lo` to where an unseen wording of something taught is expected.
 RAMP = 1 / 3
-# Where taught and known cannot be told apart: the share of taught answers that must be in scope, and the ramp.
+# Where taught and known cannot be told apart: the share of taught answers to be in scope, and the ramp.
 OWN_SHARE, LEAST_RAMP = 0.95, 0.1
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What one memory layer takes as taught: the space (mean [d], whitener [d, d], known [num_known, d]) and, in it, the
-    centres [num_centres, d] with their thresholds lo, hi [num_centres]; all float32.
+    """What one memory layer takes as taught; all float32.
+
+    Attributes:
+        mean [d], whitener [d, d], known [num_known, d]: the space.
+        centres [num_centres, d], lo, hi [num_centres]: what is taught in it, with a threshold pair each.
     """
 
     mean: Tensor
@@ -67,7 +72,9 @@ class Scope:
 
     def copy(self) -> "Scope":
         """A copy on the CPU, where a memory layer's own scope is a view of its buffers."""
-        return Scope(**{field.name: getattr(self, field.name).detach().cpu().clone() for field in fields(self)})
+        return Scope(
+            **{field.name: getattr(self, field.name).detach().cpu().clone() for field in fields(self)}
+        )
 
     def gate(self, states: Tensor) -> Tensor:
         """g [tokens] float32 in [0, 1] of states [tokens, d]; exactly 0 out of scope."""
@@ -83,7 +90,7 @@ class Scope:
 
 
 def whitening(covariance: Tensor) -> Tensor:
-    """W [d, d] float32 with W C W^T = identity, for C = covariance + 1e-3 of the mean variance on the diagonal."""
+    """W [d, d] float32: W C W^T = identity, C = covariance + 1e-3 of the mean variance on the diagonal."""
     covariance = covariance.double()
     ridge = 1e-3 * covariance.diagonal().mean().clamp_min(1e-12)
     variance, basis = torch.linalg.eigh(covariance + ridge * torch.eye(len(covariance), dtype=torch.float64))
@@ -100,8 +107,8 @@ def thresholds(
 ) -> tuple[float, float, bool]:
     """The pair (lo, hi) from data, and whether what is taught and what is known can be told apart.
 
-    An answer is decided at its start, and there taught and known are hardest to tell apart. Every state is scored
-    against the others alone: a known one without itself, a taught one without its own example.
+    An answer is decided at its start, and there taught and known are hardest to tell apart. Every state is
+    scored against the others alone: a known one without itself, a taught one without its own example.
 
     Args:
         taught: [n, d] whitened states of the supervised positions; example: [n] which record each comes from;
@@ -127,10 +134,10 @@ def thresholds(
 
 
 def k_means(points: Tensor, num_centres: int, generator: torch.Generator, steps: int = 20) -> Tensor:
-    """Centroids [num_centres, d] of points [n, d]: k-means++ and Lloyd's algorithm; deterministic by generator.
+    """Centroids [num_centres, d] of points [n, d]: k-means++, then Lloyd's; deterministic by generator.
 
-    Empty clusters restart at the points that are farthest from their centroid. With fewer points than centres, points
-    repeat with a little noise, so that no two centroids coincide.
+    Empty clusters restart at the points that are farthest from their centroid. With fewer points than
+    centres, points repeat with a little noise, so that no two centroids coincide.
     """
     n = len(points)
     if n < num_centres:
@@ -150,7 +157,7 @@ def k_means(points: Tensor, num_centres: int, generator: torch.Generator, steps:
 
 
 def _seeds(points: Tensor, num_centres: int, generator: torch.Generator) -> Tensor:
-    """k-means++: each seed is drawn with probability proportional to the squared distance to the seeds before it."""
+    """k-means++: each seed is drawn in proportion to its squared distance to the seeds before it."""
     chosen = [int(torch.randint(len(points), (), generator=generator))]
     distance = (points - points[chosen[0]]).square().sum(-1)
     while len(chosen) < num_centres:

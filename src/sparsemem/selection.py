@@ -1,15 +1,16 @@
 """Which rows one optimizer step may change: a score for every slot that the batch read, and the top_t best.
 
-| rule     | score of a read slot i                                                                              |
-| -------- | --------------------------------------------------------------------------------------------------- |
-| "tfidf"  | (c_i / sum c) log((n_bg + 1) / (df_i + 1))                                                          |
-| "kl"     | p_i log((p_i + 1e-8) / (q_i + 1e-8)), p = c / sum c, q = (bg + 1) / sum(bg + 1)                      |
-| "tf"     | c_i                                                                                                 |
-| "grad"   | norm of the row's gradient                                                                          |
-| "random" | a random number                                                                                     |
-| callable | rule(counts, background) -> [num_slots]                                                             |
+| rule     | score of a read slot i                                                              |
+| -------- | ----------------------------------------------------------------------------------- |
+| "tfidf"  | (c_i / sum c) log((n_bg + 1) / (df_i + 1))                                          |
+| "kl"     | p_i log((p_i + 1e-8) / (q_i + 1e-8)), p = c / sum c, q = (bg + 1) / sum(bg + 1)     |
+| "tf"     | c_i                                                                                 |
+| "grad"   | norm of the row's gradient                                                          |
+| "random" | a random number                                                                     |
+| callable | rule(counts, background) -> [num_slots]                                             |
 
-c: access counts of the step; bg, df, n_bg: of the background. Ties go to the lowest slot; unread slots are never taken.
+c: access counts of the step; bg, df, n_bg: of the background. Ties go to the lowest slot; unread slots are
+never taken.
 
 Reference: Lin 2025 (2510.15103) for tfidf, Goyal 2026 (2604.05248) for kl; both as in 2605.03229.
 """

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .data import _read_jsonl, read_records
+from .data import read_jsonl, read_records
 from .probes import multiple_choice, perplexity, recall
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def read_items(
     probe = _PROBES[task]
     if probe == "perplexity":
         return _text(task, data, limit)
-    places, records = _from_hub(task) if data is None else _read_jsonl(Path(data).expanduser())
+    places, records = _from_hub(task) if data is None else read_jsonl(Path(data).expanduser())
     pairs = list(zip(places, records, strict=True))[:limit]
     if not pairs:
         raise ValueError(f"data is empty ({data}); give at least one item")

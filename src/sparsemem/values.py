@@ -1,8 +1,9 @@
-"""Reading the value table: the weighted sum of rows, its gradients, and the log from which optimizers select rows.
+"""Reading the value table: the weighted sum of rows, its gradients, and the log that optimizers select from.
 
-`read_rows` equals `naive_read_rows` in value and in all gradients. With a `ReadLog`, the backward pass leaves the
-table's gradient in the log instead of `values.grad`: the reads and the output's gradient are kept, and the rows that
-an optimizer selects get theirs in `ReadLog.row_gradients`. No gradient of the size of the table is ever made.
+`read_rows` equals `naive_read_rows` in value and in all gradients. With a `ReadLog`, the backward pass leaves
+the table's gradient in the log instead of `values.grad`: the reads and the output's gradient are kept, and
+the rows that an optimizer selects get theirs in `ReadLog.row_gradients`. No gradient of the size of the table
+is ever made.
 """
 
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class _ReadRows(torch.autograd.Function):
     def forward(ctx, values, slots, weights, log, counted):
         ctx.save_for_backward(values, slots, weights)
         ctx.log, ctx.counted = log, counted
-        # embedding_bag wants the weights in the table's dtype; float32 sums of bfloat16 rows keep the twin's value.
+        # embedding_bag wants weights in the table's dtype; the twin sums bfloat16 rows in float32.
         if values.dtype == torch.float32:
             return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
         return torch.cat([naive_read_rows(values, s, w) for s, w in _chunks(slots, weights)])

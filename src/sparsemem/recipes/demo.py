@@ -25,7 +25,7 @@ class Teaching:
     max_epochs: int = 20
     batch_size: int = 8
     lr: Mapping[str, float] = field(
-        default_factory=lambda: {"smf": 0.6, "smf-open": 0.3, "lora": 3e-4, "full": 5e-5}
+        default_factory=lambda: {"smf": 0.3, "smf-open": 0.3, "lora": 3e-4, "full": 5e-5}
     )
 
 
@@ -40,7 +40,7 @@ class Memory:
     key_dim: int = 64
     top_t: int = 512
     rule: str = "grad"
-    prose_tokens: int = 4096
+    prose_tokens: int = 2048
     prose_piece_tokens: int = 256
 
 
