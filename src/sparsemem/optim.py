@@ -236,7 +236,8 @@ class RowAdamW(_RowOptimizer):
     Args:
         model, top_t, rule, background, max_grad_norm, seed: as `RowSGD`.
         lr, betas, eps, weight_decay: as torch.optim.AdamW; decay acts on selected rows only.
-        moments: "row": one second moment per row, of its mean squared gradient; "element": one per element.
+        moments: "row": one second moment per row, of its mean squared gradient; "element": one per element;
+            "table": one per value table, so that a step's rows keep the proportions of their gradients.
 
     Raises:
         ValueError: as `RowSGD`.
@@ -287,7 +288,9 @@ class RowAdamW(_RowOptimizer):
             second_moment = state["exp_avg_sq"][place] / (1 - beta2**steps)
         step = first_moment / (1 - beta1**steps) / (second_moment.sqrt() + group["eps"])
         current = table[rows].float()
-        table[rows] = (current * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * step).to(table.dtype)
+        table[rows] = (current * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * step).to(
+            table.dtype
+        )
 
 
 def _summed(counts: Tensor) -> Tensor:
