@@ -2,8 +2,8 @@
 
 | method     | trains                                                | lr   | optimizer                    |
 | ---------- | ----------------------------------------------------- | ---- | ---------------------------- |
-| "smf"      | chosen rows of a memory, within the data's scope      | 0.3  | RowAdamW, a moment per table |
-| "smf-open" | the same without a scope: the paper's way             | 0.3  | RowAdamW, a moment per table |
+| "smf"      | chosen rows of a memory, within the data's scope      | 0.2  | RowAdamW, a moment per table |
+| "smf-open" | the same without a scope: the paper's way             | 0.2  | RowAdamW, a moment per table |
 | "lora"     | r 16, alpha 32, dropout 0.05, all linear projections  | 2e-4 | AdamW without weight decay   |
 | "full"     | every parameter                                       | 5e-5 | AdamW without weight decay   |
 
@@ -26,7 +26,7 @@ from .patch import RowPatch
 from .selection import Rule, check_selection
 from .tuner import memory_layers
 
-LEARNING_RATES = {"smf": 0.3, "smf-open": 0.3, "lora": 2e-4, "full": 5e-5}
+LEARNING_RATES = {"smf": 0.2, "smf-open": 0.2, "lora": 2e-4, "full": 5e-5}
 METHODS = tuple(LEARNING_RATES)
 
 Batches = Sequence[Mapping[str, Tensor]]

@@ -25,7 +25,7 @@ class Teaching:
     max_epochs: int = 20
     batch_size: int = 8
     lr: Mapping[str, float] = field(
-        default_factory=lambda: {"smf": 0.3, "smf-open": 0.3, "lora": 3e-4, "full": 5e-5}
+        default_factory=lambda: {"smf": 0.2, "smf-open": 0.2, "lora": 3e-4, "full": 5e-5}
     )
 
 
