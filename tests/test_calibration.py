@@ -172,7 +172,7 @@ def test_background_saves_loads_and_merges(model, background, tmp_path):
     loaded = Background.load(tmp_path / "background.safetensors")
     assert loaded.corpus == background.corpus
     for name, layer in background.layers.items():
-        for key in ("counts", "df", "mean", "covariance", "sample", "starts"):
+        for key in ("counts", "df", "mean", "covariance", "sample", "starts", "answers"):
             assert torch.equal(getattr(layer, key), getattr(loaded[name], key))
         assert layer.addressing == loaded[name].addressing
 
@@ -198,7 +198,7 @@ def test_merged_statistics_are_those_of_both_corpora(model, background):
         for name, x in states.items():
             x = torch.cat(x)
             half[name].mean, half[name].covariance, half[name].num_states = x.mean(0), x.T.cov(), len(x)
-            half[name].sample = half[name].starts = x.float()
+            half[name].sample = half[name].starts = half[name].answers = x.float()
         halves.append(half)
     merged = halves[0].merge(halves[1])
     for name, layer in background.layers.items():

@@ -19,7 +19,7 @@ KIND = "background"
 # States kept per layer, in bfloat16: enough for k-means and for a .999 quantile, bounded whatever the corpus.
 SAMPLE_SIZE = 8_192
 
-_TENSORS = ("counts", "df", "mean", "covariance", "sample", "starts")
+_TENSORS = ("counts", "df", "mean", "covariance", "sample", "starts", "answers")
 
 
 @dataclass
@@ -32,6 +32,7 @@ class LayerBackground:
         mean [d_in], covariance [d_in, d_in] float64, sample [n, d_in]: of the layer's inputs; None where only
             counts are known.
         starts [m, d_in]: sample of the inputs at answer starts, the positions before an answer's first label.
+        answers [k, d_in]: sample of the inputs at the other positions of these answers.
         addressing: fingerprint of the query and keys that made the counts; None: unchecked.
     """
 
@@ -42,6 +43,7 @@ class LayerBackground:
     covariance: Tensor | None = None
     sample: Tensor | None = None
     starts: Tensor | None = None
+    answers: Tensor | None = None
     num_states: int = 0
     addressing: str | None = None
 
@@ -209,13 +211,17 @@ def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
         raise ValueError("batches: is empty; pass at least one batch")
 
 
-def supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Of a batch's unpadded positions [tokens]: which predict a label, and which do so first."""
+def supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a batch's unpadded positions [tokens]: which predict a label; which of them start an answer; which go on
+    with one. Text that is all label starts no answer.
+    """
     ids, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
     predicts, labelled = torch.zeros_like(mask), labels != -100
     predicts[:, :-1] = labelled[:, 1:]
-    return predicts[mask], (predicts & ~labelled)[mask]
+    starts = predicts & ~labelled
+    goes_on = predicts & labelled & starts.any(1, keepdim=True)
+    return predicts[mask], starts[mask], goes_on[mask]
 
 
 def precise(model: nn.Module) -> torch.autocast:
@@ -269,7 +275,7 @@ def _merge_layers(name: str, a: LayerBackground, b: LayerBackground) -> LayerBac
     )
     parts = [layer for layer in (a, b) if layer.mean is not None]
     if len(parts) == 1:
-        for key in ("mean", "covariance", "sample", "starts", "num_states"):
+        for key in ("mean", "covariance", "sample", "starts", "answers", "num_states"):
             setattr(merged, key, getattr(parts[0], key))
     elif len(parts) == 2:
         assert a.mean is not None
@@ -280,6 +286,8 @@ def _merge_layers(name: str, a: LayerBackground, b: LayerBackground) -> LayerBac
         assert b.sample is not None
         assert a.starts is not None
         assert b.starts is not None
+        assert a.answers is not None
+        assert b.answers is not None
         n, gap = a.num_states + b.num_states, b.mean - a.mean
         share = b.num_states / n
         merged.num_states, merged.mean = n, a.mean + share * gap
@@ -288,5 +296,7 @@ def _merge_layers(name: str, a: LayerBackground, b: LayerBackground) -> LayerBac
         # Samples are in random order, so that the first states of each are a sample of it again.
         quota = max(1, round(SAMPLE_SIZE * (1 - share)))
         merged.sample = torch.cat([a.sample[:quota], b.sample[: SAMPLE_SIZE - min(quota, len(a.sample))]])
-        merged.starts = torch.cat([a.starts[: SAMPLE_SIZE // 2], b.starts[: SAMPLE_SIZE // 2]])
+        half = SAMPLE_SIZE // 2
+        merged.starts = torch.cat([a.starts[:half], b.starts[:half]])
+        merged.answers = torch.cat([a.answers[:half], b.answers[:half]])
     return merged

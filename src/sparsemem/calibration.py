@@ -68,11 +68,12 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed
     layers = memory_layers(model)
     statistics = {name: _Statistics(memory.d_in, seed) for name, memory in layers.items()}
     for batch, states in layer_inputs(model, batches):
-        starts = supervised(batch)[1] if "labels" in batch else None
         for name, x in states.items():
             statistics[name].add(x)
-            if starts is not None:
-                statistics[name].starts.add(x[starts.to(x.device)])
+            if "labels" in batch:
+                _, starts, goes_on = (positions.to(x.device) for positions in supervised(batch))
+                statistics[name].starts.add(x[starts])
+                statistics[name].answers.add(x[goes_on])
     with precise(model):
         for name, memory in layers.items():
             _set_addressing(memory, statistics[name], seed)
@@ -80,10 +81,8 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed
     for name, memory in layers.items():
         layer, seen = background[name], statistics[name]
         layer.mean, layer.covariance, layer.num_states = seen.mean, seen.covariance, seen.count
-        layer.sample, layer.starts = (
-            seen.sample.states.to(torch.bfloat16),
-            seen.starts.states.to(torch.bfloat16),
-        )
+        for key in ("sample", "starts", "answers"):
+            setattr(layer, key, getattr(seen, key).states.to(torch.bfloat16))
         layer.addressing = addressing_fingerprint(memory)
         _report(name, addressing_report(layer))
     for config in getattr(model, "peft_config", {}).values():
@@ -139,7 +138,7 @@ def set_scope(
             raise ValueError(
                 "batches: have no 'labels'; a scope is taken from supervised positions, pass labels too"
             )
-        chosen, first = supervised(batch)
+        chosen, first, _ = supervised(batch)
         examples.append(_rows(batch)[chosen] + num_rows)
         num_rows += len(batch["input_ids"])
         starts.append(first[chosen])
@@ -186,7 +185,7 @@ def _scope_of(
     extend: bool,
 ) -> Scope:
     old = memory.scope.copy() if extend and memory.scope is not None else None
-    mean, whitener, known, quantile = _space(memory, layer)
+    mean, whitener, known, num_decisive, quantile = _space(memory, layer)
     room = len(memory.scope_centres) - (0 if old is None else len(old.centres))
     if room < 1:
         raise ValueError(
@@ -197,7 +196,7 @@ def _scope_of(
     centres = taught
     if len(taught) > room:
         centres = F.normalize(k_means(taught, room, torch.Generator().manual_seed(0)), dim=-1)
-    lo, hi, separable = thresholds(taught, example, start, centres, known, quantile)
+    lo, hi, separable = thresholds(taught, example, start, centres, known[:num_decisive], quantile)
     if not separable:
         logger.warning(
             "%s: what is taught and what is known cannot be told apart; other answers may change", name
@@ -215,16 +214,24 @@ def _scope_of(
     return old.joined(new)
 
 
-def _space(memory: ProductKeyMemory, layer: LayerBackground) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Mean, whitener and known states of a layer's background, and the quantile where `lo` lies."""
+def _space(memory: ProductKeyMemory, layer: LayerBackground) -> tuple[Tensor, Tensor, Tensor, int, float]:
+    """Mean, whitener and known states of a layer's background; how many of these, the first, decide where the
+    thresholds lie; and the quantile of `lo` among them.
+
+    Answer starts decide. The rest of the answers is known too, so that an answer that began as the base's goes on so.
+    """
     assert layer.mean is not None
     assert layer.covariance is not None
     assert layer.sample is not None
     assert layer.starts is not None
+    assert layer.answers is not None
     mean, whitener = layer.mean.float(), whitening(layer.covariance)
-    answers = len(layer.starts) >= MIN_STARTS
-    states = (layer.starts if answers else layer.sample)[: len(memory.scope_known)]
-    return mean, whitener, whiten(states, mean, whitener), START_QUANTILE if answers else STATE_QUANTILE
+    room = len(memory.scope_known)
+    if len(layer.starts) < MIN_STARTS:
+        known = whiten(layer.sample[:room], mean, whitener)
+        return mean, whitener, known, len(known), STATE_QUANTILE
+    known = whiten(torch.cat([layer.starts, layer.answers])[:room], mean, whitener)
+    return mean, whitener, known, min(len(layer.starts), room), START_QUANTILE
 
 
 def _rows(batch: Mapping[str, Tensor]) -> Tensor:
@@ -292,7 +299,7 @@ class _Statistics:
         self.count = 0
         self.mean = torch.zeros(width, dtype=torch.float64)
         self.scatter = torch.zeros(width, width, dtype=torch.float64)
-        self.sample, self.starts = _Sample(width, seed), _Sample(width, seed)
+        self.sample, self.starts, self.answers = (_Sample(width, seed) for _ in range(3))
 
     def add(self, states: Tensor) -> None:
         if len(states) == 0:

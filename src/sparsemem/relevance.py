@@ -23,7 +23,7 @@ from torch import Tensor
 # How much nearness to something known counts against nearness to something taught.
 KNOWN_WEIGHT = 0.5
 # Share of known answer starts that may lie past `lo`; of all states, where the background has no answers.
-START_QUANTILE, STATE_QUANTILE = 0.99, 0.999
+START_QUANTILE, STATE_QUANTILE = 0.98, 0.999
 # `hi` lies this far on the way from `lo` to where an unseen wording of something taught is expected.
 RAMP = 1 / 3
 # Where taught and known cannot be told apart: the share of taught answers to be in scope, and the ramp.
