@@ -212,8 +212,9 @@ def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
 
 
 def supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a batch's unpadded positions [tokens]: which predict a label; which of them start an answer; which go on
-    with one. Text that is all label starts no answer.
+    """Of a batch's unpadded positions [tokens]: which predict a label, which start an answer, which go on with one.
+
+    Text that is all label starts no answer.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
