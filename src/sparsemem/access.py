@@ -212,7 +212,7 @@ def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
 
 
 def supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a batch's unpadded positions [tokens]: which predict a label, which start an answer, which go on with one.
+    """Of the unpadded positions [tokens]: which predict a label, which start an answer, which go on with one.
 
     Text that is all label starts no answer.
     """

@@ -215,7 +215,7 @@ def _scope_of(
 
 
 def _space(memory: ProductKeyMemory, layer: LayerBackground) -> tuple[Tensor, Tensor, Tensor, int, float]:
-    """Mean, whitener and known states of a layer's background; how many of the latter, the first, decide where
+    """Mean, whitener and known states of a layer's background; how many of these, the first, decide where
     the thresholds lie; and the quantile of `lo` among these.
 
     Answer starts decide. The rest of the answers is known too: what began as the base's answer goes on so.
