@@ -5,7 +5,7 @@ and Ito's, which colour-blind readers can tell apart; losses that span decades g
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 _COLOURS = {"base": "#444444", "smf": "#0072B2", "smf-open": "#56B4E9", "lora": "#D55E00", "full": "#009E73"}
@@ -101,9 +101,11 @@ def _draw(axes: Any, panel: Panel) -> None:
             color=colour, markerfacecolor="white" if point.method == "base" else colour, markeredgewidth=1.6,
             elinewidth=1.2, zorder=3, clip_on=False,
         )  # fmt: skip
+        left = _crowded(point, panel.points)
         axes.annotate(
-            point.method, (point.x, point.y), (9, 0), textcoords="offset points", va="center", color=_INK
-        )
+            point.method, (point.x, point.y), (-9 if left else 9, 0), textcoords="offset points", va="center",
+            ha="right" if left else "left", color=_INK,
+        )  # fmt: skip
     _scale(axes, panel)
     axes.set_ylim(-0.04, 1.06)
     axes.yaxis.set_major_formatter(FuncFormatter(_percent))
@@ -115,6 +117,12 @@ def _draw(axes: Any, panel: Panel) -> None:
     for side in axes.spines.values():
         side.set_visible(False)
     axes.set_xlabel(panel.label, color=_INK)
+
+
+def _crowded(point: Point, others: Sequence[Point]) -> bool:
+    """Whether a label to the right would run into another point."""
+    reach = 0.15 * (max(other.x for other in others) - min(other.x for other in others))
+    return any(0 < other.x - point.x < reach and abs(other.y - point.y) < 0.06 for other in others)
 
 
 def _percent(value: float, _position: int) -> str:
@@ -134,3 +142,5 @@ def _scale(axes: Any, panel: Panel) -> None:
     else:
         span = (most - least) or 1.0
         axes.set_xlim(least - 0.06 * span, most + 0.25 * span)
+        if panel.percent:
+            axes.set_xticks([tick for tick in axes.get_xticks() if least <= tick <= 1])
