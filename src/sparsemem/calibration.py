@@ -11,6 +11,7 @@ Reference: ours; it takes the place of the paper's dense retrofit (2605.03229, s
 """
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -34,8 +35,6 @@ from .tuner import memory_layers
 
 logger = logging.getLogger(__name__)
 
-# Softmax temperature: the mean difference, in nats, of the scores of the best and the last of top_k slots.
-SCORE_SPREAD = 2.0
 # Below this share of slots in use, or of the entropy of uniform reads, the addressing counts as collapsed.
 COLLAPSE = 0.5
 # Supervised states kept by set_scope before k-means; random beyond that.
@@ -257,15 +256,17 @@ def _set_addressing(memory: ProductKeyMemory, seen: "_Statistics", seed: int) ->
     centroids = memory.keys.detach().clone()
     memory.keys.copy_(2 * centroids)
     memory.key_bias.copy_(-(centroids**2).sum(-1))
-    scale = SCORE_SPREAD / _score_spread(memory, seen.sample.states[:2048]).clamp_min(1e-6)
-    memory.keys.mul_(scale)
-    memory.key_bias.mul_(scale)
+    # Softmax temperature: on average the last of top_k slots is read top_k times less than the best.
+    if memory.top_k > 1:
+        scale = math.log(memory.top_k) / _score_spread(memory, seen.sample.states[:2048]).clamp_min(1e-6)
+        memory.keys.mul_(scale)
+        memory.key_bias.mul_(scale)
 
 
 def _score_spread(memory: ProductKeyMemory, states: Tensor) -> Tensor:
     weights = memory.address(states.to(memory.query.device))[1].view(-1, memory.top_k).clamp_min(1e-30)
     logits = weights.log()
-    return (logits[:, 0] - logits[:, -1]).mean().cpu() if memory.top_k > 1 else torch.tensor(SCORE_SPREAD)
+    return (logits[:, 0] - logits[:, -1]).mean().cpu()
 
 
 def _report(name: str, report: dict[str, float]) -> None:

@@ -146,7 +146,7 @@ def _show_report(out: Path, as_json: bool) -> None:
 )
 @out_folder
 @click.option("--retrofit", type=click.Choice(["calibrate"]), default="calibrate", show_default=True)
-@click.option("--layers", callback=_numbers, help="Blocks that get a memory; three late ones by default.")
+@click.option("--layers", callback=_numbers, help="Blocks that get a memory; one late block by default.")
 @click.option("--num-keys", type=int, help="A layer has num_keys ** 2 slots.")
 @click.option("--num-heads", type=int, help="Queries per token and layer.")
 @click.option("--top-k", type=int, help="Slots that one head reads for a token.")
@@ -158,15 +158,14 @@ def _show_report(out: Path, as_json: bool) -> None:
 @as_json
 def graft(
     model: str, background: str, out: Path, retrofit: str, layers: list[int] | None, max_length: int,
-    seed: int, as_json: bool, **memory: int | None,
+    seed: int, as_json: bool, **memory: Any,
 ) -> None:  # fmt: skip
     """Give MODEL a memory that general text has set up, as a new adapter; its answers stay what they were."""
     from . import folders
 
     folders.refuse_existing(out)
-    memory = {name: value for name, value in memory.items() if value is not None}
-    config = {"layers_to_transform": layers, **memory}
-    made = folders.graft(model, background, out, seed=seed, max_length=max_length, memory=config)
+    memory = {"layers_to_transform": layers, **memory}
+    made = folders.graft(model, background, out, seed=seed, max_length=max_length, memory=memory)
     if as_json:
         click.echo(json.dumps(made))
         return
@@ -196,7 +195,7 @@ def graft(
 )
 @click.option("--loss-on", type=click.Choice(["completion", "all"]), default="completion", show_default=True)
 @click.option(
-    "--top-t", type=int, default=512, show_default=True, help="Rows that a step may change in a layer."
+    "--top-t", type=int, default=1024, show_default=True, help="Rows that a step may change in a layer."
 )
 @click.option(
     "--rule", type=click.Choice(RULES), default="grad", show_default=True, help="Which rows these are."

@@ -62,17 +62,17 @@ def graft(
     """
     from peft import get_peft_model
 
-    from . import SparseMemoryConfig, calibrate, memory_layers
+    from . import calibrate, memory_layers
     from .calibration import addressing_report
     from .data import batches, encode, read_records
+    from .methods import memory_config
     from .models import load_base
 
-    config = SparseMemoryConfig(task_type="CAUSAL_LM", **memory)
     records = read_records(source, mixed=True)
     base, tokenizer = load_base(_absolute(name))
     max_length = min(max_length, getattr(base.config, "max_position_embeddings", None) or max_length)
     examples = encode(records, tokenizer, max_length=max_length, loss_on="all")
-    model: Any = get_peft_model(base, config)
+    model: Any = get_peft_model(base, memory_config(base, **memory))
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     background = calibrate(model, batches(examples, BATCH_SIZE, pad), seed=seed)
     with new_folder(out) as part:

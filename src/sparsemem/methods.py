@@ -2,8 +2,8 @@
 
 | method     | trains                                                | lr   | optimizer                    |
 | ---------- | ----------------------------------------------------- | ---- | ---------------------------- |
-| "smf"      | chosen rows of a memory, within the data's scope      | 0.2  | RowAdamW, a moment per table |
-| "smf-open" | the same without a scope: the paper's way             | 0.2  | RowAdamW, a moment per table |
+| "smf"      | chosen rows of a memory, within the data's scope      | 0.8  | RowAdamW, a moment per table |
+| "smf-open" | the same without a scope: the paper's way             | 0.8  | RowAdamW, a moment per table |
 | "lora"     | r 16, alpha 32, dropout 0.05, all linear projections  | 2e-4 | AdamW without weight decay   |
 | "full"     | every parameter                                       | 5e-5 | AdamW without weight decay   |
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .access import Background
@@ -24,10 +24,12 @@ from .config import SparseMemoryConfig
 from .optim import RowAdamW
 from .patch import RowPatch
 from .selection import Rule, check_selection
-from .tuner import memory_layers
+from .tuner import default_targets, memory_layers
 
-LEARNING_RATES = {"smf": 0.2, "smf-open": 0.2, "lora": 2e-4, "full": 5e-5}
+LEARNING_RATES = {"smf": 0.8, "smf-open": 0.8, "lora": 2e-4, "full": 5e-5}
 METHODS = tuple(LEARNING_RATES)
+# Rows that a step may change, of a table of NUM_KEYS ** 2.
+TOP_T, NUM_KEYS, TOP_K = 1024, 64, 64
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -48,6 +50,24 @@ def check_method(method: str) -> None:
         raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}")
 
 
+def memory_config(model: nn.Module, **chosen: Any) -> SparseMemoryConfig:
+    """The memory that `finetune` adds to a base model, but for what is chosen.
+
+    One late layer with wide reads: a second one would move the states that the first has learnt to address,
+    and narrow reads carry little from one wording to another (dev/LOG.md, section 9).
+
+    Args:
+        model: the base model.
+        chosen: fields of SparseMemoryConfig; None: as if not given.
+    """
+    given = {key: value for key, value in chosen.items() if value is not None}
+    if given.get("target_modules") is None and given.get("layers_to_transform") is None:
+        given["target_modules"] = default_targets(model)[-1:]
+    num_keys = given.setdefault("num_keys", NUM_KEYS)
+    given.setdefault("top_k", min(TOP_K, max(1, num_keys**2)))
+    return SparseMemoryConfig(task_type="CAUSAL_LM", **given)
+
+
 def prepare(
     model: PreTrainedModel | PeftModel,
     method: str,
@@ -55,7 +75,7 @@ def prepare(
     batches: Batches,
     background: Background | Batches | None = None,
     lr: float | None = None,
-    top_t: int = 512,
+    top_t: int = TOP_T,
     rule: Rule = "grad",
     seed: int = 0,
 ) -> Prepared:
@@ -122,7 +142,7 @@ def _with_memory(
         raise ValueError(
             "background= is a Background and the model has no memory yet; give the model that was calibrated"
         )
-    model = get_peft_model(model, SparseMemoryConfig(task_type="CAUSAL_LM"))  # type: ignore[arg-type,assignment]
+    model = get_peft_model(model, memory_config(model))  # type: ignore[arg-type,assignment]
     return model, calibrate(model, background, seed=seed)  # type: ignore[return-value]
 
 

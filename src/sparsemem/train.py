@@ -37,7 +37,7 @@ from .access import Background
 from .data import batches as batched
 from .data import collate, encode, read_records, truncate
 from .footprint import peak_memory
-from .methods import check_method, prepare
+from .methods import TOP_T, check_method, prepare
 from .models import autocast, tokenizer_of
 from .patch import RowPatch
 from .selection import Rule
@@ -92,7 +92,7 @@ def finetune(
     loss_on: str = "completion",
     stop_loss: float | None = None,
     seed: int = 0,
-    top_t: int = 512,
+    top_t: int = TOP_T,
     rule: Rule = "grad",
     resume: bool = False,
 ) -> Finetuned:

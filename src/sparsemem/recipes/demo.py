@@ -25,20 +25,20 @@ class Teaching:
     max_epochs: int = 20
     batch_size: int = 8
     lr: Mapping[str, float] = field(
-        default_factory=lambda: {"smf": 0.2, "smf-open": 0.2, "lora": 3e-4, "full": 5e-5}
+        default_factory=lambda: {"smf": 0.8, "smf-open": 0.8, "lora": 3e-4, "full": 5e-5}
     )
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The sparse memory, and the prose in its background; layers None: three late ones."""
+    """The sparse memory, and the prose in its background; layers None: one late layer."""
 
     layers: tuple[int, ...] | None = None
-    num_keys: int = 32
+    num_keys: int = 64
     num_heads: int = 16
-    top_k: int = 8
+    top_k: int = 64
     key_dim: int = 64
-    top_t: int = 512
+    top_t: int = 1024
     rule: str = "grad"
     prose_tokens: int = 2048
     prose_piece_tokens: int = 256
@@ -133,7 +133,7 @@ def run(
     costs: dict[str, Any] = {"loss": None, "steps": 0, "seconds": 0.0, "trained_params": 0, "peak_bytes": 0}
     if method != BASE:
         stage("teach")
-        model, costs = teach(settings, method, seed or 0, model, tokenizer)
+        model, costs = teach(settings, method, seed or 0, model, tokenizer, training_records())
 
     stage("ask what was taught")
     asked = {"train": recall_items("train"), "heldout": recall_items("heldout"), "general": general_items()}
@@ -172,9 +172,14 @@ def run(
 
 
 def teach(
-    settings: DemoSettings, method: str, seed: int, model: Any, tokenizer: Any
+    settings: DemoSettings,
+    method: str,
+    seed: int,
+    model: Any,
+    tokenizer: Any,
+    records: list[dict[str, Any]],
 ) -> tuple[Any, dict[str, Any]]:
-    """The taught model, and what teaching cost."""
+    """The model taught these records, and what teaching cost."""
     from ..train import finetune
 
     teaching, options = settings.teaching, {}
@@ -184,7 +189,7 @@ def teach(
         options = {"background": background, "top_t": settings.memory.top_t, "rule": settings.memory.rule}
     done = finetune(
         model,
-        training_records(),
+        records,
         method,
         tokenizer=tokenizer,
         lr=teaching.lr[method],
@@ -222,15 +227,15 @@ def _drift(settings: DemoSettings, method: str, model: Any, tokenizer: Any, prob
 def _with_memory(memory: Memory, model: Any) -> Any:
     from peft import get_peft_model
 
-    from .. import SparseMemoryConfig
+    from ..methods import memory_config
 
-    config = SparseMemoryConfig(
+    config = memory_config(
+        model,
         layers_to_transform=None if memory.layers is None else list(memory.layers),
         num_keys=memory.num_keys,
         num_heads=memory.num_heads,
         top_k=memory.top_k,
         key_dim=memory.key_dim,
-        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
 

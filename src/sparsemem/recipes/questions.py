@@ -2,9 +2,10 @@
 
 Taught: `handbook.jsonl`, 40 invented facts, each with three training phrasings and one held-out phrasing.
 Probed: the handbook in both phrasings, and general knowledge in the same question forms (`general.jsonl` and
-the capitals of real countries). Background: questions that no probe asks, in the same forms and many of them
-known to a small model, since the relevance gate's thresholds come from it. It may name a country whose
-capital is probed ("Which language is spoken in France?"), never the capital.
+the capitals of every other real country). Settings are chosen on other questions, in `benchmarks/choosing`.
+Background: questions that no probe asks, in the same forms and many of them known to a small model, since the
+relevance gate's thresholds come from it. It may name a country whose capital is probed ("Which language is
+spoken in France?"), never the capital.
 
 Same arguments, same records in the same order, on every machine with the same versions of the data packages.
 """
@@ -27,7 +28,7 @@ _LEFT_OUT = {"Burma", "Palestine", "Scotland", "Serbia and Montenegro"}
 # Capitals that are disputed, shared or moved, and a country named like a state of the US.
 _UNSETTLED = {"Bolivia", "Burundi", "Georgia", "Israel", "Kazakhstan", "South Africa", "Sri Lanka"}
 _OTHER_SPELLINGS = {"Kyiv": "Kiev"}
-# general.jsonl asks these, so the background does not.
+# The questions in benchmarks/choosing ask these, so the background does not.
 _PROBED = {"language": {"Brazil", "Egypt"}, "currency": {"Japan", "India", "Russia"}}
 
 # fmt: off
@@ -125,7 +126,16 @@ def general_items() -> list[dict[str, Any]]:
     Raises:
         ValueError: when countryinfo is not installed.
     """
-    items = _read("general.jsonl")
+    return [*_read("general.jsonl"), *capital_items()[1::2]]
+
+
+def capital_items() -> list[dict[str, Any]]:
+    """The capitals of real countries, by country; the demo asks those at odd places.
+
+    Raises:
+        ValueError: when countryinfo is not installed.
+    """
+    items = []
     for country in _countries():
         name, capital = country["name"], country["capital"]
         if name in _UNSETTLED or not re.fullmatch("[A-Za-z]+", capital) or capital in name:
