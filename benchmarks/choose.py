@@ -2,9 +2,10 @@
 
     python benchmarks/choose.py '{"top_k": 32}' '{"layers": [28]}' --folds 0,1
 
-Every trial teaches the choosing handbook with one of its four wordings left out, which is then asked; `kept`
-is the share of known general questions still answered rightly. Options are those of the demo's `Memory` and of
-`Teaching` ("lr" and "stop_loss"). One line per fold in docs/results/choosing.jsonl; a finished fold is skipped.
+Every trial teaches the choosing handbook with one of its four wordings left out, which is then asked;
+`kept` is the share of known general questions still answered rightly. Options are those of the demo's
+`Memory` and of `Teaching` ("lr" and "stop_loss"). One line per fold in docs/results/choosing.jsonl; a
+finished fold is skipped.
 """
 
 import argparse

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sparsemem import SparseMemoryConfig, calibrate
+from tiny import SMALL, batch
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -39,6 +43,19 @@ def tiny_llama(tokenizer):
         return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **settings, **ids)).eval()
 
     return make
+
+
+@pytest.fixture
+def model(tiny_llama):
+    """A tiny Llama with an empty memory."""
+    torch.manual_seed(0)
+    return get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
+
+
+@pytest.fixture
+def background(model):
+    """What the memory of `model` was calibrated on."""
+    return calibrate(model, [batch(seed) for seed in range(8)])
 
 
 @pytest.fixture(autouse=True)

@@ -15,32 +15,7 @@ from sparsemem import (
 )
 from sparsemem.access import layer_inputs
 from sparsemem.calibration import addressing_report
-
-SMALL = {"task_type": "CAUSAL_LM", "num_keys": 6, "num_heads": 2, "top_k": 3, "key_dim": 8, "max_centres": 64}
-
-
-def batch(seed=0, rows=6, length=12, labels=True):
-    """Right-padded, the answers being each row's last three tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, 250, (rows, length), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[0, -4:] = 0
-    out = {"input_ids": ids, "attention_mask": mask}
-    if labels:
-        out["labels"] = torch.full_like(ids, -100)
-        out["labels"][:, 5:8] = ids[:, 5:8]
-    return out
-
-
-@pytest.fixture
-def model(tiny_llama):
-    torch.manual_seed(0)
-    return get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
-
-
-@pytest.fixture
-def background(model):
-    return calibrate(model, [batch(seed) for seed in range(8)])
+from tiny import SMALL, batch
 
 
 def test_calibrate_is_deterministic_by_seed(tiny_llama):

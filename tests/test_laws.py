@@ -14,8 +14,7 @@ from peft import PeftModel, get_peft_model
 from sparsemem import RowAdamW, RowPatch, SparseMemoryConfig, calibrate, memory_layers, set_scope
 from sparsemem.memory import ProductKeyMemory
 from sparsemem.product_keys import exhaustive_top_k_slots, sub_key_scores
-from test_calibration import SMALL, batch
-from tiny import ARCHITECTURES, tiny_batch, tiny_model
+from tiny import ARCHITECTURES, SMALL, batch, tiny_batch, tiny_model
 
 TINY = {"task_type": "CAUSAL_LM", "num_keys": 4, "num_heads": 2, "top_k": 3, "key_dim": 8, "max_centres": 32}
 

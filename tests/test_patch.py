@@ -15,7 +15,7 @@ from sparsemem import (
     memory_layers,
     set_scope,
 )
-from test_calibration import SMALL, batch
+from tiny import SMALL, batch
 
 
 def _teach(model, background, seed, steps=3, scope=True):
@@ -38,17 +38,6 @@ def _bytes(model):
 def _same(model, state):
     now = model.state_dict()
     return all(torch.equal(now[name], tensor) for name, tensor in state.items())
-
-
-@pytest.fixture
-def model(tiny_llama):
-    torch.manual_seed(0)
-    return get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
-
-
-@pytest.fixture
-def background(model):
-    return calibrate(model, [batch(seed) for seed in range(8)])
 
 
 @pytest.mark.parametrize("scope", [True, False])

@@ -8,6 +8,9 @@ ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")
 VOCABULARY = 260
 HIDDEN = 16
 
+# A memory for models with the byte-level tokenizer.
+SMALL = {"task_type": "CAUSAL_LM", "num_keys": 6, "num_heads": 2, "top_k": 3, "key_dim": 8, "max_centres": 64}
+
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 _COMMON = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_attention_heads": 2, **_SPECIAL}
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_head": 2, "n_positions": 64, **_SPECIAL}
@@ -58,3 +61,16 @@ def tiny_batch(batch_size: int = 2, length: int = 7, seed: int = 0) -> dict[str,
     mask = torch.ones_like(ids)
     mask[-1, -2:] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 2), "attention_mask": mask}
+
+
+def batch(seed=0, rows=6, length=12, labels=True):
+    """Right-padded, the answers being each row's last three tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 250, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, -4:] = 0
+    out = {"input_ids": ids, "attention_mask": mask}
+    if labels:
+        out["labels"] = torch.full_like(ids, -100)
+        out["labels"][:, 5:8] = ids[:, 5:8]
+    return out

@@ -61,7 +61,7 @@ seed_option = click.option("--seed", type=int, default=0, show_default=True)
 @click.group(cls=_Commands)
 @click.version_option(package_name="sparsemem")
 def main() -> None:
-    """Teach a language model something new by writing a few hundred rows of an added memory."""
+    """Teach a language model something new by writing rows of an added memory."""
     # what one library warns another of is nothing that a user of the command line could mend
     warnings.simplefilter("ignore", FutureWarning)
 
