@@ -210,6 +210,7 @@ def test_eval_says_when_the_hub_cannot_be_reached(tiny, monkeypatch):
 
 BAD = {
     "no model": ("train ./nowhere --data taught --out OUT --method lora", "is not a folder"),
+    "no model for a memory": ("train ./nowhere --data taught --out OUT", "is not a folder"),
     "no data": ("train TINY --data nothing.jsonl --out OUT --method lora", "nothing.jsonl"),
     "broken line": (
         "train TINY --data broken --out OUT --method lora",

@@ -4,7 +4,7 @@ from peft import LoraConfig, get_peft_model
 
 from sparsemem import RowAdamW, SparseMemoryConfig, calibrate, clear_scope, memory_layers, set_scope
 from sparsemem.data import batches, encode
-from sparsemem.methods import prepare
+from sparsemem.methods import memory_config, prepare
 
 
 @pytest.fixture
@@ -37,6 +37,18 @@ def test_full_trains_everything(tiny_llama, taught):
     assert model is base
     assert trained_names(model) == dict(model.named_parameters()).keys()
     assert optimizer.defaults["lr"] == 1e-3
+
+
+def test_the_memory_is_one_late_layer_but_for_what_is_chosen(tiny_llama):
+    def made(**chosen):
+        return memory_layers(get_peft_model(tiny_llama(), memory_config(tiny_llama(), **chosen)))
+
+    (name,) = made()
+    assert name == "model.layers.3.mlp"
+    assert made()[name].num_slots == 64**2
+    assert list(made(layers_to_transform=[0, 2], top_k=None)) == ["model.layers.0.mlp", "model.layers.2.mlp"]
+    # no more reads than there are slots
+    assert made(num_keys=3)[name].top_k == 9
 
 
 @pytest.mark.parametrize("method", ["smf", "smf-open"])

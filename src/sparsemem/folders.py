@@ -109,9 +109,9 @@ def train(
         _refuse_other_settings(out, metrics["settings"], settings)
         return metrics
     refuse_existing(out)
+    model, tokenizer = load(_absolute(name))
     background = _background(Path(name), method)
     with _checkpoints(out, settings, resume) as checkpoints:
-        model, tokenizer = load(_absolute(name))
         done = finetune(
             model,
             records,
