@@ -25,7 +25,7 @@ class Teaching:
     max_epochs: int = 20
     batch_size: int = 8
     lr: Mapping[str, float] = field(
-        default_factory=lambda: {"smf": 0.8, "smf-open": 0.8, "lora": 2e-4, "full": 5e-5}
+        default_factory=lambda: {"smf": 0.8, "smf-open": 0.8, "lora": 2e-4, "full": 2e-5}
     )
 
 
