@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,9 @@ def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
         )
         for name, module in modules.items()
     ]
+    # no logit is looked at, and the vocabulary's are a fifth of a small model's work
+    forward = signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+    least = {name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in forward}
     empty = True
     try:
         with torch.no_grad(), precise(model), memory_off(modules.values()), evaluating(model):
@@ -202,7 +206,7 @@ def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
                 mask = batch.get("attention_mask")
                 mask = torch.ones_like(ids) if mask is None else mask.to(device)
                 with autocast(model):
-                    model(input_ids=ids, attention_mask=mask)
+                    model(input_ids=ids, attention_mask=mask, **least)
                 yield batch, {n: seen[n].reshape(*mask.shape, -1)[mask.bool()] for n in modules}
     finally:
         for handle in handles:

@@ -70,9 +70,9 @@ _ABOUT = (
     "asked the facts again, in the taught words and in new ones, general questions of the same form, "
     "and was given prose to read."
 )
-# seconds on two idle cores, for the time left
-_STAGES = {"load the model": 3, "ask what was taught": 15, "ask what it knew": 15, "read prose": 20}
-_TEACHING_SECONDS = {"smf": 120, "smf-open": 120, "lora": 110, "full": 120}
+# seconds on two cores that read 500 tokens/s in float32, for the time left
+_STAGES = {"load the model": 2, "ask what was taught": 15, "ask what it knew": 12, "read prose": 25}
+_TEACHING_SECONDS = {"smf": 100, "smf-open": 200, "lora": 220, "full": 180}
 _NUM_EXAMPLES = 3
 
 
