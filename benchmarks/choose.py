@@ -5,7 +5,7 @@
 Every trial teaches the choosing handbook with one of its four wordings left out, which is then asked;
 `kept` is the share of known general questions still answered rightly. Options are those of the demo's
 `Memory` and of `Teaching` ("lr" and "stop_loss"). One line per fold in docs/results/choosing.jsonl; a
-finished fold is skipped.
+finished fold is skipped. The fold is the seed too.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from sparsemem.compare import environment
 from sparsemem.models import load_base
 from sparsemem.probes import recall
 from sparsemem.recipes import questions
@@ -64,6 +65,7 @@ def trial(options: dict, fold: int) -> dict:
         "memory": asdict(settings.memory),
         "lr": settings.teaching.lr["smf"],
         "stop_loss": settings.teaching.stop_loss,
+        **environment(),
     }
 
 

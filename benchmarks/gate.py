@@ -2,8 +2,8 @@
 
     python benchmarks/gate.py docs/results/gate.json
 
-SmolLM2, three layers, 600 centres and 317 known states each (as in the demo), 4 x 128 tokens, float32; both
-ways alternate in one process, and the medians' ratio counts.
+SmolLM2, the memory of `finetune` with as many centres and known states as a scope can hold, 4 x 128 tokens,
+float32; both ways alternate in one process, and the medians' ratio counts.
 """
 
 import sys
@@ -14,14 +14,15 @@ from statistics import median
 import torch
 from peft import get_peft_model
 
-from sparsemem import SparseMemoryConfig, memory_layers
+from sparsemem import memory_layers
 from sparsemem.compare import environment
 from sparsemem.files import write_json
+from sparsemem.methods import memory_config
 from sparsemem.models import load_base
 from sparsemem.recipes.questions import prose
 from sparsemem.relevance import Scope
 
-NUM_CENTRES, NUM_KNOWN, NUM_RUNS = 600, 317, 15
+NUM_CENTRES, NUM_KNOWN, NUM_RUNS = 1024, 1024, 15
 
 
 def _scope(width: int) -> Scope:
@@ -35,7 +36,7 @@ def _scope(width: int) -> Scope:
 @torch.inference_mode()
 def measure() -> dict[str, float | int]:
     base, tokenizer = load_base("smollm2")
-    model = get_peft_model(base, SparseMemoryConfig(task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(base, memory_config(base)).eval()
     for memory in memory_layers(model).values():
         memory.scope = _scope(memory.d_in)
     ids = torch.tensor(tokenizer(prose()[1][:8000]).input_ids[:512]).view(4, 128)

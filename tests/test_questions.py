@@ -86,13 +86,11 @@ def test_unknown_split_is_refused():
 def test_general_items(general):
     capitals = [item for item in general if item["question"].startswith("What is the capital of ")]
     assert len(general) - len(capitals) >= 60
-    assert 45 <= len(capitals) <= 53
-    assert all(item in questions.capital_items()[1::2] for item in capitals)
-    assert {"question": "What is the capital of France?", "answer": "Paris"} in questions.capital_items()
-    assert {
-        "question": "What is the capital of the Netherlands?",
-        "answer": "Amsterdam",
-    } in questions.capital_items()
+    everywhere = questions.capital_items()
+    assert 90 <= len(everywhere) <= 105
+    assert capitals == everywhere[1::2]
+    assert {"question": "What is the capital of France?", "answer": "Paris"} in everywhere
+    assert {"question": "What is the capital of the Netherlands?", "answer": "Amsterdam"} in everywhere
     assert len({normal(item["question"]) for item in general}) == len(general)
     assert general == questions.general_items()
     for item in general:

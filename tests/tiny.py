@@ -64,7 +64,7 @@ def tiny_batch(batch_size: int = 2, length: int = 7, seed: int = 0) -> dict[str,
 
 
 def batch(seed=0, rows=6, length=12, labels=True):
-    """Right-padded, the answers being each row's last three tokens."""
+    """Right-padded, the answers being each row's tokens 5 to 7."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, 250, (rows, length), generator=generator)
     mask = torch.ones_like(ids)

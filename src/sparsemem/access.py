@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from .files import ArtifactError, fingerprint_tensors, load_artifact, save_artifact
 from .memory import ProductKeyMemory
-from .models import autocast
+from .models import autocast, takes
 from .tuner import SparseMemoryLayer, memory_layers
 
 KIND = "background"
@@ -190,8 +189,9 @@ def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
         for name, module in modules.items()
     ]
     # no logit is looked at, and the vocabulary's are a fifth of a small model's work
-    forward = signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
-    least = {name: value for name, value in (("logits_to_keep", 1), ("use_cache", False)) if name in forward}
+    least = {
+        key: value for key, value in {"logits_to_keep": 1, "use_cache": False}.items() if takes(model, key)
+    }
     empty = True
     try:
         with torch.no_grad(), precise(model), memory_off(modules.values()), evaluating(model):

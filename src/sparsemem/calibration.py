@@ -67,12 +67,12 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed
     layers = memory_layers(model)
     statistics = {name: _Statistics(memory.d_in, seed) for name, memory in layers.items()}
     for batch, states in layer_inputs(model, batches):
+        _, starts, goes_on = supervised(batch) if "labels" in batch else (None, None, None)
         for name, x in states.items():
             statistics[name].add(x)
-            if "labels" in batch:
-                _, starts, goes_on = (positions.to(x.device) for positions in supervised(batch))
-                statistics[name].starts.add(x[starts])
-                statistics[name].answers.add(x[goes_on])
+            if starts is not None and goes_on is not None:
+                statistics[name].starts.add(x[starts.to(x.device)])
+                statistics[name].answers.add(x[goes_on.to(x.device)])
     with precise(model):
         for name, memory in layers.items():
             _set_addressing(memory, statistics[name], seed)

@@ -115,7 +115,7 @@ def prepare(
         raise ValueError(
             "method='smf-open' writes without a scope and the model has one; call clear_scope(model)"
         )
-    # One second moment per table: rows keep their gradients' proportions, which held-out wordings need.
+    # One second moment per table: rows keep their gradients' proportions (dev/LOG.md, section 4).
     steps = {"moments": "table", "betas": (0.9, 0.95), "max_grad_norm": 1.0, "seed": seed}
     choice: dict[str, Any] = {"top_t": top_t, "rule": rule, "background": background}
     return Prepared(model, RowAdamW(model, lr, **choice, **steps), before)

@@ -14,6 +14,7 @@ import shutil
 import socket
 import struct
 import tempfile
+from inspect import signature
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -109,6 +110,12 @@ def tokenizer_of(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"the model's name {name!r} leads to no tokenizer; pass tokenizer=") from error
+
+
+def takes(model: torch.nn.Module, argument: str) -> bool:
+    """Whether the base model's forward, under whatever adapter, has this argument."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return argument in signature(base.forward).parameters
 
 
 def fast_bf16(device: torch.device | str = "cpu") -> bool:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from .data import batches as batched
 from .data import collate, encode, read_records, truncate
 from .footprint import peak_memory
 from .methods import TOP_T, check_method, prepare
-from .models import autocast, tokenizer_of
+from .models import autocast, takes, tokenizer_of
 from .patch import RowPatch
 from .selection import Rule
 
@@ -201,8 +200,7 @@ def finetune(
 class _Trainer(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         # the vocabulary's logits are a fifth of a small model's work, and most positions carry no loss
-        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        if "logits_to_keep" in signature(base.forward).parameters:
+        if takes(self.model, "logits_to_keep"):  # type: ignore[arg-type]
             labels = inputs["labels"][:, 1:]
             kept = (labels != -100).any(dim=0).nonzero().squeeze(1)
             inputs = {**inputs, "logits_to_keep": kept, "shift_labels": labels[:, kept].contiguous()}

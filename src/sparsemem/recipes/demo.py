@@ -70,7 +70,7 @@ _ABOUT = (
     "asked the facts again, in the taught words and in new ones, general questions of the same form, "
     "and was given prose to read."
 )
-# seconds on two cores that read 500 tokens/s in float32, for the time left
+# expected seconds on two cores, for the time left
 _STAGES = {"load the model": 2, "ask what was taught": 15, "ask what it knew": 12, "read prose": 25}
 _TEACHING_SECONDS = {"smf": 100, "smf-open": 200, "lora": 220, "full": 180}
 _NUM_EXAMPLES = 3
