@@ -8,6 +8,7 @@ from sparsemem import (
     Background,
     SparseMemoryConfig,
     calibrate,
+    calibration,
     clear_scope,
     count_accesses,
     memory_layers,
@@ -26,6 +27,18 @@ def test_calibrate_is_deterministic_by_seed(tiny_llama):
         runs.append([memory.keys.clone() for memory in memory_layers(model).values()])
     assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
+
+
+def test_a_corpus_too_large_to_keep_is_read_twice(tiny_llama, monkeypatch):
+    made = []
+    for kept_bytes in (calibration.KEPT_BYTES, 0):
+        monkeypatch.setattr(calibration, "KEPT_BYTES", kept_bytes)
+        model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
+        made.append(calibrate(model, [batch(s) for s in range(4)]))
+    assert made[0].corpus == made[1].corpus
+    for name, layer in made[0].layers.items():
+        assert torch.equal(layer.counts, made[1][name].counts)
+        assert torch.equal(layer.df, made[1][name].df)
 
 
 def test_autocast_around_it_rounds_nothing(tiny_llama):

@@ -147,12 +147,18 @@ def count_accesses(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) ->
     Raises:
         ValueError: no batches.
     """
-    layers = memory_layers(model)
+    return count_reads(memory_layers(model), layer_inputs(model, batches))
+
+
+def count_reads(
+    layers: Mapping[str, ProductKeyMemory], inputs: Iterable[tuple[Mapping[str, Tensor], dict[str, Tensor]]]
+) -> Background:
+    """`count_accesses` of what `layer_inputs` gave."""
     counts = {name: torch.zeros(m.num_slots, dtype=torch.int64) for name, m in layers.items()}
     df = {name: torch.zeros_like(c) for name, c in counts.items()}
     digest, num_batches = hashlib.sha256(), 0
 
-    for batch, states in layer_inputs(model, batches):
+    for batch, states in inputs:
         digest.update(batch["input_ids"].cpu().contiguous().numpy().tobytes())
         num_batches += 1
         for name, x in states.items():

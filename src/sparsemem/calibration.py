@@ -23,7 +23,7 @@ from .access import (
     Background,
     LayerBackground,
     addressing_fingerprint,
-    count_accesses,
+    count_reads,
     layer_inputs,
     precise,
     supervised,
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # Below this share of slots in use, or of the entropy of uniform reads, the addressing counts as collapsed.
 COLLAPSE = 0.5
+# States of this size are kept for the count; those of a larger corpus are computed again.
+KEPT_BYTES = 2**28
 # Supervised states kept by set_scope before k-means; random beyond that.
 TAUGHT_SIZE = 16_384
 # A background with fewer answers than this says too little of what is known; its states take their place.
@@ -49,8 +51,9 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed
 
     Args:
         model: a model with memory layers.
-        batches: dicts with input_ids and, where there is padding, attention_mask; iterated twice. With labels
-            (-100: not an answer) the states at answer starts are kept apart, for `set_scope`'s thresholds.
+        batches: dicts with input_ids and, where there is padding, attention_mask; a large corpus is iterated
+            twice. With labels (-100: not an answer) the states at answer starts are kept apart, for
+            `set_scope`'s thresholds.
         seed: of the sample, the rotation and k-means; same data and seed give the same addressing.
 
     Returns:
@@ -66,7 +69,13 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed
         )
     layers = memory_layers(model)
     statistics = {name: _Statistics(memory.d_in, seed) for name, memory in layers.items()}
+    kept: list[tuple[Mapping[str, Tensor], dict[str, Tensor]]] = []
+    num_bytes = 0
     for batch, states in layer_inputs(model, batches):
+        num_bytes += sum(x.nbytes for x in states.values())
+        kept.append((batch, states))
+        if num_bytes > KEPT_BYTES:
+            kept.clear()
         _, starts, goes_on = supervised(batch) if "labels" in batch else (None, None, None)
         for name, x in states.items():
             statistics[name].add(x)
@@ -76,7 +85,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed
     with precise(model):
         for name, memory in layers.items():
             _set_addressing(memory, statistics[name], seed)
-    background = count_accesses(model, batches)
+    background = count_reads(layers, kept or layer_inputs(model, batches))
     for name, memory in layers.items():
         layer, seen = background[name], statistics[name]
         layer.mean, layer.covariance, layer.num_states = seen.mean, seen.covariance, seen.count

@@ -4,6 +4,7 @@ Choices: greedy decoding, batches sorted by length, bfloat16 autocast where the 
 alone is read in the model's own precision, since bfloat16's rounding is larger than the drifts that matter.
 """
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -66,10 +67,23 @@ def recall(
         pad_token_id=tokenizer.pad_token_id,
     )
     texts = [""] * len(items)
+    # what all prompts begin with (a system prompt, worked examples) is read once
+    differ = (place for place, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)
+    shared = next(differ, min(map(len, prompts)) - 1)
+    beginning = torch.tensor([prompts[0][:shared]], dtype=torch.int64, device=_device(model))
+    with autocast(model):
+        read = model(input_ids=beginning, use_cache=True).past_key_values if shared else None
     for chosen in _by_length(prompts, batch_size):
-        ids, mask = _pad_left([prompts[index] for index in chosen], model)
+        ids, mask = _pad_left([prompts[index][shared:] for index in chosen], model)
+        ids = torch.cat([beginning.expand(len(ids), -1), ids], 1)
+        mask = functional.pad(mask, (shared, 0), value=1)
+        past = copy.deepcopy(read)
+        if past is not None:
+            past.batch_repeat_interleave(len(chosen))
         with autocast(model):
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore
+            out = model.generate(  # type: ignore
+                input_ids=ids, attention_mask=mask, past_key_values=past, generation_config=config
+            )
         answers = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         for index, answer in zip(chosen, answers, strict=True):
             texts[index] = answer.strip()
