@@ -2,9 +2,18 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sparsemem import RowAdamW, SparseMemoryConfig, calibrate, clear_scope, memory_layers, set_scope
+from sparsemem import (
+    RowAdamW,
+    SparseMemoryConfig,
+    calibrate,
+    clear_scope,
+    memory_layers,
+    observe,
+    set_scope,
+    set_trainable,
+)
 from sparsemem.data import batches, encode
-from sparsemem.methods import memory_config, prepare
+from sparsemem.methods import memory_config, prepare, retrofit_config
 
 
 @pytest.fixture
@@ -106,3 +115,68 @@ def test_what_does_not_fit_is_refused(tiny_llama, taught, general):
     ]:
         with pytest.raises(ValueError, match=message):
             prepare(model, method, batches=taught, **options)
+
+
+PAPER = {"num_keys": 6, "num_heads": 2, "top_k": 3, "key_dim": 8}
+
+
+@pytest.mark.parametrize("mode", ["additive", "replacement"])
+def test_the_papers_two_stages(tiny_llama, taught, general, mode):
+    """Stage 1 trains all of the memory by dense gradients, stage 2 value rows alone."""
+    model = get_peft_model(tiny_llama(), retrofit_config(tiny_llama(), mode=mode, **PAPER))
+    assert list(memory_layers(model)) == [f"model.layers.{index}.mlp" for index in (1, 2, 3)]
+    _, dense, before = prepare(model, "dense", batches=general)
+    assert before is None
+    assert dense.defaults["lr"] == 5e-4
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(**general[0]).loss.backward()
+    dense.step()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+    memory = ("values", "query", "query_bias", "keys", "key_bias", "scale", "gate_in", "gate_out")
+    parts = {name.rsplit(".", 1)[1] for name in moved}
+    # in replacement mode nothing stands beside the memory, in both a bias of all keys alike has no gradient
+    assert parts <= set(memory)
+    assert parts >= {"values", "query", "keys", "scale", "gate_in", "gate_out"}
+
+    set_trainable(model, "values")
+    background = observe(model, general)
+    rows, optimizer, snapshot = prepare(model, "smf-open", batches=taught, background=background, rule="kl")
+    assert rows is model
+    assert snapshot is not None
+    assert all(name.endswith("values") for name in trained_names(model))
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(**taught[0]).loss.backward()
+    optimizer.step()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+    assert moved
+    assert all(name.endswith(".values") for name in moved)
+
+
+def test_what_trains_is_chosen_anew(tiny_llama, general):
+    model = get_peft_model(tiny_llama(), retrofit_config(tiny_llama(), **PAPER))
+    logits = model(**general[0]).logits
+    for trainable, parts in (("values+scale", {"values", "scale"}), ("values", {"values"})):
+        set_trainable(model, trainable)
+        assert {name.rsplit(".", 1)[1] for name in trained_names(model)} == parts
+        assert model.peft_config["default"].trainable == trainable
+        assert torch.equal(model(**general[0]).logits, logits)
+    with pytest.raises(ValueError, match="trainable='all' must be one of"):
+        set_trainable(model, "all")
+
+
+def test_dense_training_needs_a_memory(tiny_llama, taught):
+    with pytest.raises(ValueError, match="add one"):
+        prepare(tiny_llama(), "dense", batches=taught)
+
+
+def test_counts_are_of_the_model_as_it_is_and_states_of_the_base(tiny_llama, general):
+    model = get_peft_model(tiny_llama(), retrofit_config(tiny_llama(), mode="replacement", **PAPER))
+    addresses = [memory.keys.clone() for memory in memory_layers(model).values()]
+    seen, first = observe(model, general), calibrate(model, general)
+    last = list(memory_layers(model))[-1]
+    assert torch.equal(seen[last].mean, first[last].mean)
+    assert not torch.equal(seen[last].counts, first[last].counts)
+    assert not any(
+        torch.equal(memory.keys, keys)
+        for memory, keys in zip(memory_layers(model).values(), addresses, strict=True)
+    )

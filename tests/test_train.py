@@ -182,6 +182,7 @@ def test_a_calibrated_model_learns_one_task_after_another(tiny_llama, tokenizer)
         ({"max_length": 0}, "max_length=0"),
         ({"resume": True}, "needs output_dir"),
         ({"loss_on": "x"}, "loss_on='x'"),
+        ({"schedule": "x"}, "schedule='x'"),
         ({"tokenizer": None}, "pass tokenizer="),
         ({"method": "smf", "background": None}, "background=None"),
         ({"lr": -1.0}, "lr|learning rate"),
@@ -192,6 +193,38 @@ def test_bad_options(tiny_llama, tokenizer, options, message):
     options = {"data": FACTS, "method": "full", "tokenizer": tokenizer} | options
     with pytest.raises(ValueError, match=message):
         finetune(tiny_llama(), **options)
+
+
+def test_the_log_is_a_file_that_a_resumed_run_goes_on_with(teach, tmp_path):
+    options = {"validation": FACTS[:2], "batch_size": 5}
+    whole = teach("lora", epochs=4, output_dir=tmp_path / "whole", **options)
+    teach("lora", epochs=3, output_dir=tmp_path / "part", **options)
+    with (tmp_path / "part" / "metrics.jsonl").open("a") as file:
+        file.write('{"loss": 99.0, "step": 7}\n')
+    again = teach("lora", epochs=4, output_dir=tmp_path / "part", resume=True, **options)
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "part")
+    ]
+    losses = [[(e["step"], e["loss"]) for e in log if "loss" in e] for log in logs]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 8
+    held_out = [[e["eval_loss"] for e in log if "eval_loss" in e] for log in logs]
+    assert len(held_out[0]) == 5
+    assert held_out[0][-1] == whole.validation_loss == again.validation_loss
+    assert held_out[0][-1] < held_out[0][0]
+
+
+def test_cosine_ends_at_nothing(teach, tmp_path):
+    teach("full", max_steps=8, schedule="cosine", warmup_steps=2, output_dir=tmp_path)
+    rates = [
+        entry["learning_rate"]
+        for entry in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+        if "loss" in entry
+    ]
+    assert rates[0] < rates[1] < rates[2] == RATES["full"]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] < RATES["full"] / 10
 
 
 def test_checkpoints_of_another_run_are_not_overwritten(teach, tmp_path):

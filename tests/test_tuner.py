@@ -8,7 +8,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from sparsemem import ProductKeyMemory, SparseMemoryConfig, memory_layers
-from sparsemem.tuner import SparseMemoryLayer, default_targets
+from sparsemem.blocks import default_targets
+from sparsemem.tuner import SparseMemoryLayer
 from tiny import ARCHITECTURES, HIDDEN, tiny_batch, tiny_model
 
 SMALL = {"num_keys": 8, "num_heads": 2, "top_k": 4, "key_dim": 8, "max_centres": 8, "task_type": "CAUSAL_LM"}

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .access import Background, count_accesses
-    from .calibration import calibrate, clear_scope, set_scope
+    from .calibration import calibrate, observe
     from .config import SparseMemoryConfig
     from .files import ArtifactError
     from .memory import ProductKeyMemory
     from .optim import RowAdamW, RowSGD
     from .patch import RowPatch
     from .probes import exposure, scope_gate
+    from .scoping import clear_scope, set_scope
     from .selection import select_rows
     from .train import finetune
-    from .tuner import memory_layers
+    from .tuner import memory_layers, set_trainable
 
 __version__ = "0.1.0"
 
@@ -33,20 +34,22 @@ _ROOM = {
     "RowSGD": "optim",
     "SparseMemoryConfig": "config",
     "calibrate": "calibration",
-    "clear_scope": "calibration",
+    "clear_scope": "scoping",
     "count_accesses": "access",
     "exposure": "probes",
     "finetune": "train",
     "memory_layers": "tuner",
+    "observe": "calibration",
     "scope_gate": "probes",
     "select_rows": "selection",
-    "set_scope": "calibration",
+    "set_scope": "scoping",
+    "set_trainable": "tuner",
 }
 
 __all__ = [
     "ArtifactError", "Background", "ProductKeyMemory", "RowAdamW", "RowPatch", "RowSGD", "SparseMemoryConfig",
-    "calibrate", "clear_scope", "count_accesses", "exposure", "finetune", "memory_layers", "scope_gate",
-    "select_rows", "set_scope",
+    "calibrate", "clear_scope", "count_accesses", "exposure", "finetune", "memory_layers", "observe",
+    "scope_gate", "select_rows", "set_scope", "set_trainable",
 ]  # fmt: skip
 
 

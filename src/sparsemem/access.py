@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ class Background:
 
 
 def count_accesses(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Background:
-    """Count which slots a corpus reads. Scopes and `disable_adapter` play no part: this is about addressing.
+    """Count which slots a corpus reads when the model reads it, inside or outside of a scope.
 
     Args:
         model: a model with memory layers.
@@ -147,7 +147,7 @@ def count_accesses(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) ->
     Raises:
         ValueError: no batches.
     """
-    return count_reads(memory_layers(model), layer_inputs(model, batches))
+    return count_reads(memory_layers(model), layer_inputs(model, batches, memory=True))
 
 
 def count_reads(
@@ -174,10 +174,11 @@ def count_reads(
     return background
 
 
-def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
-    """For each batch, memory off: (batch, {layer name: its inputs [tokens, d_in] at unpadded positions}).
+def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, memory: bool = False):
+    """For each batch: (batch, {layer name: its inputs [tokens, d_in] at unpadded positions}).
 
-    The model runs in bfloat16 autocast where that is faster; work on its states is not rounded.
+    With `memory=False` the layers pass through, so that the inputs are the base model's. The model runs in
+    bfloat16 autocast where that is faster; work on its states is not rounded.
 
     Raises:
         ValueError: no batches, or a batch without input_ids.
@@ -200,7 +201,8 @@ def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
     }
     empty = True
     try:
-        with torch.no_grad(), precise(model), memory_off(modules.values()), evaluating(model):
+        off = nullcontext() if memory else memory_off(modules.values())
+        with torch.no_grad(), precise(model), off, evaluating(model):
             for batch in batches:
                 if not isinstance(batch, Mapping) or "input_ids" not in batch:
                     raise ValueError(

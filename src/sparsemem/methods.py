@@ -6,8 +6,9 @@
 | "smf-open" | the same without a scope: the paper's way             | 0.8  | RowAdamW, a moment per table |
 | "lora"     | r 16, alpha 32, dropout 0.05, all linear projections  | 2e-4 | AdamW without weight decay   |
 | "full"     | every parameter                                       | 5e-5 | AdamW without weight decay   |
+| "dense"    | all of a memory: the paper's retrofit, stage 1        | 5e-4 | AdamW without weight decay   |
 
-Reference: 2605.03229 for the settings of LoRA and full finetuning; the rates of sparse memory are ours.
+Reference: 2605.03229 for LoRA, full finetuning and the dense retrofit; the rates of sparse memory are ours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,15 +20,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .access import Background
-from .calibration import calibrate, set_scope
+from .blocks import default_targets, num_blocks
+from .calibration import calibrate
 from .config import SparseMemoryConfig
 from .optim import RowAdamW
 from .patch import RowPatch
+from .quirks import ReleaseAdamW
+from .scoping import set_scope
 from .selection import Rule, check_selection
-from .tuner import default_targets, memory_layers
+from .tuner import memory_layers, set_trainable
 
-LEARNING_RATES = {"smf": 0.8, "smf-open": 0.8, "lora": 2e-4, "full": 5e-5}
-METHODS = tuple(LEARNING_RATES)
+LEARNING_RATES = {"smf": 0.8, "smf-open": 0.8, "lora": 2e-4, "full": 5e-5, "dense": 5e-4}
+METHODS = ("smf", "smf-open", "lora", "full")
 # Rows that a step may change, of a table of NUM_KEYS ** 2.
 TOP_T, NUM_KEYS, TOP_K = 1024, 64, 64
 
@@ -46,8 +50,8 @@ def check_method(method: str) -> None:
     """Raises:
     ValueError: an unknown method.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(METHODS)}")
+    if method not in LEARNING_RATES:
+        raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(LEARNING_RATES)}")
 
 
 def memory_config(model: nn.Module, **chosen: Any) -> SparseMemoryConfig:
@@ -68,6 +72,24 @@ def memory_config(model: nn.Module, **chosen: Any) -> SparseMemoryConfig:
     return SparseMemoryConfig(task_type="CAUSAL_LM", **given)
 
 
+def retrofit_config(model: nn.Module, **chosen: Any) -> SparseMemoryConfig:
+    """The memory that the paper's dense retrofit (2605.03229, stage 1) trains, but for what is chosen.
+
+    Layers 6, 12, 18 of its 24 blocks become those at the same depths.
+
+    Args:
+        model: the base model.
+        chosen: fields of SparseMemoryConfig; None: as if not given.
+    """
+    given = {key: value for key, value in chosen.items() if value is not None}
+    if given.get("target_modules") is None and given.get("layers_to_transform") is None:
+        depth = num_blocks(model)
+        given["layers_to_transform"] = sorted({depth // 4, depth // 2, 3 * depth // 4})
+    paper = {"num_keys": 128, "num_heads": 4, "top_k": 16, "key_dim": 256, "query_norm": False}
+    paper |= {"init_weights": "paper", "value_gate": "silu", "trainable": "memory"}
+    return SparseMemoryConfig(task_type="CAUSAL_LM", **{**paper, **given})
+
+
 def prepare(
     model: PreTrainedModel | PeftModel,
     method: str,
@@ -77,6 +99,8 @@ def prepare(
     lr: float | None = None,
     top_t: int = TOP_T,
     rule: Rule = "grad",
+    moments: str = "table",
+    quirks: Sequence[str] = (),
     seed: int = 0,
 ) -> Prepared:
     """Put a method's parameters into the model, in place, and make the optimizer that trains them.
@@ -90,6 +114,8 @@ def prepare(
         background: of sparse memory: the Background that `calibrate` returned, or batches of general text.
         lr: None: LEARNING_RATES.
         top_t, rule: which rows a step may change, see `select_rows`; of sparse memory alone.
+        moments: second moments, see `RowAdamW`; of sparse memory alone.
+        quirks: of the authors' release, see `quirks`; of sparse memory alone.
         seed: of calibration and of rule "random".
 
     Raises:
@@ -100,7 +126,7 @@ def prepare(
     check_selection(top_t, rule)
     lr = LEARNING_RATES[method] if lr is None else lr
     if method not in ("smf", "smf-open"):
-        model = _lora(model) if method == "lora" else _full(model)
+        model = {"lora": _lora, "full": _full, "dense": _dense}[method](model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return Prepared(model, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True), None)
     model, background = _with_memory(model, background, seed)
@@ -116,9 +142,13 @@ def prepare(
             "method='smf-open' writes without a scope and the model has one; call clear_scope(model)"
         )
     # One second moment per table: rows keep their gradients' proportions (dev/LOG.md, section 4).
-    steps = {"moments": "table", "betas": (0.9, 0.95), "max_grad_norm": 1.0, "seed": seed}
-    choice: dict[str, Any] = {"top_t": top_t, "rule": rule, "background": background}
-    return Prepared(model, RowAdamW(model, lr, **choice, **steps), before)
+    betas = (0.9, 0.95) if moments == "table" else (0.9, 0.999)
+    options: dict[str, Any] = {"top_t": top_t, "rule": rule, "background": background, "moments": moments}
+    options |= {"betas": betas, "max_grad_norm": 1.0, "seed": seed}
+    optimizer = (
+        ReleaseAdamW(model, lr, quirks=quirks, **options) if quirks else RowAdamW(model, lr, **options)
+    )
+    return Prepared(model, optimizer, before)
 
 
 def _with_memory(
@@ -161,6 +191,16 @@ def _full(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
             "method='full' trains every parameter of a base model and this one has an adapter; give the base"
         )
     return model.requires_grad_(True)
+
+
+def _dense(model: PreTrainedModel | PeftModel) -> PeftModel:
+    if not isinstance(model, PeftModel):
+        raise ValueError("method='dense' trains a memory and this model has none; add one: get_peft_model")
+    set_trainable(_train_on(model, "dense", "SPARSE_MEMORY"), "memory")
+    for memory in memory_layers(model).values():
+        # a row optimizer that was here before would keep the table's gradient to itself
+        memory.log = None
+    return model
 
 
 def _train_on(model: PeftModel, method: str, kind: str) -> PeftModel:

@@ -82,11 +82,8 @@ class _RowOptimizer(Optimizer):
                 loss = closure()
         selected = {name: self._select(name, memory) for name, memory in self.layers.items()}
         gradients = {
-            name: _average(memory.log.row_gradients(selected[name], memory.d_out))
-            if len(selected[name])
-            else None
+            name: self._gradient(name, memory, selected[name]) if len(selected[name]) else None
             for name, memory in self.layers.items()
-            if memory.log is not None
         }
         others = (
             [p.grad for p in self._rest.param_groups[0]["params"] if p.grad is not None] if self._rest else []
@@ -141,6 +138,11 @@ class _RowOptimizer(Optimizer):
             generator=self.generator,
         )
         return chosen.sort().values
+
+    def _gradient(self, name: str, memory: ProductKeyMemory, rows: Tensor) -> Tensor:
+        """Gradient [t, d_out] float32 of the selected rows of one layer."""
+        assert memory.log is not None
+        return _average(memory.log.row_gradients(rows, memory.d_out))
 
     def _clip(self, gradients: list[Tensor]) -> None:
         if self.max_grad_norm is None or not gradients:
@@ -268,12 +270,15 @@ class RowAdamW(_RowOptimizer):
         options: dict[str, Any] = {"top_t": top_t, "rule": rule, "background": background}
         super().__init__(model, defaults, max_grad_norm=max_grad_norm, seed=seed, **options)
 
-    def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _shapes(self, table: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Of each row's state."""
         width, kind = table.shape[1], group["moments"]
-        shapes: dict[str, tuple[int, ...]] = {"exp_avg": (width,), "steps": (1,)}
-        if kind != "table":
-            shapes["exp_avg_sq"] = (width,) if kind == "element" else (1,)
-        state, place = self._rows_of(table, rows, shapes)
+        second = {} if kind == "table" else {"exp_avg_sq": (width,) if kind == "element" else (1,)}
+        return {"exp_avg": (width,), "steps": (1,), **second}
+
+    def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        kind = group["moments"]
+        state, place = self._rows_of(table, rows, self._shapes(table, group))
         beta1, beta2 = group["betas"]
         steps = state["steps"][place] + 1
         first_moment = torch.lerp(state["exp_avg"][place], gradient, 1 - beta1)

@@ -1,8 +1,9 @@
 """finetune(): one function over `transformers.Trainer` for every method.
 
-Choices: a constant rate after WARMUP_STEPS, so that a longer run continues a shorter one; every step's loss
-goes into Trainer's log, from which stopping is decided, so that a resumed run stops where one without a break
-would; memory is the growth of the process's resident set, as a user sees it, or of the GPU's allocations.
+Choices: by default a constant rate after WARMUP_STEPS, so that a longer run continues a shorter one; every
+step's loss goes into Trainer's log, from which stopping is decided, so that a resumed run stops where one
+without a break would; memory is the growth of the process's resident set, as a user sees it, or of the GPU's
+allocations.
 """
 
 import json
@@ -27,12 +28,12 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from .access import Background
+from .callbacks import METRICS_FILE, MetricsFile, Progress, StopAtLoss, recent_loss
 from .data import batches as batched
 from .data import collate, encode, read_records, truncate
 from .footprint import peak_memory
@@ -48,6 +49,8 @@ WARMUP_STEPS = 5
 SAVE_STEPS = 500
 BACKGROUND_BATCH_SIZE = 8
 
+_SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
+
 Data = str | Path | Sequence[dict] | Sequence[str] | datasets.Dataset
 
 
@@ -57,6 +60,7 @@ class Finetuned:
 
     Attributes:
         loss: mean training loss of the last epoch's worth of steps.
+        validation_loss: at the end; None without validation data.
         seconds: of preparing (calibration and scope too) and training.
         peak_bytes: growth of the process's memory, or of the GPU's, at its highest.
         truncated: records cut to max_length.
@@ -67,6 +71,7 @@ class Finetuned:
     method: str
     steps: int
     loss: float
+    validation_loss: float | None
     seconds: float
     trained_params: int
     peak_bytes: int
@@ -93,6 +98,11 @@ def finetune(
     seed: int = 0,
     top_t: int = TOP_T,
     rule: Rule = "grad",
+    moments: str = "table",
+    schedule: str = "constant",
+    warmup_steps: int = WARMUP_STEPS,
+    validation: Data | None = None,
+    quirks: Sequence[str] = (),
     resume: bool = False,
 ) -> Finetuned:
     """Teach a causal language model, in place, what the data says.
@@ -104,9 +114,13 @@ def finetune(
         tokenizer: None: the one that the model's name leads to.
         background: of sparse memory: the Background that `calibrate` returned, or data (mixed shapes and
             plain strings too) on which a new memory is calibrated.
-        output_dir: where checkpoints go; None: no checkpoints. The finished model is the caller's to save.
+        output_dir: where checkpoints and `metrics.jsonl`, one line per step, go; None: nowhere. The finished
+            model is the caller's to save.
         max_steps: overrides epochs.
         max_length: None: the model's context.
+        moments, quirks: of sparse memory, see `RowAdamW` and `quirks`.
+        schedule: "constant" or "cosine" to 0, after `warmup_steps` of linear rise.
+        validation: data whose loss is read before training, after each epoch, and at the end.
         stop_loss: stop as soon as the mean loss of the last epoch's worth of steps is below.
         resume: take up the last whole checkpoint in output_dir, or begin where there is none.
 
@@ -115,6 +129,7 @@ def finetune(
     """
     _check(
         method,
+        schedule,
         output_dir,
         resume,
         epochs=epochs,
@@ -127,6 +142,7 @@ def finetune(
     pad: Any = tokenizer.pad_token_id or 0
     length = max_length or getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     examples, truncated = truncate(_examples(data, tokenizer, loss_on), length)
+    held_out = None if validation is None else truncate(_examples(validation, tokenizer, loss_on), length)[0]
     general: Any = background
     if background is not None and not isinstance(background, Background):
         general = truncate(_examples(background, tokenizer, "completion", mixed=True), length)[0]
@@ -141,8 +157,13 @@ def finetune(
             gradient_accumulation_steps=gradient_accumulation_steps,
             num_train_epochs=epochs,
             max_steps=max_steps or -1,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=WARMUP_STEPS,
+            lr_scheduler_type=_SCHEDULES[schedule],
+            warmup_steps=warmup_steps,
+            eval_strategy="no" if validation is None else "steps",
+            eval_steps=steps_per_epoch,
+            eval_on_start=validation is not None,
+            per_device_eval_batch_size=batch_size,
+            prediction_loss_only=True,
             max_grad_norm=1.0,
             logging_steps=1,
             logging_nan_inf_filter=False,
@@ -166,6 +187,8 @@ def finetune(
             lr=lr,
             top_t=top_t,
             rule=rule,
+            moments=moments,
+            quirks=quirks,
             seed=seed,
         )
         stack.enter_context(_without_cache(model))
@@ -174,21 +197,32 @@ def finetune(
             args=arguments,
             train_dataset=examples,  # type: ignore[arg-type]
             data_collator=partial(collate, pad_token_id=pad),
+            eval_dataset=held_out,  # type: ignore[arg-type]
             optimizers=(optimizer, None),
-            callbacks=[_StopAtLoss(stop_loss, steps_per_epoch)],
+            callbacks=[
+                StopAtLoss(stop_loss, steps_per_epoch),
+                *([MetricsFile(Path(output_dir) / METRICS_FILE)] if output_dir else []),
+            ],
         )
         # the stock callbacks print every log to stdout, which is for results
         trainer.remove_callback(PrinterCallback)
         if not arguments.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(_Progress)
+            trainer.add_callback(Progress)
         trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints) if resume else None)
+        history = trainer.state.log_history
+        if held_out is not None and _last(history, "eval_loss")["step"] < trainer.state.global_step:
+            trainer.evaluate()
         seconds = time.monotonic() - start
     return Finetuned(
         model=model.eval(),
         method=method,
         steps=trainer.state.global_step,
-        loss=_recent_loss(trainer.state.log_history, steps_per_epoch),
+        loss=recent_loss(history, steps_per_epoch),
+        validation_loss=next(
+            (entry["eval_loss"] for entry in reversed(trainer.state.log_history) if "eval_loss" in entry),
+            None,
+        ),
         seconds=seconds,
         trained_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         peak_bytes=memory.peak_bytes,
@@ -206,33 +240,14 @@ class _Trainer(Trainer):
             inputs = {**inputs, "logits_to_keep": kept, "shift_labels": labels[:, kept].contiguous()}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def evaluate(self, *args, **kwargs):
+        # reading data draws a random number, and a resumed run does not repeat what came before it
+        with torch.random.fork_rng():
+            return super().evaluate(*args, **kwargs)
+
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
         # unlike accelerate's mixed precision this leaves model.forward as it was
         return autocast(self.model)  # type: ignore[arg-type]
-
-
-class _StopAtLoss(TrainerCallback):
-    """Stops at a loss, reading Trainer's own log, which checkpoints carry."""
-
-    def __init__(self, stop_loss: float | None, window: int) -> None:
-        self.stop_loss, self.window = stop_loss, window
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise ValueError(f"the training loss is {loss} at step {state.global_step}; choose a smaller lr")
-        if self.stop_loss is None or state.global_step < self.window:
-            return
-        if _recent_loss(state.log_history, self.window) < self.stop_loss:
-            control.should_training_stop = True
-            # a checkpoint here would be taken up again and trained past its end
-            control.should_save = False
-
-
-class _Progress(ProgressCallback):
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
 @contextmanager
@@ -245,8 +260,12 @@ def _without_cache(model: Any):
         model.config.use_cache = before
 
 
-def _check(method: str, output_dir: str | Path | None, resume: bool, **counts: int | None) -> None:
+def _check(
+    method: str, schedule: str, output_dir: str | Path | None, resume: bool, **counts: int | None
+) -> None:
     check_method(method)
+    if schedule not in _SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} is unknown; allowed are {', '.join(_SCHEDULES)}")
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} is too small; give at least 1")
@@ -277,6 +296,5 @@ def _last_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
-def _recent_loss(log_history: list[dict], window: int) -> float:
-    losses = [entry["loss"] for entry in log_history if "loss" in entry][-window:]
-    return sum(losses) / len(losses) if losses else math.nan
+def _last(log_history: list[dict], key: str) -> dict:
+    return next(entry for entry in reversed(log_history) if key in entry)

@@ -13,14 +13,12 @@ from typing import Any
 from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from .config import SparseMemoryConfig, SparseMemoryType
+from .blocks import default_targets, hidden_size, is_linear, widths
+from .config import TRAINABLE, SparseMemoryConfig, SparseMemoryType
 from .memory import ProductKeyMemory
 
-# Depths of the default layers: late, where hidden states tell taught subjects from known ones.
-DEFAULT_DEPTHS = (0.8, 0.9, 0.97)
-
+_TENSORS = ("values", "query", "query_bias", "keys", "key_bias", "scale", "gate_in", "gate_out")
 _TRAINED = {"values": ("values",), "values+scale": ("values", "scale")}
 
 
@@ -51,10 +49,7 @@ class SparseMemoryLayer(nn.Module, BaseTunerLayer):
             init_weights=config.init_weights,
             max_centres=config.max_centres,
         )
-        for name, parameter in list(memory.named_parameters()):
-            if name not in _TRAINED.get(config.trainable, (name,)):
-                delattr(memory, name)
-                memory.register_buffer(name, parameter.detach())
+        _freeze(memory, config.trainable)
         self.sparse_memory_layers[adapter_name] = memory
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -113,8 +108,8 @@ class SparseMemoryModel(BaseTuner):
         if isinstance(target, SparseMemoryLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        kind = SparseMemoryLinear if _is_linear(target) else SparseMemoryLayer
-        layer = kind(target, *_widths(target, current_key, _hidden_size(self.model)))
+        kind = SparseMemoryLinear if is_linear(target) else SparseMemoryLayer
+        layer = kind(target, *widths(target, current_key, hidden_size(self.model)))
         layer.update_layer(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
@@ -167,103 +162,36 @@ def memory_layers(model: nn.Module) -> dict[str, ProductKeyMemory]:
     return found
 
 
-def default_targets(
-    model: nn.Module, layers: list[int] | int | None = None, pattern: list[str] | str | None = None
-) -> list[str]:
-    """Paths of the decoder blocks' MLPs in the given layers; None: three late ones (DEFAULT_DEPTHS).
+def set_trainable(model: nn.Module, trainable: str) -> None:
+    """Choose anew what of the active adapter's memory trains: `SparseMemoryConfig.trainable`.
 
-    Found by structure, not by name: the longest list of blocks (of those that `pattern` names), and in each
-    block the child that holds at least two maps and whose forward knows no attention mask. A block without
-    such a child (OPT) offers its last linear map.
+    Between the paper's stages: a retrofit trains all of the memory, finetuning its value rows alone.
+
+    Args:
+        trainable: "values", "values+scale" or "memory".
 
     Raises:
-        ValueError: no such blocks, or a layer index out of range.
+        ValueError: another word, or a model without sparse memory.
     """
-    blocks_name, blocks = _decoder_blocks(model, [pattern] if isinstance(pattern, str) else pattern)
-    mlps = [_mlp_name(block) for block in blocks]
-    if not mlps or None in mlps:
-        raise ValueError(
-            f"target_modules=None: no MLP was found in the decoder blocks of {type(model).__name__}. "
-            "Please specify `target_modules`, for example target_modules=['mlp']"
-        )
-    if layers is None:
-        chosen = sorted({round(depth * (len(mlps) - 1)) for depth in DEFAULT_DEPTHS})
-    else:
-        chosen = [layers] if isinstance(layers, int) else layers
-        wrong = [index for index in chosen if index >= len(mlps)]
-        if wrong:
-            raise ValueError(
-                f"layers_to_transform={layers}: no layer {wrong[0]}, allowed are 0 to {len(mlps) - 1}"
-            )
-    return [f"{blocks_name}.{index}.{mlps[index]}" for index in chosen]
+    config = model.peft_config[model.active_adapter]  # type: ignore[index,union-attr]
+    if trainable not in TRAINABLE:
+        raise ValueError(f"trainable={trainable!r} must be one of {', '.join(map(repr, TRAINABLE))}")
+    for memory in memory_layers(model).values():
+        _freeze(memory, trainable)
+    config.trainable = trainable  # type: ignore[union-attr]
 
 
-def _decoder_blocks(model: nn.Module, patterns: list[str] | None) -> tuple[str, nn.ModuleList]:
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    # Lists within a block (experts) are not the list of blocks.
-    outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
-    # In a model of several towers, the text decoder's blocks are meant.
-    inside = set(getattr(model, "get_decoder", lambda: model)().modules())
-    outer = {n: m for n, m in outer.items() if m in inside} or outer
-    if patterns:
-        outer = {
-            n: m for n, m in outer.items() if any(f".{n}".endswith(f".{pattern}") for pattern in patterns)
-        }
-    return max(outer.items(), key=lambda item: len(item[1]), default=("", nn.ModuleList()))
-
-
-def _mlp_name(block: nn.Module) -> str | None:
-    linear = None
-    for name, child in block.named_children():
-        child = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
-        words = " ".join(inspect.signature(child.forward).parameters)
-        if (
-            len(_linears(child)) + len(_experts(child)) >= 2
-            and "mask" not in words
-            and "past_key" not in words
-        ):
-            return name
-        if _is_linear(child):
-            linear = name
-    return linear
-
-
-def _widths(module: nn.Module, name: str, hidden_size: int | None) -> tuple[int, int]:
-    """(d_in, d_out): of a linear map, else of the first and the last linear map inside."""
-    linears = _linears(module)
-    if len(_experts(module)) >= 2 and hidden_size:
-        return hidden_size, hidden_size
-    if not linears:
-        raise ValueError(
-            f"target_modules: {name} ({type(module).__name__}) holds no linear map, its widths are unknown; "
-            "target an MLP or an nn.Linear"
-        )
-    first, last = (
-        (m.weight.shape if isinstance(m, Conv1D) else (m.in_features, m.out_features))
-        for m in (linears[0], linears[-1])
-    )
-    return int(first[0]), int(last[1])
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D) or (
-        hasattr(module, "in_features") and hasattr(module, "out_features")
-    )
-
-
-def _linears(module: nn.Module) -> list[Any]:
-    return [m for m in module.modules() if _is_linear(m)]
-
-
-def _experts(module: nn.Module) -> list[nn.Parameter]:
-    """The weights [experts, ...] of a mixture of experts, which has one such parameter per map."""
-    return [p for p in module.parameters() if p.dim() == 3]
-
-
-def _hidden_size(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
-    return getattr(text, "hidden_size", None)
+def _freeze(memory: ProductKeyMemory, trainable: str) -> None:
+    """Parameters are what trains, buffers the rest: PEFT switches on every parameter of an adapter."""
+    for name in _TENSORS:
+        tensor = getattr(memory, name)
+        if tensor is None:
+            continue
+        delattr(memory, name)
+        if name in _TRAINED.get(trainable, _TENSORS):
+            setattr(memory, name, nn.Parameter(tensor.detach()))
+        else:
+            memory.register_buffer(name, tensor.detach())
 
 
 def _hand_out_mask(model: nn.Module, args: tuple, kwargs: dict) -> None:

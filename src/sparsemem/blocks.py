@@ -1,0 +1,117 @@
+"""Finding a decoder's blocks, their MLPs and widths by structure, so that any causal LM will do."""
+
+import inspect
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+# Depths of the default layers: late, where hidden states tell taught subjects from known ones.
+DEFAULT_DEPTHS = (0.8, 0.9, 0.97)
+
+
+def default_targets(
+    model: nn.Module, layers: list[int] | int | None = None, pattern: list[str] | str | None = None
+) -> list[str]:
+    """Paths of the decoder blocks' MLPs in the given layers; None: three late ones (DEFAULT_DEPTHS).
+
+    Found by structure, not by name: the longest list of blocks (of those that `pattern` names), and in each
+    block the child that holds at least two maps and whose forward knows no attention mask. A block without
+    such a child (OPT) offers its last linear map.
+
+    Raises:
+        ValueError: no such blocks, or a layer index out of range.
+    """
+    blocks_name, blocks = _decoder_blocks(model, [pattern] if isinstance(pattern, str) else pattern)
+    mlps = [_mlp_name(block) for block in blocks]
+    if not mlps or None in mlps:
+        raise ValueError(
+            f"target_modules=None: no MLP was found in the decoder blocks of {type(model).__name__}. "
+            "Please specify `target_modules`, for example target_modules=['mlp']"
+        )
+    if layers is None:
+        chosen = sorted({round(depth * (len(mlps) - 1)) for depth in DEFAULT_DEPTHS})
+    else:
+        chosen = [layers] if isinstance(layers, int) else layers
+        wrong = [index for index in chosen if index >= len(mlps)]
+        if wrong:
+            raise ValueError(
+                f"layers_to_transform={layers}: no layer {wrong[0]}, allowed are 0 to {len(mlps) - 1}"
+            )
+    return [f"{blocks_name}.{index}.{mlps[index]}" for index in chosen]
+
+
+def num_blocks(model: nn.Module) -> int:
+    """How many decoder blocks the model has."""
+    return len(_decoder_blocks(model, None)[1])
+
+
+def _decoder_blocks(model: nn.Module, patterns: list[str] | None) -> tuple[str, nn.ModuleList]:
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    # Lists within a block (experts) are not the list of blocks.
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
+    # In a model of several towers, the text decoder's blocks are meant.
+    inside = set(getattr(model, "get_decoder", lambda: model)().modules())
+    outer = {n: m for n, m in outer.items() if m in inside} or outer
+    if patterns:
+        outer = {
+            n: m for n, m in outer.items() if any(f".{n}".endswith(f".{pattern}") for pattern in patterns)
+        }
+    return max(outer.items(), key=lambda item: len(item[1]), default=("", nn.ModuleList()))
+
+
+def _mlp_name(block: nn.Module) -> str | None:
+    linear = None
+    for name, child in block.named_children():
+        child = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
+        words = " ".join(inspect.signature(child.forward).parameters)
+        if (
+            len(_linears(child)) + len(_experts(child)) >= 2
+            and "mask" not in words
+            and "past_key" not in words
+        ):
+            return name
+        if is_linear(child):
+            linear = name
+    return linear
+
+
+def widths(module: nn.Module, name: str, hidden_size: int | None) -> tuple[int, int]:
+    """(d_in, d_out): of a linear map, else of the first and the last linear map inside."""
+    linears = _linears(module)
+    if len(_experts(module)) >= 2 and hidden_size:
+        return hidden_size, hidden_size
+    if not linears:
+        raise ValueError(
+            f"target_modules: {name} ({type(module).__name__}) holds no linear map, its widths are unknown; "
+            "target an MLP or an nn.Linear"
+        )
+    first, last = (
+        (m.weight.shape if isinstance(m, Conv1D) else (m.in_features, m.out_features))
+        for m in (linears[0], linears[-1])
+    )
+    return int(first[0]), int(last[1])
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a linear map, an adapter's wrapping included."""
+    return isinstance(module, nn.Linear | Conv1D) or (
+        hasattr(module, "in_features") and hasattr(module, "out_features")
+    )
+
+
+def _linears(module: nn.Module) -> list[Any]:
+    return [m for m in module.modules() if is_linear(m)]
+
+
+def _experts(module: nn.Module) -> list[nn.Parameter]:
+    """The weights [experts, ...] of a mixture of experts, which has one such parameter per map."""
+    return [p for p in module.parameters() if p.dim() == 3]
+
+
+def hidden_size(model: nn.Module) -> int | None:
+    """Width of the text decoder's states, where its config says so."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
+    return getattr(text, "hidden_size", None)

@@ -1,0 +1,54 @@
+"""What watches a training run: the loss at which it stops, its log as a file, its progress bar."""
+
+import json
+import math
+from pathlib import Path
+
+from transformers import ProgressCallback, TrainerCallback
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class StopAtLoss(TrainerCallback):
+    """Stops at a loss, reading Trainer's own log, which checkpoints carry."""
+
+    def __init__(self, stop_loss: float | None, window: int) -> None:
+        self.stop_loss, self.window = stop_loss, window
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise ValueError(f"the training loss is {loss} at step {state.global_step}; choose a smaller lr")
+        if self.stop_loss is None or state.global_step < self.window:
+            return
+        if recent_loss(state.log_history, self.window) < self.stop_loss:
+            control.should_training_stop = True
+            # a checkpoint here would be taken up again and trained past its end
+            control.should_save = False
+
+
+class MetricsFile(TrainerCallback):
+    """Trainer's log as JSON lines; a resumed run begins with the lines that its checkpoint knows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(f"{json.dumps(entry)}\n" for entry in state.log_history))
+
+    def on_log(self, args, state, control, **kwargs):
+        with self.path.open("a") as file:
+            file.write(f"{json.dumps(state.log_history[-1])}\n")
+
+
+class Progress(ProgressCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
+def recent_loss(log_history: list[dict], window: int) -> float:
+    """Mean of the last `window` training losses; NaN where there is none."""
+    losses = [entry["loss"] for entry in log_history if "loss" in entry][-window:]
+    return sum(losses) / len(losses) if losses else math.nan
