@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsemem.cli import METHODS, RULES, TASKS, main
+from sparsemem.cli import METHODS, MODES, MOMENTS, RULES, SCHEDULES, TASKS, TRAINABLE, main
 from sparsemem.compare import Recipe
 
 GENERAL = [
@@ -101,11 +101,55 @@ def test_help_is_there_without_torch():
 
 
 def test_choices_are_those_of_the_library():
+    from sparsemem import config, optim, train
     from sparsemem.methods import METHODS as methods
     from sparsemem.selection import RULES as rules
     from sparsemem.tasks import TASKS as tasks
 
     assert (set(METHODS), set(TASKS), set(RULES)) == (set(methods), set(tasks), set(rules))
+    assert (MODES, TRAINABLE, MOMENTS) == (config.MODES, config.TRAINABLE, optim.MOMENTS)
+    assert set(SCHEDULES) == set(train.SCHEDULES)
+
+
+@pytest.mark.parametrize("mode", ["additive", "replacement"])
+def test_the_papers_stages(tiny, data, tmp_path, mode):
+    """graft --retrofit dense, killed and resumed, then rows and alpha by KL with element-wise AdamW."""
+    sizes = ("--num-keys", 6, "--num-heads", 2, "--top-k", 3, "--key-dim", 8, "--mode", mode)
+    dense = ("graft", tiny, "--background", data / "general.jsonl", "--retrofit", "dense", *sizes)
+    dense = (*dense, "--batch-size", 2, "--epochs", 12)
+    whole = json.loads(done(*dense, "--out", tmp_path / "whole", "--json"))
+    assert whole["steps"] == 36
+    assert whole["validation_loss"] < 5.7
+    assert len(whole["layers"]) == 3
+    with process(*dense, "--out", tmp_path / "part", stderr=subprocess.PIPE) as running:
+        wait_for(lambda: list((tmp_path / "part.partial").glob("checkpoint-*/trainer_state.json")), running)
+        running.send_signal(signal.SIGINT)
+        said = running.communicate()[1]
+    assert (running.returncode, "--resume" in said) == (130, True)
+    assert not (tmp_path / "part").exists()
+    refused = invoke(*dense, "--out", tmp_path / "part")
+    assert (refused.exit_code, "add --resume" in refused.stderr) == (2, True)
+    done(*dense, "--out", tmp_path / "part", "--resume")
+    assert weights(tmp_path / "part") == weights(tmp_path / "whole")
+    done(*dense, "--out", tmp_path / "part", "--resume")
+
+    taught = ("--data", data / "taught.jsonl", "--out", tmp_path / "taught", "--method", "smf-open")
+    paper = ("--rule", "kl", "--moments", "element", "--lr", 5e-4, "--schedule", "cosine", "--top-t", 8)
+    done("train", tmp_path / "whole", *taught, *paper, "--trainable", "values+scale", "--max-steps", 3)
+    assert json.loads((tmp_path / "taught/adapter_config.json").read_text())["trainable"] == "values+scale"
+    text = write_lines(tmp_path / "prose.jsonl", PROSE)
+    done("eval", tmp_path / "taught", "--task", "perplexity", "--data", text)
+
+
+def test_options_of_the_dense_retrofit_need_it(tiny, data, tmp_path):
+    for option in (("--lr", 0.1), ("--epochs", 2), ("--resume",)):
+        result = invoke(
+            "graft", tiny, "--background", data / "general.jsonl", "--out", tmp_path / "x", *option
+        )
+        assert (result.exit_code, f"{option[0]} is an option of --retrofit dense" in result.stderr) == (
+            2,
+            True,
+        )
 
 
 def test_graft_makes_an_adapter_that_changes_nothing(tiny, grafted):

@@ -17,7 +17,11 @@ import click
 RECIPES = ("demo",)
 METHODS = ("smf", "smf-open", "lora", "full")
 TASKS = ("recall", "multiple-choice", "perplexity", "medmcqa", "wikitext", "triviaqa")
+MODES = ("additive", "replacement")
+TRAINABLE = ("values", "values+scale", "memory")
 RULES = ("kl", "tfidf", "tf", "grad", "random")
+MOMENTS = ("row", "element", "table")
+SCHEDULES = ("constant", "cosine")
 NUM_SHOWN = 3
 
 
@@ -145,8 +149,15 @@ def _show_report(out: Path, as_json: bool) -> None:
     "--background", required=True, metavar="FILE|hub:NAME", help="General text: what is not to change."
 )
 @out_folder
-@click.option("--retrofit", type=click.Choice(["calibrate"]), default="calibrate", show_default=True)
-@click.option("--layers", callback=_numbers, help="Blocks that get a memory; one late block by default.")
+@click.option(
+    "--retrofit",
+    type=click.Choice(["calibrate", "dense"]),
+    default="calibrate",
+    show_default=True,
+    help="How it is made useful: addresses from statistics, or the paper's training of all of it.",
+)
+@click.option("--mode", type=click.Choice(MODES), help="Beside the MLP (additive) or instead of it.")
+@click.option("--layers", callback=_numbers, help="Blocks that get a memory; the retrofit's own by default.")
 @click.option("--num-keys", type=int, help="A layer has num_keys ** 2 slots.")
 @click.option("--num-heads", type=int, help="Queries per token and layer.")
 @click.option("--top-k", type=int, help="Slots that one head reads for a token.")
@@ -154,18 +165,39 @@ def _show_report(out: Path, as_json: bool) -> None:
 @click.option(
     "--max-length", type=click.IntRange(2), default=512, show_default=True, help="Tokens per record."
 )
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Of the dense retrofit; 5e-4 by default.")
+@click.option("--epochs", type=click.IntRange(1), help="Of the dense retrofit; 2 by default.")
+@click.option("--max-steps", type=click.IntRange(1), help="Of the dense retrofit; overrides --epochs.")
+@click.option("--batch-size", type=click.IntRange(1), help="Of the dense retrofit; 16 by default.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted dense retrofit into the same folder.")
 @seed_option
 @as_json
 def graft(
     model: str, background: str, out: Path, retrofit: str, layers: list[int] | None, max_length: int,
+    lr: float | None, epochs: int | None, max_steps: int | None, batch_size: int | None, resume: bool,
     seed: int, as_json: bool, **memory: Any,
 ) -> None:  # fmt: skip
-    """Give MODEL a memory that general text has set up, as a new adapter; its answers stay what they were."""
+    """Give MODEL a memory that general text has set up, as a new adapter.
+
+    After calibration its answers stay what they were; after a dense retrofit they are near to it.
+    """
     from . import folders
 
-    folders.refuse_existing(out)
+    given = {"lr": lr, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
+    given = {name: value for name, value in given.items() if value is not None}
+    if retrofit == "calibrate" and (given or resume):
+        first = next(iter(given), "resume").replace("_", "-")
+        raise click.UsageError(f"--{first} is an option of --retrofit dense; calibration trains nothing")
+    options = {"epochs": 2, "batch_size": 16, **given}
     memory = {"layers_to_transform": layers, **memory}
-    made = folders.graft(model, background, out, seed=seed, max_length=max_length, memory=memory)
+    try:
+        made = folders.graft(
+            model, background, out, seed=seed, max_length=max_length, memory=memory,
+            retrofit=retrofit, resume=resume, options=options if retrofit == "dense" else None,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        _progress(f"\nstopped; a dense retrofit goes on from its last checkpoint with --resume, into {out}")
+        raise SystemExit(130) from None
     if as_json:
         click.echo(json.dumps(made))
         return
@@ -173,7 +205,10 @@ def graft(
         click.echo(
             f"{name}: {layer['slots']:,} slots, {layer['used']:.0%} in use, entropy {layer['entropy']:.2f}"
         )
-    click.echo(f"adapter: {out} (calibrated on {made['tokens']:,} tokens)")
+    if "loss" in made:
+        held_out = "" if made["validation_loss"] is None else f", held out {made['validation_loss']:.3f}"
+        click.echo(f"{made['steps']} steps, loss {made['loss']:.3f}{held_out}, {made['seconds']:.0f} s")
+    click.echo(f"adapter: {out} ({retrofit} on {made['tokens']:,} tokens)")
 
 
 @main.command()
@@ -200,14 +235,27 @@ def graft(
 @click.option(
     "--rule", type=click.Choice(RULES), default="grad", show_default=True, help="Which rows these are."
 )
+@click.option(
+    "--moments", type=click.Choice(MOMENTS), default="table", show_default=True, help="Second moments."
+)
+@click.option(
+    "--trainable", type=click.Choice(TRAINABLE), help="What of the memory trains; as grafted by default."
+)
+@click.option("--schedule", type=click.Choice(SCHEDULES), default="constant", show_default=True)
+@click.option("--warmup-steps", type=click.IntRange(0), default=5, show_default=True)
 @seed_option
 @as_json
-def train(model: str, data: str, out: Path, method: str, resume: bool, as_json: bool, **options: Any) -> None:
+def train(
+    model: str, data: str, out: Path, method: str, resume: bool, trainable: str | None, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Teach MODEL or ADAPTER what the data says; sparse memory needs an adapter that graft made."""
     from . import folders
 
     try:
-        metrics = folders.train(model, data, out, method=method, resume=resume, options=options)
+        metrics = folders.train(
+            model, data, out, method=method, resume=resume, trainable=trainable, options=options
+        )
     except KeyboardInterrupt:
         _progress(f"\nstopped; --resume goes on with {out} from the last checkpoint")
         raise SystemExit(130) from None

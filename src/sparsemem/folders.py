@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,47 +51,92 @@ def refuse_existing(path: Path) -> None:
 
 
 def graft(
-    name: str, source: str, out: Path, *, seed: int, max_length: int, memory: dict[str, Any]
+    name: str,
+    source: str,
+    out: Path,
+    *,
+    seed: int,
+    max_length: int,
+    memory: dict[str, Any],
+    retrofit: str = "calibrate",
+    resume: bool = False,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Give a base model a memory, calibrate it on general text, and save adapter, background and tokenizer.
+    """Give a base model a memory, make it useful on general text, and save adapter, background and tokenizer.
 
-    Returns what was made: each memory layer's use of its slots, and how many tokens it was calibrated on.
+    Args:
+        retrofit: "calibrate", or "dense", see `dense_retrofit`.
+        resume: take up an interrupted dense retrofit.
+        options: of the dense retrofit's `finetune`: lr, epochs, max_steps, batch_size.
+
+    Returns what was made: each memory layer's use of its slots, the number of tokens of general text, and
+    for a dense retrofit its steps and losses.
 
     Raises:
-        ValueError: bad data, an unknown model, or a memory that does not fit it.
+        ValueError: bad data, an unknown model, a memory that does not fit it, a folder that is there already,
+            or a retrofit to resume of other settings.
     """
     from peft import get_peft_model
+    from transformers import set_seed
 
     from . import calibrate, memory_layers
     from .calibration import addressing_report
-    from .data import batches, encode, read_records
-    from .methods import memory_config
+    from .data import batches, encode
+    from .methods import memory_config, retrofit_config
     from .models import load_base
+    from .retrofit import dense_retrofit, general_records
 
-    records = read_records(source, mixed=True)
+    records = general_records(source)
+    settings = {"model": name, "background": source, "records": _digest(records), "retrofit": retrofit}
+    settings |= {"seed": seed, "max_length": max_length, "memory": memory, **(options or {})}
+    if resume and (out / METRICS_FILE).exists():
+        made = read_json(out / METRICS_FILE)
+        _refuse_other_settings(out, made["settings"], settings)
+        return made
+    refuse_existing(out)
     base, tokenizer = load_base(_absolute(name))
     max_length = min(max_length, getattr(base.config, "max_position_embeddings", None) or max_length)
     examples = encode(records, tokenizer, max_length=max_length, loss_on="all")
-    model: Any = get_peft_model(base, memory_config(base, **memory))
+    config = (memory_config if retrofit == "calibrate" else retrofit_config)(base, **memory)
+    set_seed(seed)
+    model: Any = get_peft_model(base, config)
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    background = calibrate(model, batches(examples, BATCH_SIZE, pad), seed=seed)
-    with new_folder(out) as part:
-        _save(part, model, tokenizer, background)
-    layers = {
-        layer: {"slots": table.num_slots, **addressing_report(background[layer])}
-        for layer, table in memory_layers(model).items()
-    }
-    return {
-        "out": str(out),
-        "tokens": sum(len(example["input_ids"]) for example in examples),
-        "layers": layers,
-    }
+    made: dict[str, Any] = {"out": str(out), "tokens": sum(len(one["input_ids"]) for one in examples)}
+    with _checkpoints(out, settings, resume) if retrofit == "dense" else nullcontext() as checkpoints:
+        if checkpoints is None:
+            background = calibrate(model, batches(examples, BATCH_SIZE, pad), seed=seed)
+        else:
+            options = {"seed": seed, **(options or {})}
+            background, figures = dense_retrofit(model, examples, tokenizer, checkpoints, resume, **options)
+            made |= figures
+        layers = {
+            layer: {"slots": table.num_slots, **addressing_report(background[layer])}
+            for layer, table in memory_layers(model).items()
+        }
+        made |= {"layers": layers, "settings": settings, **environment()}
+        with new_folder(out) as part:
+            _save(part, model, tokenizer, background)
+            write_json(part / METRICS_FILE, made)
+        if checkpoints is not None:
+            shutil.rmtree(checkpoints)
+    return made
 
 
 def train(
-    name: str, source: str, out: Path, *, method: str, resume: bool, options: dict[str, Any]
+    name: str,
+    source: str,
+    out: Path,
+    *,
+    method: str,
+    resume: bool,
+    options: dict[str, Any],
+    trainable: str | None = None,
 ) -> dict[str, Any]:
     """Finetune a model or an adapter and save what came of it; returns the content of its `metrics.json`.
+
+    Args:
+        trainable: what of the adapter's memory trains, if other than it says itself.
+        options: of `finetune`.
 
     Raises:
         ValueError: bad data or model, a folder that is there already, a run to resume of other settings.
@@ -100,10 +145,12 @@ def train(
     from .methods import check_method
     from .models import load
     from .train import finetune
+    from .tuner import set_trainable
 
     check_method(method)
     records = read_records(source)
-    settings = {"model": name, "data": source, "records": _digest(records), "method": method, **options}
+    settings = {"model": name, "data": source, "records": _digest(records), "method": method}
+    settings |= {"trainable": trainable, **options}
     if resume and (out / METRICS_FILE).exists():
         metrics = read_json(out / METRICS_FILE)
         _refuse_other_settings(out, metrics["settings"], settings)
@@ -111,6 +158,8 @@ def train(
     refuse_existing(out)
     model, tokenizer = load(_absolute(name))
     background = _background(Path(name), method)
+    if trainable is not None:
+        set_trainable(model, trainable)
     with _checkpoints(out, settings, resume) as checkpoints:
         done = finetune(
             model,

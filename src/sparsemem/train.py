@@ -49,7 +49,7 @@ WARMUP_STEPS = 5
 SAVE_STEPS = 500
 BACKGROUND_BATCH_SIZE = 8
 
-_SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
+SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
 
 Data = str | Path | Sequence[dict] | Sequence[str] | datasets.Dataset
 
@@ -157,7 +157,7 @@ def finetune(
             gradient_accumulation_steps=gradient_accumulation_steps,
             num_train_epochs=epochs,
             max_steps=max_steps or -1,
-            lr_scheduler_type=_SCHEDULES[schedule],
+            lr_scheduler_type=SCHEDULES[schedule],
             warmup_steps=warmup_steps,
             eval_strategy="no" if validation is None else "steps",
             eval_steps=steps_per_epoch,
@@ -264,8 +264,8 @@ def _check(
     method: str, schedule: str, output_dir: str | Path | None, resume: bool, **counts: int | None
 ) -> None:
     check_method(method)
-    if schedule not in _SCHEDULES:
-        raise ValueError(f"schedule={schedule!r} is unknown; allowed are {', '.join(_SCHEDULES)}")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} is unknown; allowed are {', '.join(SCHEDULES)}")
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} is too small; give at least 1")

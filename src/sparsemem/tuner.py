@@ -173,12 +173,11 @@ def set_trainable(model: nn.Module, trainable: str) -> None:
     Raises:
         ValueError: another word, or a model without sparse memory.
     """
-    config = model.peft_config[model.active_adapter]  # type: ignore[index,union-attr]
     if trainable not in TRAINABLE:
         raise ValueError(f"trainable={trainable!r} must be one of {', '.join(map(repr, TRAINABLE))}")
     for memory in memory_layers(model).values():
         _freeze(memory, trainable)
-    config.trainable = trainable  # type: ignore[union-attr]
+    model.peft_config[model.active_adapter].trainable = trainable  # type: ignore[index,union-attr]
 
 
 def _freeze(memory: ProductKeyMemory, trainable: str) -> None:
