@@ -34,6 +34,8 @@ LEARNING_RATES = {"smf": 0.8, "smf-open": 0.8, "lora": 2e-4, "full": 5e-5, "dens
 METHODS = ("smf", "smf-open", "lora", "full")
 # Rows that a step may change, of a table of NUM_KEYS ** 2.
 TOP_T, NUM_KEYS, TOP_K = 1024, 64, 64
+# The paper's memory (2605.03229, stage 1).
+PAPER_SIZES = {"num_keys": 128, "num_heads": 4, "top_k": 16, "key_dim": 256}
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -75,19 +77,21 @@ def memory_config(model: nn.Module, **chosen: Any) -> SparseMemoryConfig:
 def retrofit_config(model: nn.Module, **chosen: Any) -> SparseMemoryConfig:
     """The memory that the paper's dense retrofit (2605.03229, stage 1) trains, but for what is chosen.
 
-    Layers 6, 12, 18 of its 24 blocks become those at the same depths.
-
     Args:
         model: the base model.
         chosen: fields of SparseMemoryConfig; None: as if not given.
     """
     given = {key: value for key, value in chosen.items() if value is not None}
     if given.get("target_modules") is None and given.get("layers_to_transform") is None:
-        depth = num_blocks(model)
-        given["layers_to_transform"] = sorted({depth // 4, depth // 2, 3 * depth // 4})
-    paper = {"num_keys": 128, "num_heads": 4, "top_k": 16, "key_dim": 256, "query_norm": False}
-    paper |= {"init_weights": "paper", "value_gate": "silu", "trainable": "memory"}
-    return SparseMemoryConfig(task_type="CAUSAL_LM", **{**paper, **given})
+        given["layers_to_transform"] = paper_layers(model)
+    start = {"init_weights": "paper", "value_gate": "silu", "query_norm": False, "trainable": "memory"}
+    return SparseMemoryConfig(task_type="CAUSAL_LM", **{**PAPER_SIZES, **start, **given})
+
+
+def paper_layers(model: nn.Module) -> list[int]:
+    """The blocks at the depths of the paper's memory layers, 6, 12 and 18 of 24."""
+    depth = num_blocks(model)
+    return sorted({depth // 4, depth // 2, 3 * depth // 4})
 
 
 def prepare(

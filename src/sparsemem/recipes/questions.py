@@ -193,7 +193,7 @@ def _chat(question: str, answer: str) -> dict[str, Any]:
     }
 
 
-def _require(module: str) -> ModuleType:
+def require(module: str) -> ModuleType:
     try:
         with warnings.catch_warnings():
             # simple_icd_10_cm reads its tables by a call that Python 3.11 and 3.12 deprecate.
@@ -206,7 +206,7 @@ def _require(module: str) -> ModuleType:
 
 
 def _countries() -> list[dict[str, Any]]:
-    countries = _require("countryinfo").CountryInfo.all().values()
+    countries = require("countryinfo").CountryInfo.all().values()
     kept = [
         country
         for country in countries
@@ -247,7 +247,7 @@ def _only(codes: list[str], names: dict[str, str]) -> str | None:
 
 def _code_titles() -> list[tuple[str, str]]:
     """Three-character ICD-10 codes with short titles."""
-    icd = _require("simple_icd_10_cm")
+    icd = require("simple_icd_10_cm")
     codes = [code for code in icd.get_all_codes(True) if re.fullmatch("[A-Z][0-9][0-9A-Z]", code)]
     titles = ((code, icd.get_description(code)) for code in sorted(set(codes)))
     return [(code, title) for code, title in titles if len(title) <= 40]

@@ -1,0 +1,56 @@
+"""Diagnoses and their chapters: a medical task that a small model can learn and that needs no download.
+
+ICD-10-CM titles of the package simple_icd_10_cm (MIT), each asked for its chapter out of four. Three-character
+categories are split before titles are drawn: no category of the test is trained on.
+"""
+
+import random
+import re
+from typing import Any
+
+from .questions import require
+
+_TITLES_PER_CATEGORY = 2
+_SPLIT_SEED = 0
+
+
+def chapter_items(num_train: int, num_test: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Items to train on and to test on: `question`, `choices` (four chapters), `answer` (index), `code`.
+
+    The same items on every machine with the same version of the data package.
+
+    Raises:
+        ValueError: more items than there are titles, or simple_icd_10_cm is not installed.
+    """
+    icd = require("simple_icd_10_cm")
+    rng = random.Random(_SPLIT_SEED)
+    # the last chapter, of special purposes, has a handful of codes
+    chapters = [code for code in icd.get_all_codes(True) if icd.is_chapter(code)][:-1]
+    names = {code: re.sub(r" \([A-Z0-9]+-[A-Z0-9]+\)$", "", icd.get_description(code)) for code in chapters}
+    by_category: dict[str, list[str]] = {}
+    for code in icd.get_all_codes(True):
+        if icd.is_leaf(code) and icd.get_ancestors(code)[-1] in names:
+            by_category.setdefault(code[:3], []).append(code)
+    categories = sorted(by_category)
+    rng.shuffle(categories)
+    drawn = []
+    for category in categories:
+        codes = by_category[category]
+        drawn.append(rng.sample(codes, min(_TITLES_PER_CATEGORY, len(codes))))
+    num_codes = sum(map(len, drawn))
+    if num_train + num_test > num_codes:
+        raise ValueError(f"num_train={num_train} and num_test={num_test} are more than {num_codes} titles")
+    test: list[str] = []
+    while len(test) < num_test:
+        test += drawn.pop()
+    train = [code for codes in drawn for code in codes]
+    rng.shuffle(train)
+
+    def item(code: str) -> dict[str, Any]:
+        right = names[icd.get_ancestors(code)[-1]]
+        choices = [right, *rng.sample([name for name in names.values() if name != right], 3)]
+        rng.shuffle(choices)
+        question = f'Which chapter of ICD-10 does the diagnosis "{icd.get_description(code)}" belong to?'
+        return {"question": question, "choices": choices, "answer": choices.index(right), "code": code}
+
+    return [item(code) for code in train[:num_train]], [item(code) for code in test[:num_test]]

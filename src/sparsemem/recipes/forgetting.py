@@ -1,0 +1,37 @@
+"""What recipes share: the background of what must stay, and what is read off prose that nobody taught."""
+
+from typing import Any
+
+from .questions import background_records, prose
+
+
+def background(seed: int, tokenizer: Any, prose_tokens: int, piece_tokens: int) -> list[Any]:
+    """Chats that no probe asks, and pieces of the prose that no probe reads."""
+    ids = tokens(tokenizer, prose()[0], prose_tokens)
+    return [*background_records(seed), *map(tokenizer.decode, ids.split(piece_tokens))]
+
+
+def read_prose(
+    model: Any, tokenizer: Any, base_name: str, method: str, prose_tokens: int, piece_tokens: int
+) -> dict[str, float]:
+    """Perplexity, drift from the base, and of sparse memory exposure, on prose that is in no background."""
+    from ..models import load_base
+    from ..probes import drift, exposure, perplexity
+
+    probe = tokens(tokenizer, prose()[1], prose_tokens)
+    figures = {"perplexity": perplexity(model, probe), "drift": 0.0}
+    if method != "base":
+        untouched = load_base(base_name)[0] if method == "full" else None
+        figures["drift"] = drift(model, untouched, probe)
+    if method in ("smf", "smf-open"):
+        pieces = [tokenizer.decode(piece) for piece in probe.split(piece_tokens)]
+        figures["exposure"] = exposure(model, pieces, tokenizer)
+    return figures
+
+
+def tokens(tokenizer: Any, text: str, num_tokens: int) -> Any:
+    """The text's first tokens, int64 [num_tokens]."""
+    import torch
+
+    # more text than these tokens can be made of, and not so much that tokenizing it takes long
+    return torch.tensor(tokenizer(text[: 8 * num_tokens], add_special_tokens=False).input_ids[:num_tokens])
