@@ -58,7 +58,7 @@ def load_base(
             f"model {name!r} is not a folder; give an existing folder, a .gguf file, a Hub name or smollm2"
         )
     try:
-        offline = {"local_files_only": not _hub_reachable()}
+        offline = {"local_files_only": not hub_reachable()}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, adapter_kwargs=offline, **offline)
         tokenizer = AutoTokenizer.from_pretrained(folder, **offline)
     except (OSError, ValueError) as error:
@@ -133,7 +133,7 @@ def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _hub_reachable() -> bool:
+def hub_reachable() -> bool:
     """Whether the Hub's name resolves; without a network its client would retry for most of a minute."""
     if getproxies():
         return True
