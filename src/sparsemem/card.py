@@ -181,7 +181,7 @@ def _how(folder: Path, made: Contents) -> str:
     figures = {key: made.metrics.get(key) for key in _FIGURES}
     chosen = {k: v for k, v in made.metrics.get("settings", {}).items() if k not in _ELSEWHERE}
     shape = {key: made.adapter.get(key) for key in _SHAPE}
-    rows = [[key, value] for key, value in {**figures, **chosen, **shape}.items() if value is not None]
+    rows = [[key, _setting(value)] for key, value in {**figures, **chosen, **shape}.items() if value is not None]
     return "\n\n".join([*parts, _table(["figure or setting", "value"], rows)])
 
 
@@ -263,7 +263,7 @@ def _data(entry: dict[str, Any]) -> str:
 def _options(entry: dict[str, Any]) -> str:
     """What was asked beyond task and data, as `limit 100`."""
     known = ("task", "data", *FOUND)
-    return ", ".join(f"{key} {_value(v)}" for key, v in entry.items() if key not in known and v is not None)
+    return ", ".join(f"{key} {_setting(v)}" for key, v in entry.items() if key not in known and v is not None)
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
@@ -276,8 +276,12 @@ def _value(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    # an option may name a file
-    return public_model(value) if isinstance(value, str) else "–" if value is None else str(value)
+    return "–" if value is None else str(value)
+
+
+def _setting(value: Any) -> str:
+    """A setting may name a file."""
+    return public_model(value) if isinstance(value, str) else _value(value)
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:

@@ -5,6 +5,7 @@ after a patch was taken back they no longer count, and once it is applied again 
 """
 
 import hashlib
+import os
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -130,7 +131,7 @@ def is_local(name: str) -> bool:
     """Whether a model's name is a path of this machine or another one, and not a Hub name."""
     absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
     odd = name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name or name.endswith(".gguf")
-    return absolute or odd or Path(name).exists()
+    return absolute or odd or os.path.exists(name)
 
 
 def _is_memory(adapter: dict[str, Any]) -> bool:

@@ -1,8 +1,8 @@
 """Upload an adapter or model folder to the Hub: what goes up, and how a refusal is put.
 
-Choices: the files of the folder itself go up, not hidden or unfinished ones and no folder within (checkpoints);
-the card is made anew for the Hub name; where a JSON file names a path of this machine, the copy that goes up
-has its last part.
+Choices: the files of the folder itself go up, not hidden or unfinished ones, and no folder within it, such as
+a checkpoint; the card is made anew for the Hub name; where a JSON file names a path of this machine, the copy
+that goes up has its last part.
 """
 
 import json
@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # type: ignore[reportPrivateImportUsage] (httpx's or httpx2's, by the version of the Hub's client)
+)
 from huggingface_hub.utils import validate_repo_id
 
 from .card import model_card
@@ -44,7 +48,7 @@ def upload(files: list[tuple[str, bytes | Path]], repo: str, *, private: bool = 
 
     Args:
         files: what `public_files` returned.
-        private: of a new repository.
+        private: a new repository; otherwise it is as the namespace's own default says.
 
     Raises:
         ValueError: not logged in, the Hub cannot be reached, or it refuses.
@@ -59,7 +63,7 @@ def upload(files: list[tuple[str, bytes | Path]], repo: str, *, private: bool = 
         if not hub_reachable():
             raise ConnectionError("its name does not resolve")
         api = HfApi()
-        api.create_repo(repo, private=private, exist_ok=True)
+        api.create_repo(repo, private=private or None, exist_ok=True)
         return api.create_commit(repo, operations, commit_message="Upload from sparsemem").commit_url
     except HfHubHTTPError as error:
         status, first_line = error.response.status_code, str(error).strip().split("\n")[0]
