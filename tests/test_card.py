@@ -266,12 +266,14 @@ def test_push_uploads_what_loads_again_to_the_bit(home, trained, tmp_path):
         assert (there / "patch.safetensors").read_bytes() == (trained / "patch.safetensors").read_bytes()
         for path in there.iterdir():
             assert str(home).encode() not in path.read_bytes(), path.name
-        # and down again, as PEFT does
+        # and down again, as PEFT does and as a MODEL of the command line
         code = (
             "import sys, torch, sparsemem\nfrom peft import PeftModel\n"
-            "from sparsemem.models import load_base\ntorch.set_num_threads(1)\n"
+            "from sparsemem.models import load, load_base\ntorch.set_num_threads(1)\n"
             "model = PeftModel.from_pretrained(load_base(sys.argv[1])[0], 'acme/velmora')\n"
             "logits = model(input_ids=torch.arange(3, 40)[None]).logits\n"
+            "again = load('acme/velmora', base=sys.argv[1])[0](input_ids=torch.arange(3, 40)[None]).logits\n"
+            "assert torch.equal(logits, again)\n"
             "from safetensors.torch import save_file\nsave_file({'logits': logits.detach()}, sys.argv[2])\n"
         )
         got = online(address, tmp_path / "cache", "-c", code, home / "tiny", tmp_path / "logits.safetensors")

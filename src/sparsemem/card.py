@@ -181,7 +181,9 @@ def _how(folder: Path, made: Contents) -> str:
     figures = {key: made.metrics.get(key) for key in _FIGURES}
     chosen = {k: v for k, v in made.metrics.get("settings", {}).items() if k not in _ELSEWHERE}
     shape = {key: made.adapter.get(key) for key in _SHAPE}
-    rows = [[key, _setting(value)] for key, value in {**figures, **chosen, **shape}.items() if value is not None]
+    rows = [
+        [key, _setting(value)] for key, value in {**figures, **chosen, **shape}.items() if value is not None
+    ]
     return "\n\n".join([*parts, _table(["figure or setting", "value"], rows)])
 
 
