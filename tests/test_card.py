@@ -168,7 +168,7 @@ def test_results_hold_for_the_weights_that_they_were_read_on(home, trained):
     done("patch", "revert", trained, trained / "patch.safetensors")
     after = (trained / "README.md").read_text()
     assert "is not in these weights" in after
-    assert "1 earlier results were read on other weights" in after
+    assert "read on other weights: results of 1 earlier" in after
     assert rows(after, "recall") == []
     assert rows(after, "model.layers")[0][2] == "0"
     done("patch", "apply", trained, trained / "patch.safetensors")

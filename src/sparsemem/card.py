@@ -199,7 +199,9 @@ def _probed(made: Contents) -> str:
     head = ["task", "data", "metric", "this model", "base", "n", "date"]
     parts = [_table(head, rows)] if rows else []
     if made.num_stale:
-        parts.append(f"{made.num_stale} earlier results were read on other weights and are left out.")
+        parts.append(
+            f"Left out, since they were read on other weights: results of {made.num_stale} earlier probes."
+        )
     return "\n\n".join(parts) or "Nothing yet; `sparsemem eval ... --record` adds what it finds."
 
 
