@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsemem.cli import METHODS, MODES, MOMENTS, RULES, SCHEDULES, TASKS, TRAINABLE, main
 from sparsemem.compare import Recipe
+from tiny import write_tiny_gguf
 
 GENERAL = [
     {"text": "The quick brown fox jumps over the lazy dog."},
@@ -96,7 +97,7 @@ def test_help_is_there_without_torch():
     with process("--help", stdout=subprocess.PIPE) as running:
         text = running.communicate()[0]
     assert running.returncode == 0
-    for command in ("demo", "graft", "train", "eval", "compare", "report", "patch", "chat"):
+    for command in ("demo", "graft", "train", "eval", "compare", "report", "push", "patch", "chat"):
         assert f"\n  {command} " in text
 
 
@@ -187,6 +188,31 @@ def test_train_a_raw_model(tiny, data, tmp_path, method):
         "eval", out, "--task", "recall", "--data", write_lines(tmp_path / "q.jsonl", QUESTIONS), "--json"
     )
     assert json.loads(answers) == {"task": "recall", "metrics": {"recall": 0.0}, "n": 2, "model": str(out)}
+
+
+def test_a_gguf_file_at_a_relative_path_is_a_base_like_any_other(data, tmp_path, tokenizer, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    write_tiny_gguf("tiny.gguf", tokenizer)
+    write_lines(tmp_path / "q.jsonl", QUESTIONS)
+    done("graft", "tiny.gguf", "--background", data / "general.jsonl", "--out", "grafted", "--num-keys", 8)
+    done("train", "grafted", "--data", data / "taught.jsonl", "--out", "taught", "--max-steps", 2)
+    lora = ("--method", "lora", "--max-steps", 2)
+    done("train", "./tiny.gguf", "--data", data / "taught.jsonl", "--out", "lora", *lora)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ask = ("--task", "recall", "--data", "../q.jsonl", "--json")
+    for model in ("../tiny.gguf", "../taught", "../lora"):
+        assert json.loads(done("eval", model, *ask))["n"] == 2
+    # another machine: the copy is elsewhere, and made again by loading the file
+    monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "other"))
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    refused = invoke("eval", "../taught", *ask)
+    assert refused.exit_code == 2
+    assert "sparsemem chat tiny.gguf" in refused.stderr
+    done("eval", "../tiny.gguf", *ask)
+    done("eval", "../taught", *ask)
 
 
 def test_patch_revert_and_apply_give_the_bytes_back(grafted, trained, tmp_path):

@@ -54,6 +54,43 @@ def tiny_model(
     return model.eval()
 
 
+def write_tiny_gguf(path, tokenizer, *, hidden=32, num_layers=4):
+    """A random Llama of two heads with a byte-level tokenizer and its chat template, as one GGUF file."""
+    import gguf
+
+    torch.manual_seed(0)
+    # one merge, since a GGUF file cannot hold an empty list of them
+    tokens = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get), "ab"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(num_layers)
+    writer.add_context_length(256)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(tokens) - 2))
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(0)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(tokenizer.chat_template)
+    maps = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    blocks = [f"blk.{index}" for index in range(num_layers)]
+    for name in ("token_embd", "output"):
+        writer.add_tensor(f"{name}.weight", torch.randn(len(tokens), hidden).mul(0.1).numpy())
+    for name in (f"{block}.{one}" for block in blocks for one in maps):
+        writer.add_tensor(f"{name}.weight", torch.randn(hidden, hidden).mul(0.1).numpy())
+    for name in ("output_norm", *(f"{block}.{one}" for block in blocks for one in ("attn_norm", "ffn_norm"))):
+        writer.add_tensor(f"{name}.weight", torch.ones(hidden).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def tiny_batch(batch_size: int = 2, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
     """Right-padded: the last row is two tokens shorter."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The command line: `sparsemem demo | graft | train | eval | compare | report | patch | chat`.
+"""The command line: `sparsemem demo | graft | train | eval | compare | report | push | patch | chat`.
 
 Choices: exit 0 done, 1 failure, 2 wrong usage or bad input with one sentence, 130 interrupted; results on
 stdout, progress on stderr; torch is imported only inside the commands, so that `--help` does not wait for it.
@@ -274,15 +274,22 @@ def train(
     "--data", type=click.Path(), metavar="FILE", help="The task's items; a benchmark's from the Hub."
 )
 @click.option("--limit", type=click.IntRange(1), help="At most so many items; of a text, paragraphs.")
+@click.option("--record", is_flag=True, help="Keep the result in ADAPTER's evaluations.json and model card.")
 @as_json
-def evaluate(model: str, task: str, data: str | None, limit: int | None, as_json: bool) -> None:
+def evaluate(model: str, task: str, data: str | None, limit: int | None, record: bool, as_json: bool) -> None:
     """Read off what MODEL or ADAPTER knows: recall, multiple choice by likelihood, or perplexity."""
+    from . import folders
     from .tasks import evaluate, read_items
+
+    if record:
+        folders.check_made(Path(model))
 
     items = read_items(task, data, limit=limit)
     from .models import load
 
     metrics, n = evaluate(*load(model), task, items=items)
+    if record:
+        folders.record(Path(model), {"task": task, "data": data, "limit": limit, "metrics": metrics, "n": n})
     if as_json:
         click.echo(json.dumps({"task": task, "metrics": metrics, "n": n, "model": model}))
         return
@@ -290,6 +297,27 @@ def evaluate(model: str, task: str, data: str | None, limit: int | None, as_json
     click.echo(
         f"{task}: {', '.join(f'{name} {value:.4f}' for name, value in metrics.items())} ({n:,} {unit})"
     )
+
+
+@main.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="NAMESPACE/NAME")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--dry-run", is_flag=True, help="Show the files and the card; upload nothing.")
+@as_json
+def push(adapter: Path, repo: str, private: bool, dry_run: bool, as_json: bool) -> None:
+    """Upload a folder that graft or train made to the Hub, with its model card."""
+    from .publish import public_files, upload
+
+    files = public_files(adapter, repo)
+    sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files}
+    if dry_run:
+        card = dict(files)["README.md"].decode()  # type: ignore[union-attr]
+        listed = "".join(f"{size:>14,}  {name}\n" for name, size in sizes.items())
+        click.echo(json.dumps({"files": sizes, "card": card}) if as_json else f"{listed}\n{card}")
+        return
+    address = upload(files, repo, private=private)
+    click.echo(json.dumps({"repo": repo, "commit": address, "files": sizes}) if as_json else address)
 
 
 @main.group()

@@ -10,17 +10,27 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .access import Background
+from .card import FOUND, model_card
 from .compare import differences, environment, read_json
-from .files import write_json
+from .contents import (
+    ADAPTER_FILE,
+    BACKGROUND_FILE,
+    CARD_FILE,
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    PATCH_FILE,
+    check_made,
+    describe_patch,
+    public_data,
+    weights_digest,
+)  # fmt: skip
+from .files import write_atomically, write_json
 
-BACKGROUND_FILE = "background.safetensors"
-PATCH_FILE = "patch.safetensors"
-METRICS_FILE = "metrics.json"
-ADAPTER_FILE = "adapter_config.json"
 BATCH_SIZE = 8
 
 
@@ -109,14 +119,15 @@ def graft(
             options = {"seed": seed, **(options or {})}
             background, figures = dense_retrofit(model, examples, tokenizer, checkpoints, resume, **options)
             made |= figures
-        layers = {
+        made["layers"] = {
             layer: {"slots": table.num_slots, **addressing_report(background[layer])}
             for layer, table in memory_layers(model).items()
         }
-        made |= {"layers": layers, "settings": settings, **environment()}
+        about = {"method": "graft", "num_records": len(records), "settings": settings, **environment()}
         with new_folder(out) as part:
             _save(part, model, tokenizer, background)
-            write_json(part / METRICS_FILE, made)
+            write_json(part / METRICS_FILE, {**made, **about})
+            write_card(part, out.name)
         if checkpoints is not None:
             shutil.rmtree(checkpoints)
     return made
@@ -172,13 +183,15 @@ def train(
             **options,
         )
         figures = ("method", "steps", "loss", "seconds", "trained_params", "peak_bytes", "truncated")
-        metrics = {**{key: getattr(done, key) for key in figures}, "settings": settings, **environment()}
+        metrics = {key: getattr(done, key) for key in figures} | {"num_records": len(records)}
+        metrics |= {"base_model": done.model.config.name_or_path, "settings": settings, **environment()}
         with new_folder(out) as part:
             _save(part, done.model, tokenizer, background)
             if done.patch is not None:
-                done.patch.info.update(method=method, data=source, records=settings["records"])
+                done.patch.info.update(method=method, data=public_data(source), records=settings["records"])
                 done.patch.save(part / PATCH_FILE)
             write_json(part / METRICS_FILE, metrics)
+            write_card(part, out.name)
         shutil.rmtree(checkpoints)
     return metrics
 
@@ -216,25 +229,43 @@ def move_patch(adapter: Path, file: Path, out: Path | None, *, forward: bool) ->
         with new_folder(out) as part:
             shutil.copytree(adapter, part, dirs_exist_ok=True)
             model.save_pretrained(part)
+            write_card(part, out.name)
     else:
         with tempfile.TemporaryDirectory(dir=adapter.parent) as part:
             model.save_pretrained(part)
             # nothing but the weights has changed, and one file can be replaced as a whole
             (Path(part) / SAFETENSORS_WEIGHTS_NAME).replace(adapter / SAFETENSORS_WEIGHTS_NAME)
+        write_card(adapter)
     return {"out": str(out or adapter), **describe_patch(patch)}
 
 
-def describe_patch(patch: Any) -> dict[str, Any]:
-    """What a row patch changes in each layer: rows, the largest change of a number, centres of scope."""
-    layers = {}
-    for name, layer in patch.layers.items():
-        change = (layer.after.float() - layer.before.float()).abs()
-        layers[name] = {
-            "rows": len(layer.slots),
-            "largest_change": float(change.max()) if change.numel() else 0.0,
-            "centres": 0 if layer.scope is None else len(layer.scope.centres),
-        }
-    return {"base": patch.base, "info": patch.info, "layers": layers}
+def record(folder: Path, entry: dict[str, Any]) -> None:
+    """Add what an evaluation found to the folder's `evaluations.json`, and make its card again.
+
+    The entry gets the date, versions and commit, and the digest of the weights that it holds for; it takes
+    the place of an older one with the same task, data and options: all of its keys but `card.FOUND`.
+
+    Args:
+        entry: `{"task", "data", "limit", "metrics", "n"}`, and as may be `"base"` (the base model's metrics)
+            and further options.
+
+    Raises:
+        ValueError: the folder is no adapter or model that we made.
+    """
+    check_made(folder)
+    there = read_json(folder / EVALUATIONS_FILE) if (folder / EVALUATIONS_FILE).is_file() else []
+    others = [old for old in there if differences(_asked(old), _asked(entry))]
+    about = environment()
+    entry = {**entry, "date": f"{datetime.now(UTC):%Y-%m-%d}", "weights": weights_digest(folder)}
+    entry |= {key: about[key] for key in ("versions", "commit")}
+    write_json(folder / EVALUATIONS_FILE, [*others, entry])
+    write_card(folder)
+
+
+def write_card(folder: Path, name: str | None = None) -> None:
+    """Make the folder's README.md from what lies in it; see `card.model_card`."""
+    text = model_card(folder, name=name)
+    write_atomically(folder / CARD_FILE, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def load_adapter(adapter: Path) -> Any:
@@ -248,6 +279,10 @@ def load_adapter(adapter: Path) -> Any:
     if not (adapter / ADAPTER_FILE).is_file():
         raise ValueError(f"{adapter} has no {ADAPTER_FILE}; give a folder that graft or train made")
     return load(str(adapter))[0]
+
+
+def _asked(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in FOUND}
 
 
 def _absolute(name: str) -> str:

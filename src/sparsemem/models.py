@@ -1,4 +1,4 @@
-"""Pretrained models by name: a Hub name, a folder, a `.gguf` file, an adapter folder, or `smollm2`.
+"""Pretrained models by name: a Hub name, a folder, a `.gguf` file, an adapter, or `smollm2`.
 
 GGUF files are dequantised once (12-25 s) and kept as an ordinary model folder in the user's cache, which
 loads in 0.3 s and which PEFT can name as the base model of an adapter.
@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .files import fingerprint_base
 
@@ -58,7 +59,7 @@ def load_base(
             f"model {name!r} is not a folder; give an existing folder, a .gguf file, a Hub name or smollm2"
         )
     try:
-        offline = {"local_files_only": not _hub_reachable()}
+        offline = {"local_files_only": not hub_reachable()}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, adapter_kwargs=offline, **offline)
         tokenizer = AutoTokenizer.from_pretrained(folder, **offline)
     except (OSError, ValueError) as error:
@@ -74,22 +75,21 @@ def load_base(
 def load(
     name: str, *, base: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Like `load_base`, and an adapter folder is put on the base model that it names, or on `base`.
+    """Like `load_base`; an adapter, a folder or a Hub name, is put on the base that it names, or on `base`.
 
     Raises:
         ValueError: nothing that can be loaded goes by this name, or the adapter was made for another base.
     """
-    config_file = Path(name).expanduser() / "adapter_config.json"
-    if not config_file.is_file():
+    config_file = _adapter_config(name)
+    if config_file is None:
         return load_base(name, dtype=dtype)
-    base = base or str(json.loads(config_file.read_text())["base_model_name_or_path"])
-    # an adapter taken to another machine names a cache folder that is not there
-    if Path(base).name.startswith(SMOLLM2_FILE) and not Path(base).is_dir():
-        base = "smollm2"
+    folder = Path(name).expanduser()
+    base = base or _here(str(json.loads(config_file.read_text())["base_model_name_or_path"]))
     model, tokenizer = load_base(base, dtype=dtype)
     unfit = f"adapter {name!r} does not fit the base model {base!r}; give the one that it was trained on"
     try:
-        adapted = PeftModel.from_pretrained(model, str(config_file.parent), is_trainable=True).eval()
+        source = str(folder) if folder.is_dir() else name
+        adapted = PeftModel.from_pretrained(model, source, is_trainable=True).eval()
     except RuntimeError as error:
         raise ValueError(unfit) from error
     made_on = getattr(adapted.active_peft_config, "base_fingerprint", None)
@@ -133,7 +133,7 @@ def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _hub_reachable() -> bool:
+def hub_reachable() -> bool:
     """Whether the Hub's name resolves; without a network its client would retry for most of a minute."""
     if getproxies():
         return True
@@ -141,6 +141,36 @@ def _hub_reachable() -> bool:
         return bool(socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, None))
     except OSError:
         return False
+
+
+def _adapter_config(name: str) -> Path | None:
+    """The adapter's config, of a folder or from the Hub; None for a base model."""
+    path = Path(name).expanduser()
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "~", "/")):
+        file = path / "adapter_config.json"
+        return file if file.is_file() else None
+    found = find_adapter_config_file(name, local_files_only=not hub_reachable())
+    return None if found is None else Path(found)
+
+
+def _here(base: str) -> str:
+    """The base of an adapter that names a cache folder, of this machine or of the one that it was made on."""
+    copy = Path(base)
+    if copy.is_dir() or ".gguf-" not in copy.name:
+        return base
+    if copy.name.startswith(SMOLLM2_FILE):
+        return "smollm2"
+    if not (_cache() / copy.name).is_dir():
+        gguf = copy.name.rpartition("-")[0]
+        raise ValueError(
+            f"the adapter's base model is a copy of {gguf}, which is not in {_cache()}; load that file once, "
+            f"as with `sparsemem chat {gguf}`, and try again"
+        )
+    return str(_cache() / copy.name)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("SPARSEMEM_CACHE") or "~/.cache/sparsemem").expanduser()
 
 
 def _smollm2_file() -> Path:
@@ -153,7 +183,7 @@ def _smollm2_file() -> Path:
 
 def _dequantised(gguf: Path) -> str:
     """Folder of the cached copy of a GGUF file; the copy appears whole or not at all."""
-    cache = Path(os.environ.get("SPARSEMEM_CACHE") or "~/.cache/sparsemem").expanduser()
+    cache = _cache()
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache / f"{gguf.name}-{digest[:12]}"

@@ -131,6 +131,21 @@ class RowPatch:
         """
         self._move(model, forward=False)
 
+    def is_in(self, adapter: str | Path) -> bool:
+        """Whether the rows of a saved adapter are as this patch leaves them; `adapter` is its folder.
+
+        Raises:
+            ArtifactError: the folder holds no adapter that can be read.
+        """
+        tensors = _read_adapter(Path(adapter))
+        for name, layer in self.layers.items():
+            values = _lookup(tensors, name, "values")
+            if values is None or (layer.slots.numel() and int(layer.slots[-1]) >= len(values)):
+                return False
+            if not torch.equal(_as_ints(values[layer.slots]), _as_ints(layer.after.to(values.dtype))):
+                return False
+        return True
+
     @torch.no_grad()
     def _move(self, model: nn.Module, *, forward: bool) -> None:
         memories = memory_layers(model)
