@@ -12,6 +12,7 @@ from sparsemem import (
     clear_scope,
     count_accesses,
     memory_layers,
+    scoping,
     set_scope,
 )
 from sparsemem.access import layer_inputs
@@ -133,6 +134,27 @@ def test_scope_is_bounded_by_max_centres(tiny_llama):
     assert all(int(memory.scope_size) == 10 for memory in memory_layers(model).values())
     with pytest.raises(ValueError, match="max_centres=10"):
         set_scope(model, [batch(51)], background, extend=True)
+
+
+def test_of_much_data_a_part_is_read(model, background, monkeypatch):
+    data, read = [batch(seed) for seed in range(50, 60)], []
+    inputs = scoping.layer_inputs
+    monkeypatch.setattr(scoping, "layer_inputs", lambda m, batches: inputs(m, read_by(batches, read)))
+    set_scope(model, data, background)
+    assert len(read) == 10
+    # 18 supervised positions a batch
+    monkeypatch.setattr(scoping, "TAUGHT_SIZE", 60)
+    read.clear()
+    set_scope(model, data, background)
+    assert len(read) == 4
+    with pytest.raises(ValueError, match="batches: is empty"):
+        set_scope(model, [], background)
+
+
+def read_by(batches, read):
+    for one in batches:
+        read.append(one)
+        yield one
 
 
 def test_extending_keeps_the_first_scope(model, background):

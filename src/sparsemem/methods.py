@@ -94,6 +94,13 @@ def paper_layers(model: nn.Module) -> list[int]:
     return sorted({depth // 4, depth // 2, 3 * depth // 4})
 
 
+def lora_config() -> LoraConfig:
+    """The paper's LoRA: r 16, alpha 32, dropout 0.05, all linear projections of the blocks."""
+    return LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
 def prepare(
     model: PreTrainedModel | PeftModel,
     method: str,
@@ -183,10 +190,7 @@ def _with_memory(
 def _lora(model: PreTrainedModel | PeftModel) -> PeftModel:
     if isinstance(model, PeftModel):
         return _train_on(model, "lora", PeftType.LORA.value)
-    config = LoraConfig(
-        r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, config)  # type: ignore[return-value]
+    return get_peft_model(model, lora_config())  # type: ignore[return-value]
 
 
 def _full(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

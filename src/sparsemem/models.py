@@ -23,9 +23,11 @@ import huggingface_hub.constants
 import torch
 from peft import PeftModel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -46,30 +48,29 @@ def load_base(
     Raises:
         ValueError: nothing that can be loaded goes by this name.
     """
-    folder = _dequantised(_smollm2_file()) if name == "smollm2" else name
-    path = Path(folder).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"model {name!r} is not a file; give the path of an existing .gguf file")
-        folder = _dequantised(path)
-    elif path.is_dir():
-        folder = str(path)
-    elif name.startswith(("/", "./", "../", "~")):
-        raise ValueError(
-            f"model {name!r} is not a folder; give an existing folder, a .gguf file, a Hub name or smollm2"
-        )
+    folder = _folder(name)
     try:
         offline = {"local_files_only": not hub_reachable()}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, adapter_kwargs=offline, **offline)
         tokenizer = AutoTokenizer.from_pretrained(folder, **offline)
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"model {name!r} was not found ({first_line}); give a folder, a .gguf file, a Hub name or smollm2"
-        ) from error
+        raise _not_found(name, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    """The configuration of what `load_base` loads by this name, without its weights.
+
+    Raises:
+        ValueError: as `load_base`.
+    """
+    folder = _folder(name)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=not hub_reachable())
+    except (OSError, ValueError) as error:
+        raise _not_found(name, error) from error
 
 
 def load(
@@ -171,6 +172,30 @@ def _here(base: str) -> str:
 
 def _cache() -> Path:
     return Path(os.environ.get("SPARSEMEM_CACHE") or "~/.cache/sparsemem").expanduser()
+
+
+def _folder(name: str) -> str:
+    """The local folder that a name leads to, or the Hub name that it is."""
+    folder = _dequantised(_smollm2_file()) if name == "smollm2" else name
+    path = Path(folder).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model {name!r} is not a file; give the path of an existing .gguf file")
+        return _dequantised(path)
+    if path.is_dir():
+        return str(path)
+    if name.startswith(("/", "./", "../", "~")):
+        raise ValueError(
+            f"model {name!r} is not a folder; give an existing folder, a .gguf file, a Hub name or smollm2"
+        )
+    return folder
+
+
+def _not_found(name: str, error: Exception) -> ValueError:
+    first_line = str(error).strip().split("\n")[0]
+    return ValueError(
+        f"model {name!r} was not found ({first_line}); give a folder, a .gguf file, a Hub name or smollm2"
+    )
 
 
 def _smollm2_file() -> Path:

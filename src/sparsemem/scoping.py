@@ -7,7 +7,7 @@ Reference: ours.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,8 @@ from .tuner import memory_layers
 
 logger = logging.getLogger(__name__)
 
-# Supervised states kept by set_scope before k-means; random beyond that.
-TAUGHT_SIZE = 16_384
+# Supervised states that a scope is made of; where there are more, a random part.
+TAUGHT_SIZE = 8_192
 # A background with fewer answers than this says too little of what is known; its states take their place.
 MIN_STARTS = 32
 
@@ -35,7 +35,8 @@ def set_scope(
     Args:
         model: a model with memory layers.
         batches: dicts with input_ids, labels (-100: not supervised) and attention_mask. Centres are the
-            states at the positions whose next label is supervised, memory switched off.
+            states at the positions whose next label is supervised, memory switched off. Of a list with
+            many more than TAUGHT_SIZE of them, batches are drawn at random and the others not read.
         background: of `calibrate`, which keeps mean, covariance and a sample of states.
         extend: keep the scope there is and add to it: g is then the largest over both.
 
@@ -54,7 +55,7 @@ def set_scope(
     examples: list[Tensor] = []
     starts: list[Tensor] = []
     num_rows = 0
-    for batch, states in layer_inputs(model, batches):
+    for batch, states in layer_inputs(model, _enough(batches)):
         if "labels" not in batch:
             raise ValueError(
                 "batches: have no 'labels'; a scope is taken from supervised positions, pass labels too"
@@ -94,6 +95,16 @@ def clear_scope(model: nn.Module) -> None:
     """Forget every memory layer's scope: the gate is open everywhere (g = 1), as in the paper."""
     for memory in memory_layers(model).values():
         memory.scope = None
+
+
+def _enough(batches: Iterable[Mapping[str, Tensor]]) -> Iterable[Mapping[str, Tensor]]:
+    """Random batches with TAUGHT_SIZE supervised positions, in their order; all where there are fewer."""
+    if not isinstance(batches, Sequence) or not all("labels" in batch for batch in batches):
+        return batches
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
+    sizes = torch.tensor([int((batches[place]["labels"][:, 1:] != -100).sum()) for place in order])
+    num_drawn = int((sizes.cumsum(0) < TAUGHT_SIZE).sum()) + 1
+    return [batches[place] for place in sorted(order[:num_drawn])]
 
 
 def _scope_of(

@@ -1,7 +1,7 @@
 """Diagnoses and their chapters: a medical task that a small model can learn and that needs no download.
 
-ICD-10-CM titles of the package simple_icd_10_cm (MIT), each asked for its chapter out of four. Three-character
-categories are split before titles are drawn: no category of the test is trained on.
+ICD-10-CM titles of the package simple_icd_10_cm (MIT), each asked for its chapter out of four. Categories of
+three characters are split before titles are drawn: no category of the test is trained on.
 """
 
 import random

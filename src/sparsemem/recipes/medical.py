@@ -1,0 +1,160 @@
+"""Medical: the paper's question (learn a domain, keep the rest) at a size that anyone can run.
+
+Taught: diagnosis to chapter of ICD-10, see `chapters`; every method the same number of steps and batches.
+Learnt: accuracy over four chapters by the likelihood of their names, on categories that were not taught.
+Kept: capitals by greedy decoding (asked in the same form), perplexity of prose, drift from the base.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..compare import BASE, PARTIAL, Recipe
+from .chapters import chapter_items
+from .forgetting import background, read_prose
+from .questions import capital_items
+
+METHODS = (BASE, "smf", "smf-open", "lora", "full")
+
+
+@dataclass(frozen=True)
+class MedicalSettings:
+    """The recipe's numbers, all of them."""
+
+    model: str = "smollm2"
+    num_train: int = 2400
+    num_test: int = 400
+    max_steps: int = 150
+    batch_size: int = 8
+    lr: Mapping[str, float] = field(
+        default_factory=lambda: {"smf": 0.3, "smf-open": 0.3, "lora": 2e-4, "full": 5e-5}
+    )
+    max_new_tokens: int = 12
+    prose_tokens: int = 3000
+    background_tokens: int = 2048
+    piece_tokens: int = 256
+
+
+_ABOUT = (
+    "A language model was taught to name the ICD-10 chapter of a diagnosis, by {max_steps} batches of "
+    "{batch_size}. Then it had to tell the right chapter from three others for {num_test} diagnoses of "
+    "categories that were not taught, was asked the capitals of real countries, and was given prose to read."
+)
+# expected seconds on two cores, for the time left
+_STAGES = {"load the model": 2, "ask for chapters": 50, "ask for capitals": 12, "read prose": 25}
+_TEACHING_SECONDS = {"smf": 160, "smf-open": 200, "lora": 360, "full": 330}
+_NUM_EXAMPLES = 3
+
+
+def recipe(
+    *, model: str | None = None, data_dir: Path | None = None, settings: MedicalSettings | None = None
+) -> Recipe:
+    """The medical comparison as `compare` runs it, by default on SmolLM2-135M-Instruct.
+
+    Raises:
+        ValueError: for a `data_dir`, since the recipe brings its own data.
+    """
+    if data_dir is not None:
+        raise ValueError(f"medical brings its own data, but data_dir is {str(data_dir)!r}; leave it out")
+    chosen = settings or MedicalSettings()
+    chosen = replace(chosen, model=model or chosen.model)
+    return Recipe(
+        name="medical",
+        model=chosen.model,
+        about=_ABOUT.format(**asdict(chosen)),
+        methods=METHODS,
+        settings=lambda method, _seed: method_settings(chosen, method),
+        run=lambda method, seed, base, stage, folder: run(chosen, method, seed, base, stage, folder),
+        stages=lambda method: stages(method),
+        learnt=("chapters",),
+        lost=("perplexity", "capitals", "drift"),
+        seeds=(0, 1, 2),
+        plan=lambda method: {
+            "data": f"{chosen.num_train} diagnoses, {chosen.num_test} to test",
+            "steps": 0 if method == BASE else chosen.max_steps,
+        },
+    )
+
+
+def method_settings(settings: MedicalSettings, method: str) -> dict[str, Any]:
+    """The settings that decide this method's outcome: tuning one method leaves the others' runs valid."""
+    kept = asdict(settings)
+    del kept["model"]
+    rate = kept.pop("lr").get(method)
+    return kept if method == BASE else {**kept, "lr": rate}
+
+
+def stages(method: str) -> dict[str, float]:
+    """Stages of one run with their expected seconds."""
+    load, *probes = _STAGES.items()
+    return dict([load, *([] if method == BASE else [("teach", _TEACHING_SECONDS[method])]), *probes])
+
+
+def run(
+    settings: MedicalSettings,
+    method: str,
+    seed: int | None,
+    base: dict[str, Any] | None,
+    stage: Callable[[str], None],
+    folder: Path,
+) -> dict[str, Any]:
+    """Teach the model by one method (none for the base) and probe it; an interrupted teaching goes on."""
+    from ..models import load_base
+    from ..probes import multiple_choice, recall
+    from ..train import finetune
+
+    stage("load the model")
+    model, tokenizer = load_base(settings.model)
+    taught, asked = chapter_items(settings.num_train, settings.num_test)
+    row: dict[str, Any] = {"loss": None, "steps": 0, "seconds": 0.0, "trained_params": 0, "peak_bytes": 0}
+    if method != BASE:
+        stage("teach")
+        sparse = method in ("smf", "smf-open")
+        kept = (seed or 0, tokenizer, settings.background_tokens, settings.piece_tokens)
+        checkpoints = folder / PARTIAL
+        done = finetune(
+            model,
+            [_record(item) for item in taught],
+            method,
+            tokenizer=tokenizer,
+            lr=settings.lr[method],
+            max_steps=settings.max_steps,
+            batch_size=settings.batch_size,
+            seed=seed or 0,
+            background=background(*kept) if sparse else None,
+            output_dir=checkpoints,
+            resume=any(checkpoints.glob("checkpoint-*")),
+        )
+        model, row = done.model, {key: getattr(done, key) for key in row}
+    stage("ask for chapters")
+    chapters = multiple_choice(model, tokenizer, asked, tokens=_tokens, exact=False)
+    stage("ask for capitals")
+    questions = capital_items()
+    answers = recall(model, tokenizer, questions, max_new_tokens=settings.max_new_tokens)
+    stage("read prose")
+    prose = read_prose(model, tokenizer, settings.model, method, settings.prose_tokens, settings.piece_tokens)
+    shares = {"chapters": chapters.share, "chapters_sum": chapters.share_by_sum, "capitals": answers.share}
+    told = [
+        {"question": item["question"], "expected": item["answer"], "answer": text, "right": right}
+        for item, text, right in zip(questions, answers.texts, answers.correct, strict=True)
+    ]
+    return {
+        "row": {**shares, **prose, **row},
+        "items": {"chapters": chapters.correct, "capitals": answers.correct},
+        "examples": told[:: max(1, len(told) // _NUM_EXAMPLES)][:_NUM_EXAMPLES],
+        "answers": told,
+    }
+
+
+def _record(item: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": item["question"], "completion": item["choices"][item["answer"]]}
+
+
+def _tokens(item: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+    """The question alone, and the chapters' names: the model is not shown what it chooses from."""
+    from ..data import choice_text, prompt_ids
+
+    names = [choice_text(name, tokenizer) for name in item["choices"]]
+    ids = [tokenizer(name, add_special_tokens=False).input_ids for name in names]
+    return prompt_ids(item["question"], tokenizer), ids

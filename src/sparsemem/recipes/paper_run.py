@@ -1,0 +1,156 @@
+"""One run of the paper's comparison: an arm taught with one seed, and probed."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..compare import BASE, PARTIAL
+from .paper import ARMS, HUB, Arm, PaperSettings, stage1_options
+
+
+def run(
+    settings: PaperSettings,
+    files: Mapping[str, list[Path]] | None,
+    method: str,
+    seed: int | None,
+    stage: Callable[[str], None],
+    folder: Path,
+) -> dict[str, Any]:
+    """Teach the model by one arm (none for the base) and probe it; an interrupted teaching goes on."""
+    from ..items import read_items
+    from ..models import load, load_base
+    from ..tasks import evaluate
+
+    row: dict[str, Any] = {"loss": None, "steps": 0, "seconds": 0.0, "trained_params": 0, "peak_bytes": 0}
+    stage("load the model")
+    # whatever the evaluation asks is read first: a missing file must not be found after hours of training
+    asked = {
+        task: read_items(
+            task,
+            None if files is None else files[task][0],
+            limit=settings.limit,
+            num_fewshot=settings.fewshot if task == "triviaqa" else 0,
+        )
+        for task in ("medmcqa", "wikitext", "triviaqa")
+    }
+    if method == BASE:
+        model, tokenizer = load_base(settings.model)
+    else:
+        arm = ARMS.get(method)
+        start = settings.model if arm is None else str(_grafted(settings, files, arm, folder.parents[1]))
+        model, tokenizer = load(start)
+        stage("teach")
+        done = _taught(settings, files, method, seed or 0, model, tokenizer, Path(start), folder)
+        model, row = done.model, {key: getattr(done, key) for key in row}
+    found = {}
+    for task, items in asked.items():
+        stage(task)
+        found[task] = evaluate(model, tokenizer, task, items=items)
+    return {
+        "row": {
+            "medmcqa": found["medmcqa"].metrics["acc"],
+            "wikitext": found["wikitext"].metrics["ppl"],
+            "triviaqa": found["triviaqa"].metrics["contains_acc"],
+            **row,
+        },
+        "items": {task: found[task].correct for task in ("medmcqa", "triviaqa")},
+        "examples": [],
+    }
+
+
+def _taught(
+    settings: PaperSettings,
+    files: Mapping[str, list[Path]] | None,
+    method: str,
+    seed: int,
+    model: Any,
+    tokenizer: Any,
+    grafted: Path,
+    folder: Path,
+) -> Any:
+    from ..access import Background
+    from ..folders import BACKGROUND_FILE
+    from ..quirks import QUIRKS
+    from ..retrofit import general_records
+    from ..tasks import medmcqa_prompt, medmcqa_text
+    from ..train import finetune
+    from ..tuner import set_trainable
+
+    options: dict[str, Any] = {}
+    items, arm = _training_items(settings, files), ARMS.get(method)
+    records = [{"text": medmcqa_text(item)} for item in items]
+    if arm is not None:
+        set_trainable(model, arm.trainable)
+        options = {"background": Background.load(grafted / BACKGROUND_FILE), "top_t": settings.top_t}
+        options |= {"rule": arm.rule, "moments": "element", "quirks": QUIRKS if settings.quirks else ()}
+    elif method == "smf":
+        options = {"background": general_records(_general(files))[: settings.smf_background]}
+        records = [
+            {"prompt": medmcqa_prompt(item), "completion": f" {'ABCD'[item['answer']]}. {_right(item)}"}
+            for item in items
+        ]
+    checkpoints = folder / PARTIAL
+    done = finetune(
+        model,
+        records,
+        "smf-open" if arm is not None else method,
+        tokenizer=tokenizer,
+        lr=settings.lr["sparse" if arm is not None else method],
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        max_length=settings.max_length,
+        schedule="cosine",
+        warmup_steps=settings.warmup_steps,
+        seed=seed,
+        output_dir=checkpoints,
+        resume=any(checkpoints.glob("checkpoint-*")),
+        **options,
+    )
+    (checkpoints / "metrics.jsonl").replace(folder / "metrics.jsonl")
+    return done
+
+
+def _grafted(settings: PaperSettings, files: Mapping[str, list[Path]] | None, arm: Arm, out: Path) -> Path:
+    """The adapter that arms of the same retrofit and mode start from; made once, resumable, checked."""
+    from ..folders import graft
+    from ..methods import PAPER_SIZES, paper_layers
+    from ..models import load_base
+
+    folder = out / "stage1" / f"{arm.retrofit}-{arm.mode}"
+    memory: dict[str, Any] = {"mode": arm.mode}
+    if arm.retrofit == "calibrate":
+        # the same table in the same blocks, so that the retrofit alone makes the difference
+        memory |= {**PAPER_SIZES, "layers_to_transform": paper_layers(load_base(settings.model)[0])}
+    graft(
+        settings.model,
+        _general(files),
+        folder,
+        seed=0,
+        max_length=settings.max_length,
+        memory=memory,
+        retrofit=arm.retrofit,
+        resume=True,
+        options=stage1_options(settings) if arm.retrofit == "dense" else None,
+    )
+    return folder
+
+
+def _general(files: Mapping[str, list[Path]] | None) -> str:
+    return HUB["general"] if files is None else str(files["general"][0])
+
+
+def _right(item: dict[str, Any]) -> str:
+    return item["choices"][item["answer"]]
+
+
+def _training_items(settings: PaperSettings, files: Mapping[str, list[Path]] | None) -> list[dict[str, Any]]:
+    """The paper's: the first `train_items` questions with a single right answer."""
+    from ..items import read_items
+
+    sources = [None] if files is None else files["train"]
+    split = "train" if files is None else None
+    items = [item for source in sources for item in read_items("medmcqa", source, split=split)]
+    single = [item for item in items if item.get("choice_type", "single") == "single"]
+    return single[: settings.train_items]
