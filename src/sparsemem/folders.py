@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .access import Background
-from .compare import differences, environment, read_json
-from .files import write_json
+from .files import read_json, write_json
+from .provenance import differences, environment
 
 BACKGROUND_FILE = "background.safetensors"
 PATCH_FILE = "patch.safetensors"

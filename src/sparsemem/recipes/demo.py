@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..compare import BASE, Recipe
+from ..compare import Recipe
+from ..results import BASE
 from .questions import background_records, general_items, prose, recall_items, training_records
 
 
@@ -94,8 +95,9 @@ def recipe(
         about=_ABOUT,
         methods=(*METHODS, "smf-open"),
         settings=lambda method, _seed: method_settings(chosen, method),
-        run=lambda method, seed, base, stage: run(chosen, method, seed, base, stage),
+        run=lambda method, seed, base, stage, _folder: run(chosen, method, seed, base, stage),
         stages=stages,
+        order=(BASE, "smf", "smf-open", "lora", "full"),
     )
 
 
