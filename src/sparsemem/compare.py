@@ -41,14 +41,14 @@ class Recipe:
     what else it likes: the figures of the method's row, and questions as `{"question", "expected", "answer",
     "right"}`. `base` is the base's result (None in the base's own run, whose seed is None too); call
     `stage(name)` as a stage begins. `folder` is the run's own: what an interrupted run needs to go on belongs
-    into `folder / PARTIAL`, which is removed when the run is finished. With `"items": {task: [right, ...]}` in
-    the result, for the same questions in the same order in every run, the methods are compared to the base
+    into `folder / PARTIAL`, which is removed when the run is finished. With `"items": {task: [right, ...]}`
+    in the result, for the same questions in the same order in every run, the methods are compared to the base
     question by question.
     `stages(method)` names these stages with the seconds that each is expected to take, for the time left.
     `learnt` are the row's figures of what is learnt, of which a report draws the first that there is; `lost`
-    those whose loss against the base it draws, a panel each. `order` is that of the methods in a report (empty:
-    that of `methods`), `seeds` those of a comparison that names none, and `plan(method)` says, as plain JSON
-    values, what a run will take (data, steps, memory).
+    those whose loss against the base it draws, a panel each. `order` is that of the methods in a report
+    (empty: that of `methods`), `seeds` those of a comparison that names none, and `plan(method)` says, as
+    plain JSON values, what a run will take (data, steps, memory).
     """
 
     name: str

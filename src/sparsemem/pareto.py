@@ -2,14 +2,14 @@
 
 Choices: methods are named beside their points, so that nobody has to decode a legend. A method looks the
 same in every figure: its family has a colour (Okabe and Ito's or Paul Tol's, which colour-blind readers can
-tell apart) and a marker, and rules other than KL leave the marker open. The base is an open circle with dashed
-lines through it. Losses that span decades get a symmetric log axis.
+tell apart) and a marker, and rules other than KL leave the marker open. The base is an open circle with
+dashed lines through it. Losses that span decades get a symmetric log axis.
 """
 
 import io
 import statistics
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .labels import Box, place_labels
@@ -110,15 +110,14 @@ def method_style(method: str) -> tuple[str, str, bool]:
 
 def _points(rows: list[dict[str, Any]], learnt: str, lost: str) -> list[Point]:
     base = number(next((row for row in rows if row["method"] == "base"), {}), lost)
-    loss: Callable[[float], float] = float
-    scale = 1.0
-    if lost != "drift":
-        if base is None:
-            return []
-        if lost in _LINEAR_TO:
-            loss, scale = (lambda value: value / base - 1), 1 / base
-        else:
-            loss = lambda value: base - value  # noqa: E731
+    if lost == "drift":
+        loss, scale = float, 1.0
+    elif base is None:
+        return []
+    elif lost in _LINEAR_TO:
+        loss, scale = (lambda value: value / base - 1), 1 / base
+    else:
+        loss, scale = (lambda value: base - value), 1.0
     points = []
     for row in rows:
         x, y, spread = number(row, lost), number(row, learnt), row.get("spread", {})
@@ -177,7 +176,7 @@ def _taken(axes: Any, points: list[Point]) -> list[Box]:
             Box(x - 2, low[1], x + 2, high[1]),
         ]
         if point.method == "base":
-            boxes += [Box(panel.left, y - 1, panel.right, y + 1), Box(x - 1, panel.bottom, x + 1, panel.top)]
+            boxes += [Box(panel.left, y - 3, panel.right, y + 3), Box(x - 3, panel.bottom, x + 3, panel.top)]
     return boxes
 
 
@@ -201,6 +200,6 @@ def _scale(axes: Any, key: str, points: list[Point]) -> None:
         axes.set_xlim(min(-0.2 * linear_to, 1.2 * least), 4 * most)
     else:
         span = (most - least) or 1.0
-        axes.set_xlim(least - 0.06 * span, most + 0.25 * span)
+        axes.set_xlim(least - (0.25 if len(points) > _MANY else 0.06) * span, most + 0.25 * span)
         if linear_to is None:
             axes.set_xticks([tick for tick in axes.get_xticks() if least <= tick <= 1])
