@@ -15,10 +15,10 @@ import torch
 from peft import get_peft_model
 
 from sparsemem import memory_layers
-from sparsemem.compare import environment
 from sparsemem.files import write_json
 from sparsemem.methods import memory_config
 from sparsemem.models import load_base
+from sparsemem.provenance import environment
 from sparsemem.recipes.questions import prose
 from sparsemem.relevance import Scope
 

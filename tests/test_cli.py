@@ -309,6 +309,7 @@ BAD = {
     "recipe": ("compare cake --out OUT", "'cake' is not 'demo'"),
     "recipe data": ("compare demo --data-dir . --out OUT", "brings its own data"),
     "recipe method": ("compare demo --methods smf,dora --out OUT", "'dora' is unknown"),
+    "recipe dry run as JSON": ("compare demo --dry-run --json --out OUT", "a dry run has no results"),
     "report": ("report OUT", "holds no results.json"),
     "patch": ("patch show taught", "taught.jsonl"),
     "no adapter": ("patch revert TINY PATCH --out OUT", "no adapter_config.json"),
@@ -459,15 +460,17 @@ def test_chat_forgets_its_oldest_turns_when_the_context_is_full(tiny):
 
 
 def toy_recipe(**_options):
-    def run(method, seed, base, stage):
+    def run(method, seed, base, stage, folder):
         stage("teach")
         if method == os.environ.get("STOP_AT"):
             raise KeyboardInterrupt
         answer = {"question": "What?", "expected": "That.", "answer": f"{method} says", "right": True}
         return {"row": {"recall_train": 0.5, "recall_heldout": 0.5, "drift": 0.0}, "examples": [answer]}
 
-    methods = ("base", "smf", "lora", "full")
-    return Recipe("demo", "tiny", "A toy.", methods, lambda m, s: {}, run, lambda method: {"teach": 5})
+    methods, settings = ("base", "smf", "lora", "full"), {"lr": 0.5}
+    return Recipe(
+        "demo", "tiny", "A toy.", methods, lambda m, s: settings, run, lambda m: {"teach": 5}, seeds=(4,)
+    )
 
 
 @pytest.fixture
@@ -512,3 +515,19 @@ def test_compare_and_report(tmp_path):
     (tmp_path / "report.html").unlink()
     assert json.loads(done("report", tmp_path, "--json")) == results
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_dry_run_says_what_would_be_run(tmp_path):
+    done("compare", "demo", "--methods", "smf", "--out", tmp_path)
+    said = done("compare", "demo", "--methods", "smf,lora", "--out", tmp_path, "--dry-run")
+    assert said.splitlines() == [
+        "base: finished",
+        "  settings: lr=0.5",
+        "smf-seed4: finished",
+        "  settings: lr=0.5",
+        "lora-seed4: to do",
+        "  settings: lr=0.5",
+        "to do: about 5 s",
+    ]
+    assert not (tmp_path / "runs" / "lora-seed4").exists()

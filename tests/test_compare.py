@@ -6,14 +6,16 @@ import time
 
 import pytest
 
-from sparsemem.compare import Recipe, collect, compare, environment
+from sparsemem.compare import Recipe, compare, dry_run
+from sparsemem.provenance import environment
+from sparsemem.results import collect
 
 
-def make_recipe(calls, *, rate=0.1, row=None, name="toy"):
+def make_recipe(calls, *, rate=0.1, row=None, name="toy", **options):
     def settings(method, seed):
         return {} if method == "base" else {"rate": rate, "layers": (1, 2), "seed": seed}
 
-    def run(method, seed, base, stage):
+    def run(method, seed, base, stage, folder):
         calls.append((method, seed, None if base is None else base["row"]["recall_train"]))
         stage("teach")
         stage("ask")
@@ -26,9 +28,8 @@ def make_recipe(calls, *, rate=0.1, row=None, name="toy"):
         figures = {"recall_train": 0.0 if method == "base" else 0.5 + 0.1 * seed, "steps": 3, "note": method}
         return {"row": {**figures, **(row or {})}, "examples": [answer]}
 
-    return Recipe(
-        name, "tiny", "A toy.", ("base", "smf", "lora"), settings, run, lambda method: {"teach": 9, "ask": 1}
-    )
+    methods, stages = ("base", "smf", "lora"), {"teach": 9, "ask": 1}
+    return Recipe(name, "tiny", "A toy.", methods, settings, run, lambda method: stages, **options)
 
 
 def test_runs_every_method_with_every_seed_in_a_folder_of_its_own(tmp_path):
@@ -43,31 +44,6 @@ def test_runs_every_method_with_every_seed_in_a_folder_of_its_own(tmp_path):
     assert results["seeds"] == [0, 1]
     assert results["versions"] == environment()["versions"]
     assert json.loads((tmp_path / "runs/smf-seed1/config.json").read_text())["settings"]["layers"] == [1, 2]
-
-
-def test_several_seeds_become_mean_and_sample_deviation(tmp_path):
-    results = compare(make_recipe([]), out=tmp_path, seeds=(0, 1, 2))
-    smf = results["rows"][1]
-    assert smf["recall_train"] == pytest.approx(0.6)
-    assert smf["spread"]["recall_train"] == pytest.approx(0.1)
-    assert smf["note"] == "smf"
-    assert len(results["runs"]) == 7
-
-
-def test_one_seed_keeps_its_own_figures(tmp_path):
-    results = compare(make_recipe([]), out=tmp_path, seeds=(3,))
-    assert results["seed"] == 3
-    smf = results["rows"][1]
-    assert smf["steps"] == 3
-    assert isinstance(smf["steps"], int)
-    assert "spread" not in smf
-
-
-def test_examples_carry_each_methods_answer(tmp_path):
-    results = compare(make_recipe([]), out=tmp_path, seeds=(0,))
-    (example,) = results["examples"]
-    assert example["answers"] == {"base": "base None", "smf": "smf 0", "lora": "lora 0"}
-    assert example["right"] == {"base": False, "smf": True, "lora": True}
 
 
 def test_finished_runs_are_taken_up(tmp_path):
@@ -139,16 +115,68 @@ def test_progress_names_run_stage_and_time_left(tmp_path):
     assert said[-1] == "[3/3] lora-seed0: ask (about 1 s left)"
 
 
-def test_nothing_to_collect_is_said(tmp_path):
-    with pytest.raises(ValueError, match="holds no finished run"):
-        collect(tmp_path)
+def test_seeds_are_the_recipes_where_none_are_named(tmp_path):
+    calls = []
+    compare(make_recipe(calls, seeds=(5, 6)), out=tmp_path, methods=("smf",))
+    assert [call[:2] for call in calls] == [("base", None), ("smf", 5), ("smf", 6)]
 
 
-def test_a_broken_result_names_its_file(tmp_path):
+def test_an_unfinished_run_goes_on_in_its_folder(tmp_path):
+    def run(method, seed, base, stage, folder):
+        step = folder / "partial" / "step"
+        metrics = folder / "metrics.jsonl"
+        if method == "smf" and not step.exists():
+            step.parent.mkdir()
+            step.write_text("7")
+            metrics.write_text("kept")
+            raise KeyboardInterrupt
+        return {"row": {"steps": int(step.read_text()) if step.exists() else 0}}
+
+    recipe = Recipe(**{**vars(make_recipe([])), "run": run})
+    with pytest.raises(KeyboardInterrupt):
+        compare(recipe, out=tmp_path, methods=("smf",))
+    assert (tmp_path / "runs/smf-seed0/partial/step").exists()
+    results = compare(recipe, out=tmp_path, methods=("smf",))
+    assert results["rows"][1]["steps"] == 7
+    left = sorted(path.name for path in (tmp_path / "runs/smf-seed0").iterdir())
+    assert left == ["config.json", "metrics.jsonl", "result.json"]
+
+
+def test_what_a_kill_after_the_result_left_is_removed(tmp_path):
     compare(make_recipe([]), out=tmp_path)
-    (tmp_path / "runs/base/result.json").write_text("{")
-    with pytest.raises(ValueError, match=r"base/result\.json as JSON"):
-        collect(tmp_path)
+    (tmp_path / "runs/base/partial").mkdir()
+    compare(make_recipe([]), out=tmp_path)
+    assert not (tmp_path / "runs/base/partial").exists()
+
+
+def test_a_dry_run_says_every_runs_state_settings_and_plan(tmp_path):
+    calls = []
+    compare(make_recipe([]), out=tmp_path, methods=("smf",))
+    (tmp_path / "runs/lora-seed0").mkdir()
+    (tmp_path / "runs/lora-seed0/config.json").write_text('{"recipe": "old"}')
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    recipe = make_recipe(calls, seeds=(0, 1), plan=lambda method: {"steps": 12, "data": {"train": method}})
+    said = dry_run(recipe, out=tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert calls == []
+    lines = said.splitlines()
+    assert lines[:5] == [
+        "base: finished",
+        '  plan: steps=12 data.train="base"',
+        "smf-seed0: finished",
+        "  settings: rate=0.1 layers=[1, 2] seed=0",
+        '  plan: steps=12 data.train="smf"',
+    ]
+    assert lines[5].startswith("lora-seed0: other settings (recipe 'old' there, 'toy' now; ")
+    assert lines[8] == "smf-seed1: to do"
+    assert lines[-1] == "to do: about 20 s"
+
+
+def test_a_dry_run_makes_no_folder_and_refuses_what_compare_refuses(tmp_path):
+    assert dry_run(make_recipe([]), out=tmp_path / "new").startswith("base: to do\nsmf-seed0: to do\n")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="'dora' is unknown"):
+        dry_run(make_recipe([]), out=tmp_path, methods=("dora",))
 
 
 STOPPED = """
@@ -156,7 +184,7 @@ import sys, time
 from pathlib import Path
 from sparsemem.compare import Recipe, compare
 
-def run(method, seed, base, stage):
+def run(method, seed, base, stage, folder):
     stage("teach")
     if method == "lora" and sys.argv[2] == "slow":
         Path(sys.argv[1], "started").touch()

@@ -79,5 +79,5 @@ def test_what_training_adds(tmp_path):
     memory = retrofit_config(empty_model(name), trainable="values")
     table = 3 * 16_384 * 896
     assert 4 * 4 * table < training_bytes(empty_model(name), memory) < 4 * 5 * table
-    with pytest.raises(ValueError, match="was not found"):
+    with pytest.raises(ValueError, match="is not a folder"):
         empty_model(str(tmp_path / "nothing"))

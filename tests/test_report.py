@@ -1,12 +1,16 @@
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from sparsemem.report import rebuild_report, text_examples, text_table, write_report
+from sparsemem.report import rebuild_report, text_examples, write_report
+from sparsemem.results import LEARNT, LOST
+from sparsemem.tables import text_table
 
 RESULTS = {
     "recipe": "demo",
@@ -40,7 +44,11 @@ RESULTS = {
     "versions": {"python": "3.11", "torch": "2.13.0"},
     "machine": "a machine",
     "commit": "abc",
+    "against_base": {
+        "smf": {"<i>": {"difference": 0.25, "low": 0.1, "high": 0.4, "n": 80}},
+    },
 }  # fmt: skip
+DEMO = Path(__file__).parents[1] / "docs/results/demo"
 VOID = {"meta", "img", "br", "link"}
 
 
@@ -73,7 +81,9 @@ def read(page):
 def test_writes_table_figure_and_page(tmp_path):
     page = write_report(RESULTS, tmp_path)
     assert page == tmp_path / "report.html"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["pareto.png", "report.html", "report.md"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "pareto.png", "report.html", "report.md", "table.csv", "table.tex",
+    ]  # fmt: skip
     with Image.open(io.BytesIO((tmp_path / "pareto.png").read_bytes())) as image:
         assert image.width > 2 * image.height
     assert text_table(RESULTS) in (tmp_path / "report.md").read_text()
@@ -100,27 +110,23 @@ def test_page_escapes_what_data_and_models_say(tmp_path):
     assert "Teaches <b>nothing</b>." in texts
 
 
+def test_differences_to_the_base_are_a_table_of_their_own(tmp_path):
+    page = write_report(RESULTS, tmp_path)
+    heading = "Against the base, on the same questions"
+    texts = read(page).texts
+    assert heading in texts
+    assert "<i> (n = 80)" in texts
+    assert "+25.0 [+10.0, +40.0]" in texts
+    assert f"## {heading}" in (tmp_path / "report.md").read_text()
+    write_report({**RESULTS, "against_base": {}}, tmp_path)
+    assert heading not in page.read_text()
+    assert heading not in (tmp_path / "report.md").read_text()
+
+
 def test_page_names_settings_versions_and_machine(tmp_path):
     text = " ".join(read(write_report(RESULTS, tmp_path)).texts)
     for wanted in ("torch 2.13.0", "a machine", "abc", '"lr": 0.6', "0, 1 (mean ± standard deviation)"):
         assert wanted in text
-
-
-def test_table_is_aligned_markdown_with_spread_and_gaps():
-    lines = text_table(RESULTS).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert len({line.count("|") for line in lines}) == 1
-    assert "98.0 % ± 1.0 %" in lines[3]
-    assert "0.0002 ± 1e-05" in lines[3]
-    assert "2,048 MiB" in lines[3]
-    assert "1,769,472" in lines[3]
-    assert "exposure" not in lines[0]
-    assert lines[4].count("–") == 5
-
-
-def test_table_keeps_odd_method_names_in_their_cell():
-    table = text_table({"rows": [{"method": "a|b\nc", "drift": 0.1}]})
-    assert r"a\|b c" in table
 
 
 def test_examples_for_the_terminal():
@@ -174,6 +180,29 @@ def test_rebuilds_from_run_folders(tmp_path):
     results, _ = rebuild_report(tmp_path)
     assert [row["method"] for row in results["rows"]] == ["base", "smf"]
     assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_older_results_are_reported_as_before(tmp_path):
+    written = json.loads((DEMO / "results.json").read_text())
+    older = {key: value for key, value in written.items() if key not in ("learnt", "lost", "against_base")}
+    for name in ("from runs", "from results"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(older))
+    shutil.copytree(DEMO / "runs", tmp_path / "from runs" / "runs")
+    results, _ = rebuild_report(tmp_path / "from runs")
+    assert {key: results[key] for key in older} == older
+    assert (results["learnt"], results["lost"]) == (list(LEARNT), list(LOST))
+    rebuild_report(tmp_path / "from results")
+    for name in ("report.md", "pareto.png", "table.csv", "table.tex"):
+        assert (tmp_path / "from runs" / name).read_bytes() == (tmp_path / "from results" / name).read_bytes()
+
+
+def test_what_is_drawn_comes_from_the_results(tmp_path):
+    write_report(RESULTS, tmp_path)
+    demo = (tmp_path / "pareto.png").read_bytes()
+    write_report({**RESULTS, "learnt": ["recall_train"], "lost": ["drift"]}, tmp_path)
+    with Image.open(io.BytesIO(demo)) as three, Image.open(tmp_path / "pareto.png") as one:
+        assert one.width < 0.5 * three.width
 
 
 def test_a_folder_without_results_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-RECIPES = ("demo",)
+RECIPES = ("demo", "medical", "paper")
 METHODS = ("smf", "smf-open", "lora", "full")
 TASKS = ("recall", "multiple-choice", "perplexity", "medmcqa", "wikitext", "triviaqa")
 MODES = ("additive", "replacement")
@@ -92,21 +92,38 @@ def demo(out: Path, methods: list[str], seed: int, as_json: bool) -> None:
     "--data-dir", type=click.Path(path_type=Path), help="Folder of the recipe's data, if it needs any."
 )
 @click.option("--methods", callback=_names, help="Comma between them; all of the recipe's by default.")
-@click.option("--seeds", callback=_numbers, default="0", show_default=True, help="Comma between them.")
+@click.option("--seeds", callback=_numbers, help="Comma between them; the recipe's by default.")
 @click.option("--out", type=click.Path(path_type=Path), help="sparsemem-RECIPE by default.")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Another value of a recipe's setting."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be run, with its settings; write nothing.")
 @as_json
 def compare(
-    recipe: str, model: str | None, data_dir: Path | None, methods: list[str] | None, seeds: list[int],
-    out: Path | None, as_json: bool,
+    recipe: str, model: str | None, data_dir: Path | None, methods: list[str] | None,
+    seeds: list[int] | None, out: Path | None, assignments: tuple[str, ...], dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Run a recipe's methods with several seeds; finished runs are taken up when called again."""
     from importlib import import_module
 
-    chosen = import_module(f".recipes.{recipe}", __package__).recipe(model=model, data_dir=data_dir)
-    _compare(chosen, out or Path(f"sparsemem-{recipe}"), methods, seeds, as_json)
+    from .recipes.overrides import changed
+
+    if dry_run and as_json:
+        raise click.UsageError("a dry run has no results for --json to print: leave out one of the two.")
+    room = import_module(f".recipes.{recipe}", __package__)
+    chosen = room.recipe(model=model, data_dir=data_dir, settings=changed(room.SETTINGS, assignments))
+    out = out or Path(f"sparsemem-{recipe}")
+    if dry_run:
+        from . import compare as comparison
+
+        click.echo(comparison.dry_run(chosen, out=out, methods=methods, seeds=seeds))
+        return
+    _compare(chosen, out, methods, seeds, as_json)
 
 
-def _compare(recipe: Any, out: Path, methods: list[str] | None, seeds: list[int], as_json: bool) -> None:
+def _compare(
+    recipe: Any, out: Path, methods: list[str] | None, seeds: list[int] | None, as_json: bool
+) -> None:
     from .compare import compare
     from .report import rebuild_report
 
@@ -131,7 +148,8 @@ def report(folder: Path, as_json: bool) -> None:
 
 
 def _show_report(out: Path, as_json: bool) -> None:
-    from .report import rebuild_report, text_examples, text_table
+    from .report import rebuild_report, text_examples
+    from .tables import text_table
 
     results, page = rebuild_report(out)
     if as_json:

@@ -1,10 +1,11 @@
 """Compare methods: each method with each seed is one run in its own folder, and the folders make the results.
 
 Choices:
-- `compare` knows no recipe: a `Recipe` is a name, a model and three plain functions.
+- `compare` knows no recipe: a `Recipe` is a name, a model and a few plain functions.
 - A run's folder holds `config.json` (all that decides its outcome, written before it starts) and
   `result.json` (written when finished, whole or not at all). A finished run is never repeated; a folder that
-  holds a run of other settings is refused.
+  holds a run of other settings is refused. What else the recipe keeps there is its own.
+- An unfinished run is run again in its folder: the recipe goes on from what it finds there.
 - The base model has no seed and runs first, once: the other runs are measured against its result.
 - `results.json` is always made from the run folders, never kept beside them as a second truth.
 """
@@ -12,27 +13,23 @@ Choices:
 import json
 import logging
 import math
-import os
-import platform
-import statistics
-import subprocess
+import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .files import write_json
+from .files import read_json, write_json
+from .provenance import differences, environment, flat
+from .results import BASE, LEARNT, LOST, Run, collect, run_name
 
 logger = logging.getLogger(__name__)
 
-BASE = "base"
-_ORDER = (BASE, "smf", "smf-open", "lora", "full")
-_PACKAGES = ("sparsemem", "torch", "transformers", "peft")
+PARTIAL = "partial"
 _TRUST_IN_THE_PLAN = 30.0
 
-Run: TypeAlias = tuple[str, int | None]
+Stage: TypeAlias = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -40,10 +37,18 @@ class Recipe:
     """What `compare` runs.
 
     `settings(method, seed)` returns, as plain JSON values, all that decides a run's outcome.
-    `run(method, seed, base, stage)` does the run and returns `{"row": {...}, "examples": [...], ...}`: the
-    figures of the method's row, and questions as `{"question", "expected", "answer", "right"}`. `base` is the
-    base's result (None in the base's own run, whose seed is None too); call `stage(name)` as a stage begins.
+    `run(method, seed, base, stage, folder)` does the run and returns `{"row": {...}, "examples": [...]}` and
+    what else it likes: the figures of the method's row, and questions as `{"question", "expected", "answer",
+    "right"}`. `base` is the base's result (None in the base's own run, whose seed is None too); call
+    `stage(name)` as a stage begins. `folder` is the run's own: what an interrupted run needs to go on belongs
+    into `folder / PARTIAL`, which is removed when the run is finished. With `"items": {task: [right, ...]}`
+    in the result, for the same questions in the same order in every run, the methods are compared to the base
+    question by question.
     `stages(method)` names these stages with the seconds that each is expected to take, for the time left.
+    `learnt` are the row's figures of what is learnt, of which a report draws the first that there is; `lost`
+    those whose loss against the base it draws, a panel each. `order` is that of the methods in a report
+    (empty: that of `methods`), `seeds` those of a comparison that names none, and `plan(method)` says, as
+    plain JSON values, what a run will take (data, steps, memory).
     """
 
     name: str
@@ -51,8 +56,13 @@ class Recipe:
     about: str
     methods: tuple[str, ...]
     settings: Callable[[str, int | None], dict[str, Any]]
-    run: Callable[[str, int | None, dict[str, Any] | None, Callable[[str], None]], dict[str, Any]]
+    run: Callable[[str, int | None, dict[str, Any] | None, Stage, Path], dict[str, Any]]
     stages: Callable[[str], dict[str, float]]
+    learnt: tuple[str, ...] = LEARNT
+    lost: tuple[str, ...] = LOST
+    order: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    plan: Callable[[str], dict[str, Any]] | None = None
 
 
 def compare(
@@ -60,116 +70,81 @@ def compare(
     *,
     out: str | Path,
     methods: Sequence[str] | None = None,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | None = None,
     progress: Callable[[str], None] = logger.info,
 ) -> dict[str, Any]:
     """Run every method with every seed, one folder per run under `out/runs`, and return the results.
 
-    The base is always run (or found finished) first. `out/results.json` is rewritten after each run: whatever
-    stops the comparison leaves the finished runs' results behind, and calling again takes them up.
+    Methods and seeds are the recipe's where none are named. The base is always run (or found finished) first.
+    `out/results.json` is rewritten after each run: whatever stops the comparison leaves the finished runs'
+    results behind, and calling again takes them up.
 
     Raises:
         ValueError: for an unknown method, none or a repeated one, or a run folder that holds other settings.
     """
     out = Path(out)
     runs = _planned(recipe, methods, seeds)
-    folders = {run: out / "runs" / _run_name(*run) for run in runs}
+    folders = {run: out / "runs" / run_name(*run) for run in runs}
     # all folders are looked at before anything runs: a refusal must not come after minutes of work
     for run, folder in folders.items():
-        _refuse_other_settings(folder, _config(recipe, *run))
-    clock = _Clock(recipe, [run for run in runs if not (folders[run] / "result.json").exists()], progress)
+        if changes := _changes(folder, _config(recipe, *run)):
+            advice = "choose another output folder or delete that one"
+            raise ValueError(f"{folder} holds a run of other settings ({changes}); {advice}")
+    clock = _Clock(recipe, [run for run in runs if not _finished(folders[run])], progress)
     base = None
     for run, folder in folders.items():
-        method, seed = run
-        if (folder / "result.json").exists():
-            progress(f"{_run_name(*run)}: already finished, taken from {folder}")
+        if _finished(folder):
+            progress(f"{run_name(*run)}: already finished, taken from {folder}")
         else:
             clock.start_run(run)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "config.json", _config(recipe, *run))
-            result = recipe.run(method, seed, base, clock.start_stage)
+            _run(recipe, run, base, clock.start_stage, folder)
             clock.end_run()
-            result["row"] = {key: _finite(value) for key, value in result["row"].items()}
-            about = {**_config(recipe, *run), "about": recipe.about}
-            write_json(folder / "result.json", {**about, **result, **environment()})
             write_json(out / "results.json", collect(out))
-        if method == BASE:
+        if (folder / PARTIAL).exists():
+            shutil.rmtree(folder / PARTIAL)
+        if run[0] == BASE:
             base = read_json(folder / "result.json")
     results = collect(out)
     write_json(out / "results.json", results)
     return results
 
 
-def collect(out: str | Path) -> dict[str, Any]:
-    """Results of all finished runs under `out`: per method one row, with mean and spread of its seeds.
+def dry_run(
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> str:
+    """What `compare` would do, as text: every run with its state, settings and plan. Runs and writes nothing.
 
     Raises:
-        ValueError: when there is no finished run, or a file cannot be read.
+        ValueError: for an unknown method, none or a repeated one, or a `config.json` that cannot be read.
     """
-    out = Path(out)
-    results = [read_json(path) for path in sorted(out.glob("runs/*/result.json"))]
-    if not results:
-        raise ValueError(
-            f"{out} holds no finished run (no runs/*/result.json); give a folder that a comparison wrote"
-        )
-    results.sort(key=lambda r: (_place(r["method"]), r["seed"] or 0))
-    by_method: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        by_method.setdefault(result["method"], []).append(result)
-    seeds = sorted({r["seed"] for r in results if r["seed"] is not None})
-    versions = [r["versions"] for r in results]
-    return {
-        **{key: results[0][key] for key in ("recipe", "model", "about")},
-        "seed": seeds[0] if seeds else None,
-        "seeds": seeds,
-        "rows": [_mean_row(method, group) for method, group in by_method.items()],
-        "runs": [{"method": r["method"], "seed": r["seed"], **r["row"]} for r in results],
-        "examples": _merge_examples({method: group[0] for method, group in by_method.items()}),
-        "settings": {_run_name(r["method"], r["seed"]): r["settings"] for r in results},
-        "versions": {name: _joined(v.get(name) for v in versions) for name in versions[0]},
-        "machine": _joined(r["machine"] for r in results),
-        "commit": _joined(r["commit"] for r in results),
-    }
+    blocks, seconds = [], 0.0
+    for method, seed in _planned(recipe, methods, seeds):
+        folder, config = Path(out) / "runs" / run_name(method, seed), _config(recipe, method, seed)
+        if changes := _changes(folder, config):
+            state = f"other settings ({changes})"
+        elif _finished(folder):
+            state = "finished"
+        else:
+            state = "to do"
+            seconds += sum(recipe.stages(method).values())
+        plan = {} if recipe.plan is None else recipe.plan(method)
+        lines = [f"{run_name(method, seed)}: {state}"]
+        for name, content in (("settings", config["settings"]), ("plan", plan)):
+            if content:
+                pairs = (f"{key}={json.dumps(value)}" for key, value in flat(content).items())
+                lines.append(f"  {name}: {' '.join(pairs)}")
+        blocks.append("\n".join(lines))
+    left = f"to do: about {_duration(seconds)}" if seconds else "nothing to do"
+    return "\n".join([*blocks, left])
 
 
-def environment() -> dict[str, Any]:
-    """Versions of what computes, the machine, and the source's commit (None outside a checkout)."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
-    processor = f"{platform.system()} {platform.machine()}, {_processor()}"
-    return {
-        "versions": versions,
-        "machine": f"{processor}, {os.cpu_count()} CPUs, {threads} threads",
-        "commit": _commit(),
-    }
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: naming the file, when it cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path} as JSON ({error}); delete it to have it made again") from None
-
-
-def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first settings that differ, in words; empty where none does."""
-    there, now = _flat(there), _flat(now)
-    names = [name for name in {**now, **there} if there.get(name) != now.get(name)]
-    return "; ".join(f"{name} {there.get(name)!r} there, {now.get(name)!r} now" for name in names[:3])
-
-
-def _planned(recipe: Recipe, methods: Sequence[str] | None, seeds: Sequence[int]) -> list[Run]:
+def _planned(recipe: Recipe, methods: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Run]:
     wanted = list(recipe.methods if methods is None else methods)
+    seeds = recipe.seeds if seeds is None else seeds
     for method in wanted:
         if method != BASE and method not in recipe.methods:
             allowed = ", ".join(dict.fromkeys((BASE, *recipe.methods)))
@@ -181,93 +156,37 @@ def _planned(recipe: Recipe, methods: Sequence[str] | None, seeds: Sequence[int]
     return [(BASE, None), *((method, seed) for seed in seeds for method in taught)]
 
 
-def _run_name(method: str, seed: int | None) -> str:
-    return method if seed is None else f"{method}-seed{seed}"
-
-
 def _config(recipe: Recipe, method: str, seed: int | None) -> dict[str, Any]:
     config = {"recipe": recipe.name, "model": recipe.model, "method": method, "seed": seed}
     # through JSON and back, so that tuples and lists compare equal to what a file holds
     return json.loads(json.dumps({**config, "settings": recipe.settings(method, seed)}))
 
 
-def _refuse_other_settings(folder: Path, config: dict[str, Any]) -> None:
+def _changes(folder: Path, config: dict[str, Any]) -> str:
+    """How the run that the folder holds differs from this one, in words; empty where none does."""
     path = folder / "config.json"
-    if not path.exists():
-        return
-    changes = differences(read_json(path), config)
-    if changes:
-        advice = "choose another output folder or delete that one"
-        raise ValueError(f"{folder} holds a run of other settings ({changes}); {advice}")
+    return differences(read_json(path), config) if path.exists() else ""
 
 
-def _flat(settings: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(settings, dict):
-        return {name: settings}
-    parts = [_flat(value, f"{name}.{key}" if name else key) for key, value in settings.items()]
-    return {key: value for part in parts for key, value in part.items()}
+def _finished(folder: Path) -> bool:
+    return (folder / "result.json").exists()
+
+
+def _run(recipe: Recipe, run: Run, base: dict[str, Any] | None, stage: Stage, folder: Path) -> None:
+    """Do one run in its folder, and write its result there."""
+    config = _config(recipe, *run)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    result = recipe.run(*run, base, stage, folder)
+    result["row"] = {key: _finite(value) for key, value in result["row"].items()}
+    order = recipe.order or recipe.methods
+    about = {"about": recipe.about, "order": order, "learnt": recipe.learnt, "lost": recipe.lost}
+    write_json(folder / "result.json", {**config, **about, **result, **environment()})
 
 
 def _finite(value: Any) -> Any:
     """A diverged run's infinite perplexity becomes None: JSON knows no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _place(method: str) -> tuple[int, str]:
-    return (_ORDER.index(method) if method in _ORDER else len(_ORDER), method)
-
-
-def _mean_row(method: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    rows = [result["row"] for result in results]
-    row: dict[str, Any] = {"method": method, "seeds": [r["seed"] for r in results if r["seed"] is not None]}
-    if len(rows) == 1:
-        return {**row, **rows[0]}
-    spread = {}
-    for key, first in rows[0].items():
-        values = [r.get(key) for r in rows]
-        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-            row[key] = statistics.fmean(values)
-            spread[key] = statistics.stdev(values)
-        else:
-            row[key] = first if all(v == first for v in values) else None
-    return {**row, "spread": spread}
-
-
-def _merge_examples(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    merged: dict[str, dict[str, Any]] = {}
-    for method, result in results.items():
-        for example in result.get("examples", []):
-            question = {"question": example["question"], "expected": example["expected"]}
-            entry = merged.setdefault(example["question"], {**question, "answers": {}, "right": {}})
-            entry["answers"][method] = example["answer"]
-            entry["right"][method] = example["right"]
-    return list(merged.values())
-
-
-def _joined(values: Iterable[Any]) -> str | None:
-    """The one value of all runs, or each of them: runs of two versions must not pass for one."""
-    return ", ".join(dict.fromkeys(str(v) for v in values if v is not None)) or None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
-def _commit() -> str | None:
-    here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
-    try:
-        # a virtual environment may lie inside someone else's repository: only a tracked file names its commit
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
-        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 class _Clock:
@@ -288,7 +207,7 @@ class _Clock:
         self._end_stage()
         assert self._run is not None
         self._stage, self._begun = stage, time.monotonic()
-        label = f"[{self._done}/{self._num_runs}] {_run_name(*self._run)}: {stage}"
+        label = f"[{self._done}/{self._num_runs}] {run_name(*self._run)}: {stage}"
         self._say(f"{label} (about {_duration(self._left())} left)")
 
     def end_run(self) -> None:
@@ -309,4 +228,6 @@ class _Clock:
 
 
 def _duration(seconds: float) -> str:
-    return f"{max(1, round(seconds))} s" if seconds < 90 else f"{round(seconds / 60)} min"
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 3 * 3600 else f"{round(seconds / 3600)} h"

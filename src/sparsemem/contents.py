@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .compare import read_json
-from .files import ArtifactError
+from .files import ArtifactError, read_json
 from .models import SMOLLM2_FILE
 from .patch import RowPatch
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from .access import Background
 from .card import FOUND, model_card
-from .compare import differences, environment, read_json
 from .contents import (
     ADAPTER_FILE,
     BACKGROUND_FILE,
@@ -29,7 +28,8 @@ from .contents import (
     public_data,
     weights_digest,
 )  # fmt: skip
-from .files import write_atomically, write_json
+from .files import read_json, write_atomically, write_json
+from .provenance import differences, environment
 
 BATCH_SIZE = 8
 

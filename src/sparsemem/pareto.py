@@ -1,25 +1,49 @@
 """The figure of a comparison: what was learnt (up) against what was lost (right), a panel per way of losing.
 
-Choices: methods are named beside their points, so that nobody has to decode a legend; the colours are Okabe
-and Ito's, which colour-blind readers can tell apart; losses that span decades get a symmetric log axis.
+Choices: methods are named beside their points, so that nobody has to decode a legend. A method looks the
+same in every figure: its family has a colour (Okabe and Ito's or Paul Tol's, which colour-blind readers can
+tell apart) and a marker, and rules other than KL leave the marker open. The base is an open circle with
+dashed lines through it. Losses that span decades get a symmetric log axis.
 """
 
 import io
-from collections.abc import Callable, Sequence
+import statistics
+import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-_COLOURS = {"base": "#444444", "smf": "#0072B2", "smf-open": "#56B4E9", "lora": "#D55E00", "full": "#009E73"}
-_OTHER_COLOURS = ("#CC79A7", "#E69F00", "#7F7F7F")
+from .labels import Box, place_labels
+
 _INK, _FAINT = "#222222", "#dcdcdc"
-
-
-class Panel(NamedTuple):
-    """One way of losing: axis label, end of its linear part (None: nowhere), unit, and points."""
-
-    label: str
-    linear_to: float | None
-    percent: bool
-    points: list["Point"]
+_STYLES = {
+    "base": ("#444444", "o"),
+    "smf": ("#0072B2", "o"),
+    "smf-open": ("#56B4E9", "o"),
+    "lora": ("#D55E00", "o"),
+    "full": ("#009E73", "o"),
+    "calibrated": ("#332288", "v"),
+    "replacement": ("#CC79A7", "s"),
+    "additive": ("#E69F00", "^"),
+    "additive-scale": ("#882255", "D"),
+}
+_OTHER_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#332288", "#882255")
+_OTHER_MARKERS = ("P", "X", "p", "*", "<", ">", "h")
+_OPEN_RULES = ("tfidf", "tf", "grad", "random")
+_NAMES = {
+    "recall_heldout": "recall of reworded questions",
+    "recall_train": "recall of taught questions",
+    "knowledge": "general knowledge",
+    "medmcqa": "accuracy on MedMCQA",
+    "triviaqa": "accuracy on TriviaQA",
+    "chapters": "accuracy on ICD-10 chapters",
+    "chapters_sum": "accuracy on ICD-10 chapters",
+    "perplexity": "rise of perplexity",
+    "wikitext": "rise of WikiText perplexity",
+    "drift": "drift (nats per token)",
+}
+# Where a log axis turns linear; shares have none.
+_LINEAR_TO = {"perplexity": 0.01, "wikitext": 0.01, "drift": 0.001}
+_MANY = 6
 
 
 class Point(NamedTuple):
@@ -32,27 +56,35 @@ class Point(NamedTuple):
     y_spread: float
 
 
-def pareto_figure(rows: list[dict[str, Any]]) -> bytes:
-    """PNG of recall against knowledge lost, rise of perplexity, and drift; the upper left corner is best.
+def pareto_figure(rows: list[dict[str, Any]], *, learnt: Sequence[str], lost: Sequence[str]) -> bytes:
+    """PNG of what was learnt against each way of losing; the upper left corner is best.
 
-    Panels without a single point are left out.
+    `learnt` are keys of the rows, of which the first that a row has is drawn upwards. `lost` are keys too,
+    one panel each: perplexities as relative rise over the base, drift as it is, everything else as a share
+    that the base had and the method has no more. Panels without a single point are left out.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    reworded = any(number(row, "recall_heldout") is not None for row in rows)
-    panels = [
-        panel for panel in _panels(rows, "recall_heldout" if reworded else "recall_train") if panel.points
-    ]
-    num_panels = max(1, len(panels))
+    up = next((key for key in learnt if any(number(row, key) is not None for row in rows)), learnt[-1])
+    panels = {key: points for key in lost if (points := _points(rows, up, key))}
+    many = len(rows) > _MANY
+    width, height = (5.0, 4.8) if many else (3.7, 3.6)
     # Figure and canvas directly: pyplot keeps state of its own and may look for a display
-    figure = Figure(figsize=(0.6 + 3.7 * num_panels, 3.6), dpi=160)
+    figure = Figure(figsize=(0.6 + width * max(1, len(panels)), height), dpi=160)
     figure.set_layout_engine("constrained", w_pad=0.12)
     FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, num_panels, sharey=True, squeeze=False)[0]
-    for axes, panel in zip(all_axes, panels, strict=False):
-        _draw(axes, panel)
-    all_axes[0].set_ylabel(f"learnt: recall of {'reworded' if reworded else 'taught'} questions", color=_INK)
+    all_axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
+    all_axes[0].set_ylabel(f"learnt: {_NAMES.get(up, up)}", color=_INK)
+    all_axes[0].set_ylim(*_heights([point for points in panels.values() for point in points]))
+    for axes, (key, points) in zip(all_axes, panels.items(), strict=False):
+        _draw(axes, key, points)
+    figure.draw_without_rendering()
+    # labels are placed on the settled layout, which must not move again
+    figure.set_layout_engine("none")
+    for axes, points in zip(all_axes, panels.values(), strict=False):
+        at = [(point.x, point.y) for point in points]
+        place_labels(axes, [point.method for point in points], at, _taken(axes, points), _INK)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -64,65 +96,88 @@ def number(row: dict[str, Any], key: str) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _panels(rows: list[dict[str, Any]], learnt: str) -> list[Panel]:
-    base = next((row for row in rows if row["method"] == "base"), {})
-    knowledge, perplexity = number(base, "knowledge"), number(base, "perplexity")
-
-    def points(key: str, loss: Callable[[float], float], scale: float = 1.0) -> list[Point]:
-        made = [_point(row, learnt, key, loss, scale) for row in rows]
-        return [point for point in made if point is not None]
-
-    panels = [Panel("lost: drift (nats per token)", 0.001, False, points("drift", float))]
-    if perplexity is not None:
-        rise = points("perplexity", lambda value: value / perplexity - 1, 1 / perplexity)
-        panels.insert(0, Panel("lost: rise of perplexity", 0.01, True, rise))
-    if knowledge is not None:
-        lost = points("knowledge", lambda value: knowledge - value)
-        panels.insert(0, Panel("lost: general knowledge", None, True, lost))
-    return panels
+def method_style(method: str) -> tuple[str, str, bool]:
+    """Colour, marker, and whether the marker is filled, from the method's name alone."""
+    family, _, rule = method.rpartition("-")
+    named = family if family and rule in ("kl", *_OPEN_RULES) else method
+    filled = method != "base" and (named == method or rule not in _OPEN_RULES)
+    if named in _STYLES:
+        return *_STYLES[named], filled
+    chosen = zlib.crc32(named.encode())
+    colour = _OTHER_COLOURS[chosen % len(_OTHER_COLOURS)]
+    return colour, _OTHER_MARKERS[chosen // len(_OTHER_COLOURS) % len(_OTHER_MARKERS)], filled
 
 
-def _point(
-    row: dict[str, Any], learnt: str, key: str, loss: Callable[[float], float], scale: float
-) -> Point | None:
-    x, y, spread = number(row, key), number(row, learnt), row.get("spread", {})
-    if x is None or y is None:
-        return None
-    return Point(row["method"], loss(x), y, scale * spread.get(key, 0.0), spread.get(learnt, 0.0))
+def _points(rows: list[dict[str, Any]], learnt: str, lost: str) -> list[Point]:
+    base = number(next((row for row in rows if row["method"] == "base"), {}), lost)
+    if lost == "drift":
+        loss, scale = float, 1.0
+    elif base is None:
+        return []
+    elif lost in _LINEAR_TO:
+        loss, scale = (lambda value: value / base - 1), 1 / base
+    else:
+        loss, scale = (lambda value: base - value), 1.0
+    points = []
+    for row in rows:
+        x, y, spread = number(row, lost), number(row, learnt), row.get("spread", {})
+        if x is not None and y is not None:
+            points.append(
+                Point(row["method"], loss(x), y, scale * spread.get(lost, 0.0), spread.get(learnt, 0.0))
+            )
+    return points
 
 
-def _draw(axes: Any, panel: Panel) -> None:
+def _heights(points: list[Point]) -> tuple[float, float]:
+    """The whole range of a share, or where all points lie close together, theirs."""
+    least = min((point.y - point.y_spread for point in points), default=0.0)
+    most = max((point.y + point.y_spread for point in points), default=1.0)
+    if most - least > 0.5:
+        return -0.04, 1.06
+    span = max(most - least, 0.01)
+    return least - 0.15 * span, most + 0.15 * span
+
+
+def _draw(axes: Any, key: str, points: list[Point]) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    for i, point in enumerate(panel.points):
-        colour = _COLOURS.get(point.method, _OTHER_COLOURS[i % len(_OTHER_COLOURS)])
+    for point in points:
+        colour, marker, filled = method_style(point.method)
+        if point.method == "base":
+            axes.axvline(point.x, color=colour, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+            axes.axhline(point.y, color=colour, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         axes.errorbar(
-            point.x, point.y, xerr=point.x_spread or None, yerr=point.y_spread or None, fmt="o", markersize=8,
-            color=colour, markerfacecolor="white" if point.method == "base" else colour, markeredgewidth=1.6,
+            point.x, point.y, xerr=point.x_spread or None, yerr=point.y_spread or None, fmt=marker,
+            markersize=8, color=colour, markerfacecolor=colour if filled else "white", markeredgewidth=1.6,
             elinewidth=1.2, zorder=3, clip_on=False,
         )  # fmt: skip
-        left = _crowded(point, panel.points)
-        axes.annotate(
-            point.method, (point.x, point.y), (-9 if left else 9, 0), textcoords="offset points", va="center",
-            ha="right" if left else "left", color=_INK,
-        )  # fmt: skip
-    _scale(axes, panel)
-    axes.set_ylim(-0.04, 1.06)
+    _scale(axes, key, points)
     axes.yaxis.set_major_formatter(FuncFormatter(_percent))
-    axes.xaxis.set_major_formatter(FuncFormatter(_percent if panel.percent else _plain))
+    axes.xaxis.set_major_formatter(FuncFormatter(_plain if key == "drift" else _percent))
     axes.minorticks_off()
     axes.grid(color=_FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelcolor=_INK)
     for side in axes.spines.values():
         side.set_visible(False)
-    axes.set_xlabel(panel.label, color=_INK)
+    axes.set_xlabel(f"lost: {_NAMES.get(key, key)}", color=_INK)
 
 
-def _crowded(point: Point, others: Sequence[Point]) -> bool:
-    """Whether a label to the right would run into another point."""
-    reach = 0.15 * (max(other.x for other in others) - min(other.x for other in others))
-    return any(0 < other.x - point.x < reach and abs(other.y - point.y) < 0.06 for other in others)
+def _taken(axes: Any, points: list[Point]) -> list[Box]:
+    """Where no name may stand: markers, error bars, and the lines through the base."""
+    panel, boxes = Box(*axes.get_window_extent().extents), []
+    for point in points:
+        x, y = map(float, axes.transData.transform((point.x, point.y)))
+        low = axes.transData.transform((point.x - point.x_spread, point.y - point.y_spread))
+        high = axes.transData.transform((point.x + point.x_spread, point.y + point.y_spread))
+        boxes += [
+            Box(x - 11, y - 11, x + 11, y + 11),
+            Box(low[0], y - 2, high[0], y + 2),
+            Box(x - 2, low[1], x + 2, high[1]),
+        ]
+        if point.method == "base":
+            boxes += [Box(panel.left, y - 3, panel.right, y + 3), Box(x - 3, panel.bottom, x + 3, panel.top)]
+    return boxes
 
 
 def _percent(value: float, _position: int) -> str:
@@ -133,14 +188,18 @@ def _plain(value: float, _position: int) -> str:
     return f"{value:g}"
 
 
-def _scale(axes: Any, panel: Panel) -> None:
-    xs = [point.x for point in panel.points]
-    least, most = min(0.0, *xs), max(xs)
-    if panel.linear_to is not None and most > panel.linear_to:
-        axes.set_xscale("symlog", linthresh=panel.linear_to, linscale=0.6)
-        axes.set_xlim(min(-0.2 * panel.linear_to, 1.2 * least), 4 * most)
+def _scale(axes: Any, key: str, points: list[Point]) -> None:
+    least = min(0.0, *(point.x - point.x_spread for point in points))
+    most = max(point.x + point.x_spread for point in points)
+    linear_to = _LINEAR_TO.get(key)
+    sizes = [abs(point.x) for point in points if point.method != "base"]
+    # where a linear axis would press half of the methods into its first fifth
+    squeezed = bool(sizes) and statistics.median_low(sizes) < max(sizes) / 5
+    if linear_to is not None and squeezed and most > linear_to:
+        axes.set_xscale("symlog", linthresh=linear_to, linscale=0.6)
+        axes.set_xlim(min(-0.2 * linear_to, 1.2 * least), 4 * most)
     else:
         span = (most - least) or 1.0
-        axes.set_xlim(least - 0.06 * span, most + 0.25 * span)
-        if panel.percent:
+        axes.set_xlim(least - (0.25 if len(points) > _MANY else 0.06) * span, most + 0.25 * span)
+        if linear_to is None:
             axes.set_xticks([tick for tick in axes.get_xticks() if least <= tick <= 1])

@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .card import model_card
-from .compare import read_json
 from .contents import ADAPTER_FILE, CARD_FILE, EVALUATIONS_FILE, METRICS_FILE, public_data, public_model
+from .files import read_json
 from .models import hub_reachable
 
 _UNFINISHED = (".part", ".partial")

@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..compare import BASE, Recipe
-from .questions import background_records, general_items, prose, recall_items, training_records
+from ..compare import Recipe
+from ..results import BASE
+from .forgetting import background, read_prose
+from .questions import general_items, recall_items, training_records
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class DemoSettings:
     probing: Probing = Probing()
 
 
+SETTINGS = DemoSettings()
 METHODS = (BASE, "smf", "lora", "full")
 _MEMORY_METHODS = ("smf", "smf-open")
 _ABOUT = (
@@ -86,7 +89,7 @@ def recipe(
     """
     if data_dir is not None:
         raise ValueError(f"the demo brings its own data, but data_dir is {str(data_dir)!r}; leave it out")
-    chosen = settings or DemoSettings()
+    chosen = settings or SETTINGS
     chosen = replace(chosen, model=model or chosen.model)
     return Recipe(
         name="demo",
@@ -94,8 +97,9 @@ def recipe(
         about=_ABOUT,
         methods=(*METHODS, "smf-open"),
         settings=lambda method, _seed: method_settings(chosen, method),
-        run=lambda method, seed, base, stage: run(chosen, method, seed, base, stage),
+        run=lambda method, seed, base, stage, _folder: run(chosen, method, seed, base, stage),
         stages=stages,
+        order=(BASE, "smf", "smf-open", "lora", "full"),
     )
 
 
@@ -126,7 +130,7 @@ def run(
 ) -> dict[str, Any]:
     """Teach the model by one method (none for the base) and probe it."""
     from ..models import load_base
-    from ..probes import perplexity, recall
+    from ..probes import recall
 
     stage("load the model")
     model, tokenizer = load_base(settings.model)
@@ -148,7 +152,7 @@ def run(
     known = answers["general"].correct if base is None else base["known"]
 
     stage("read prose")
-    probe = _tokens(tokenizer, prose()[1], settings.probing.prose_tokens)
+    pieces = settings.probing.prose_tokens, settings.memory.prose_piece_tokens
     row = {
         "recall_train": answers["train"].share,
         "recall_heldout": answers["heldout"].share,
@@ -157,8 +161,7 @@ def run(
         ),
         "knowledge_total": answers["general"].share,
         "num_known": sum(known),
-        "perplexity": perplexity(model, probe),
-        **_drift(settings, method, model, tokenizer, probe),
+        **read_prose(model, tokenizer, settings.model, method, *pieces),
         **costs,
     }
     told = {
@@ -184,9 +187,10 @@ def teach(
 
     teaching, options = settings.teaching, {}
     if method in _MEMORY_METHODS:
-        model = _with_memory(settings.memory, model)
-        background = _background(settings, seed, tokenizer)
-        options = {"background": background, "top_t": settings.memory.top_t, "rule": settings.memory.rule}
+        memory = settings.memory
+        model = _with_memory(memory, model)
+        general = background(seed, tokenizer, memory.prose_tokens, memory.prose_piece_tokens)
+        options = {"background": general, "top_t": memory.top_t, "rule": memory.rule}
     done = finetune(
         model,
         records,
@@ -210,20 +214,6 @@ def examples(told: dict[str, list[dict[str, Any]]], known: list[bool]) -> list[d
     return [answer for pair in pairs for answer in pair]
 
 
-def _drift(settings: DemoSettings, method: str, model: Any, tokenizer: Any, probe: Any) -> dict[str, float]:
-    from ..models import load_base
-    from ..probes import drift, exposure
-
-    if method == BASE:
-        return {"drift": 0.0}
-    untouched = load_base(settings.model)[0] if method == "full" else None
-    figures = {"drift": drift(model, untouched, probe)}
-    if method in _MEMORY_METHODS:
-        pieces = probe.split(settings.memory.prose_piece_tokens)
-        figures["exposure"] = exposure(model, [tokenizer.decode(piece) for piece in pieces], tokenizer)
-    return figures
-
-
 def _with_memory(memory: Memory, model: Any) -> Any:
     from peft import get_peft_model
 
@@ -238,19 +228,6 @@ def _with_memory(memory: Memory, model: Any) -> Any:
         key_dim=memory.key_dim,
     )
     return get_peft_model(model, config)
-
-
-def _background(settings: DemoSettings, seed: int, tokenizer: Any) -> list[Any]:
-    """Chats that no probe asks, and pieces of the prose that no probe reads."""
-    ids = _tokens(tokenizer, prose()[0], settings.memory.prose_tokens)
-    return [*background_records(seed), *map(tokenizer.decode, ids.split(settings.memory.prose_piece_tokens))]
-
-
-def _tokens(tokenizer: Any, text: str, num_tokens: int) -> Any:
-    import torch
-
-    # more text than these tokens can be made of, and not so much that tokenizing it takes long
-    return torch.tensor(tokenizer(text[: 8 * num_tokens], add_special_tokens=False).input_ids[:num_tokens])
 
 
 def _share(right: Iterable[bool]) -> float:

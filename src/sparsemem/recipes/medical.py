@@ -36,6 +36,7 @@ class MedicalSettings:
     piece_tokens: int = 256
 
 
+SETTINGS = MedicalSettings()
 _ABOUT = (
     "A language model was taught to name the ICD-10 chapter of a diagnosis, by {max_steps} batches of "
     "{batch_size}. Then it had to tell the right chapter from three others for {num_test} diagnoses of "
@@ -57,7 +58,7 @@ def recipe(
     """
     if data_dir is not None:
         raise ValueError(f"medical brings its own data, but data_dir is {str(data_dir)!r}; leave it out")
-    chosen = settings or MedicalSettings()
+    chosen = settings or SETTINGS
     chosen = replace(chosen, model=model or chosen.model)
     return Recipe(
         name="medical",

@@ -72,6 +72,7 @@ class PaperSettings:
     quirks: bool = False
 
 
+SETTINGS = PaperSettings()
 _FILES = {
     "train": ("medmcqa*train*.jsonl", "MedMCQA's training items, {question, choices, answer} per line"),
     "medmcqa": ("medmcqa*test*.jsonl", "MedMCQA's items to test on, {question, choices, answer} per line"),
@@ -99,7 +100,7 @@ def recipe(
     """
     from .paper_run import run
 
-    chosen = settings or PaperSettings()
+    chosen = settings or SETTINGS
     chosen = replace(chosen, model=model or chosen.model)
     files = None if data_dir is None else {name: _found(data_dir, name) for name in _FILES}
     names = dict(HUB) if files is None else {n: ", ".join(p.name for p in ps) for n, ps in files.items()}

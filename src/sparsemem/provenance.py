@@ -1,0 +1,63 @@
+"""Where a result comes from: the versions, the machine and the commit, and which settings differ."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("sparsemem", "torch", "transformers", "peft")
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what computes, the machine, and the source's commit (None outside a checkout)."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    processor = f"{platform.system()} {platform.machine()}, {_processor()}"
+    return {
+        "versions": versions,
+        "machine": f"{processor}, {os.cpu_count()} CPUs, {threads} threads",
+        "commit": _commit(),
+    }
+
+
+def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first settings that differ, in words; empty where none does."""
+    there, now = flat(there), flat(now)
+    names = [name for name in {**now, **there} if there.get(name) != now.get(name)]
+    return "; ".join(f"{name} {there.get(name)!r} there, {now.get(name)!r} now" for name in names[:3])
+
+
+def flat(settings: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings as one dict, its keys joined by dots."""
+    if not isinstance(settings, dict):
+        return {name: settings}
+    parts = [flat(value, f"{name}.{key}" if name else key) for key, value in settings.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def _commit() -> str | None:
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:
+        # a virtual environment may lie inside someone else's repository: only a tracked file names its commit
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,180 @@
+"""The tables of a comparison: cells of text, and the same as Markdown, LaTeX or CSV.
+
+Choices: the columns are fixed here, each with its meaning; a column that no row has is left out. Markdown and
+LaTeX round for readers, CSV keeps every digit.
+"""
+
+import csv
+import io
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .paired import NUM_RESAMPLES
+from .pareto import number
+
+AGAINST_BASE = "Against the base, on the same questions"
+AGAINST_BASE_MEANING = (
+    "Difference in accuracy, in percentage points, and the 95 % interval of a paired bootstrap "
+    f"({NUM_RESAMPLES:,} resamples of the n questions; several seeds by each question's mean)."
+)
+
+
+class Column(NamedTuple):
+    """One column of the table: the row's key, the heading, its meaning, and how a value is written."""
+
+    key: str
+    heading: str
+    meaning: str
+    write: Callable[[float], str]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _small(value: float) -> str:
+    return "0" if value == 0 else f"{value:.4f}" if abs(value) >= 0.0001 else f"{value:.0e}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
+
+
+def _size(value: float) -> str:
+    return f"{value / 2**20:,.0f} MiB"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+COLUMNS = (
+    Column(
+        "recall_train", "recall", "taught questions answered rightly, in the words of the lessons", _percent
+    ),
+    Column(
+        "recall_heldout", "recall, reworded", "the same facts, asked in words that were not taught", _percent
+    ),
+    Column(
+        "knowledge",
+        "knowledge kept",
+        "general questions still right, of those the base answers rightly",
+        _percent,
+    ),
+    Column("knowledge_total", "general questions", "right answers to all general questions", _percent),
+    Column(
+        "medmcqa", "MedMCQA", "medical exam questions answered rightly, by mean log-probability", _percent
+    ),
+    Column(
+        "chapters", "chapters", "ICD-10 chapter of a diagnosis, accuracy by mean log-probability", _percent
+    ),
+    Column("chapters_sum", "chapters, by sum", "the same by the sum of log-probabilities", _percent),
+    Column("triviaqa", "TriviaQA", "general questions with an accepted answer in the reply", _percent),
+    Column("capitals", "capitals", "capitals of real countries answered rightly", _percent),
+    Column("wikitext", "WikiText perplexity", "on articles of Wikipedia; lower is better", "{:.2f}".format),
+    Column("perplexity", "perplexity", "on prose that was not taught; lower is better", "{:.2f}".format),
+    Column("drift", "drift", "mean KL divergence from the base on that prose, in nats per token", _small),
+    Column("exposure", "exposure", "share of that prose's tokens that read a written row", _percent),
+    Column("loss", "loss", "training loss at the end", "{:.3f}".format),
+    Column("steps", "steps", "optimizer steps", _count),
+    Column("seconds", "time", "preparing and training, without the probes", _seconds),
+    Column("trained_params", "trained", "parameters that training may change", _count),
+    Column("peak_bytes", "peak memory", "growth of the process's memory while it trains", _size),
+)
+# No LaTeX font sets these as they are.
+_LATEX = str.maketrans(
+    {
+        **{mark: f"\\{mark}" for mark in "%_&#${}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "|": r"\textbar{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "±": r"$\pm$",
+        "–": "--",
+    }
+)
+
+
+def present_columns(results: dict[str, Any]) -> list[Column]:
+    """The columns that some row has a figure for."""
+    return [c for c in COLUMNS if any(number(row, c.key) is not None for row in results["rows"])]
+
+
+def table(results: dict[str, Any]) -> list[list[str]]:
+    """The table as lines of cells, the heading first; several seeds as mean ± standard deviation."""
+    columns = present_columns(results)
+    rows = [[row["method"], *(_cell(row, column) for column in columns)] for row in results["rows"]]
+    return [["method", *(column.heading for column in columns)], *rows]
+
+
+def against_base_table(results: dict[str, Any]) -> list[list[str]]:
+    """Differences to the base with their intervals, as lines of cells; no line where nothing was compared."""
+    compared = results.get("against_base") or {}
+    sizes = {task: entry["n"] for tasks in compared.values() for task, entry in tasks.items()}
+    if not sizes:
+        return []
+    headings = {column.key: column.heading for column in COLUMNS}
+    lines = [["method", *(f"{headings.get(task, task)} (n = {n:,})" for task, n in sizes.items())]]
+    for method, tasks in compared.items():
+        lines.append([method, *(_interval(tasks[task]) if task in tasks else "–" for task in sizes)])
+    return lines
+
+
+def text_table(results: dict[str, Any]) -> str:
+    """The table in aligned Markdown, for terminal and file."""
+    return align(table(results))
+
+
+def align(lines: list[list[str]]) -> str:
+    """Lines of cells as aligned Markdown, the first line being the heading."""
+    lines = [[one_line(cell) for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    aligned = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
+
+
+def latex_table(results: dict[str, Any]) -> str:
+    """The table as a LaTeX `tabular` that needs no package."""
+    head, *rows = [[" ".join(cell.split()).translate(_LATEX) for cell in line] for line in table(results)]
+    lines = [f"{' & '.join(line)} \\\\" for line in (head, *rows)]
+    columns = "l" + "r" * (len(head) - 1)
+    parts = [rf"\begin{{tabular}}{{{columns}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline"]
+    return "\n".join([*parts, r"\end{tabular}"]) + "\n"
+
+
+def csv_table(results: dict[str, Any]) -> str:
+    """Every figure of every row with all its digits: `method`, then each key's mean and `<key>_sd`.
+
+    The deviation is empty where there is one seed.
+    """
+    rows = results["rows"]
+    keys = dict.fromkeys(key for row in rows for key in row if number(row, key) is not None)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", *(name for key in keys for name in (key, f"{key}_sd"))])
+    for row in rows:
+        spread = row.get("spread", {})
+        writer.writerow(
+            [row["method"], *(f for key in keys for f in (number(row, key), number(spread, key)))]
+        )
+    return text.getvalue()
+
+
+def one_line(text: str) -> str:
+    """The text as one line that may stand in a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _cell(row: dict[str, Any], column: Column) -> str:
+    value, spread = number(row, column.key), row.get("spread", {}).get(column.key)
+    if value is None:
+        return "–"
+    return column.write(value) + (f" ± {column.write(spread)}" if spread else "")
+
+
+def _interval(entry: dict[str, Any]) -> str:
+    difference, low, high = (f"{100 * entry[key]:+.1f}" for key in ("difference", "low", "high"))
+    return f"{difference} [{low}, {high}]"
