@@ -66,9 +66,34 @@ def test_multiple_choice_is_the_likelihood_of_the_option(tiny_llama, tokenizer):
         best_mean.append(max(range(3), key=lambda index: float(scores[index].mean())))
     found = probes.multiple_choice(model, tokenizer, items, batch_size=4)
     right = [item["answer"] for item in items]
-    assert found["n"] == 5
-    assert found["acc_sum"] == pytest.approx(sum(a == b for a, b in zip(best_sum, right, strict=True)) / 5)
-    assert found["acc_mean"] == pytest.approx(sum(a == b for a, b in zip(best_mean, right, strict=True)) / 5)
+    assert found.correct == [a == b for a, b in zip(best_mean, right, strict=True)]
+    assert found.correct_by_sum == [a == b for a, b in zip(best_sum, right, strict=True)]
+    assert (found.share, found.share_by_sum) == (sum(found.correct) / 5, sum(found.correct_by_sum) / 5)
+
+
+def test_a_stop_ends_a_completion_there(tiny_llama, tokenizer):
+    model = tiny_llama(seed=3)
+    prompts = [prompt_ids(item["question"], tokenizer) for item in QUESTIONS]
+    whole = probes.complete(model, tokenizer, prompts, max_new_tokens=12)
+    stop = next(text[3] for text in whole if len(text) > 5 and text[3].isascii())
+    stopped = probes.complete(model, tokenizer, prompts, max_new_tokens=12, stop=stop)
+    assert stopped == [text.split(stop)[0].strip() for text in whole]
+    assert stopped != whole
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "right"),
+    [
+        ("It was MARK_TWAIN, of course!", ["Samuel Clemens", "mark twain"], True),
+        ("the Beatles' songs", ["Beatle"], True),
+        ("location", ["A cat"], True),
+        ("It was the  old-town", ["Old, the Town"], True),
+        ("Paris", ["Lyon", "!!!"], False),
+        ("", ["the"], False),
+    ],
+)
+def test_what_contains_an_answer(text, answers, right):
+    assert probes.contains(text, answers) == right
 
 
 @pytest.mark.parametrize(("length", "window", "stride"), [(50, 16, 8), (50, 16, 16), (16, 16, 4), (9, 16, 8)])

@@ -114,6 +114,12 @@ def choice_text(choice: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return choice if tokenizer.chat_template else f" {choice}"
 
 
+def choice_tokens(item: dict, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a multiple-choice record's prompt, and of each option after it."""
+    options = [choice_text(choice, tokenizer) for choice in item["choices"]]
+    return prompt_ids(choice_prompt(item), tokenizer), tokenizer(options, add_special_tokens=False).input_ids
+
+
 def collate(examples: Sequence[dict], pad_token_id: int) -> dict[str, Tensor]:
     """`input_ids`, `attention_mask`, `labels`, each int64 [batch, seq], padded on the right."""
     length = max(len(example["input_ids"]) for example in examples)

@@ -126,12 +126,28 @@ def fast_bf16(device: torch.device | str = "cpu") -> bool:
     return torch.device(device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager:
-    """`torch.autocast` to bfloat16 where that is faster than the model's own precision, else no change."""
+def autocast(model: torch.nn.Module, *, exact: bool = False) -> contextlib.AbstractContextManager:
+    """`torch.autocast` to bfloat16 where that is faster than the model's own precision, else no change.
+
+    With `exact` there is none at all, not even one that the caller runs in.
+    """
     parameter = next(model.parameters())
+    if exact:
+        return torch.autocast(parameter.device.type, enabled=False)
     if parameter.dtype == torch.float32 and fast_bf16(parameter.device):
         return torch.autocast(parameter.device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def cache_without_hub():
+    """Within, the Hub's client looks into its cache alone where the Hub's name does not resolve."""
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before or not hub_reachable()
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
 def hub_reachable() -> bool:

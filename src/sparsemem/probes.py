@@ -1,12 +1,12 @@
 """What a model knows, what it has lost, and how much of a text the memory touches.
 
-Choices: greedy decoding, batches sorted by length, bfloat16 autocast where the processor is fast at it; drift
-alone is read in the model's own precision, since bfloat16's rounding is larger than the drifts that matter.
+Choices: greedy decoding, batches sorted by length; bfloat16 autocast where the processor is fast at it unless
+`exact` is asked for; drift alone is always read in the model's own precision, since bfloat16's rounding is
+larger than the drifts that matter.
 """
 
-import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,8 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .access import layer_inputs
-from .data import choice_prompt, choice_text, prompt_ids
+from .data import choice_tokens, prompt_ids
+from .likelihood import by_length, device_of, log_probs, pad_left, read_beginning, rows_of
 from .models import autocast, tokenizer_of
 from .tuner import memory_layers
 
@@ -38,7 +39,6 @@ class Answers:
         return sum(self.correct) / len(self.correct)
 
 
-@torch.inference_mode()
 def recall(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -46,49 +46,66 @@ def recall(
     *,
     max_new_tokens: int = 12,
     batch_size: int = 64,
+    exact: bool = False,
 ) -> Answers:
     """Greedy answers to `{"question", "answer": str | list[str]}` items.
 
     An answer is right when an expected one is contained in it as whole words, case, punctuation and articles
-    aside.
+    aside. `exact` is computed in the model's own precision.
 
     Raises:
         ValueError: no items.
     """
     if not items:
         raise ValueError("items is empty; give at least one question")
-    model.eval()
     prompts = [prompt_ids(item["question"], tokenizer) for item in items]
-    stop = getattr(model.generation_config, "eos_token_id", None)
+    texts = complete(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, exact=exact
+    )
+    pairs = zip(texts, items, strict=True)
+    return Answers([is_right(text, item["answer"]) for text, item in pairs], texts)
+
+
+@torch.inference_mode()
+def complete(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    stop: str | None = None,
+    batch_size: int = 64,
+    exact: bool = False,
+) -> list[str]:
+    """Greedy continuations of token ids, as texts without white space around them; `stop` ends a text."""
+    model.eval()
+    ends = getattr(model.generation_config, "eos_token_id", None)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id if stop is None else stop,
+        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
         pad_token_id=tokenizer.pad_token_id,
+        stop_strings=stop,
     )
-    texts = [""] * len(items)
-    # what all prompts begin with (a system prompt, worked examples) is read once
-    differ = (place for place, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)
-    shared = next(differ, min(map(len, prompts)) - 1)
-    beginning = torch.tensor([prompts[0][:shared]], dtype=torch.int64, device=_device(model))
-    with autocast(model):
-        read = model(input_ids=beginning, use_cache=True).past_key_values if shared else None
-    for chosen in _by_length(prompts, batch_size):
-        ids, mask = _pad_left([prompts[index][shared:] for index in chosen], model)
+    texts = [""] * len(prompts)
+    shared, read = read_beginning(model, prompts, exact=exact)
+    beginning = torch.tensor([prompts[0][:shared]], dtype=torch.int64, device=device_of(model))
+    for chosen in by_length(prompts, batch_size):
+        ids, mask = pad_left([prompts[index][shared:] for index in chosen], model)
         ids = torch.cat([beginning.expand(len(ids), -1), ids], 1)
         mask = functional.pad(mask, (shared, 0), value=1)
-        past = copy.deepcopy(read)
-        if past is not None:
-            past.batch_repeat_interleave(len(chosen))
-        with autocast(model):
+        with autocast(model, exact=exact):
             out = model.generate(  # type: ignore
-                input_ids=ids, attention_mask=mask, past_key_values=past, generation_config=config
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=rows_of(read, [0] * len(chosen)),
+                generation_config=config,
+                tokenizer=tokenizer,
             )
         answers = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         for index, answer in zip(chosen, answers, strict=True):
-            texts[index] = answer.strip()
-    pairs = zip(texts, items, strict=True)
-    return Answers([is_right(text, item["answer"]) for text, item in pairs], texts)
+            texts[index] = answer.split(stop)[0].strip() if stop else answer.strip()
+    return texts
 
 
 def is_right(text: str, answer: str | Sequence[str]) -> bool:
@@ -97,58 +114,77 @@ def is_right(text: str, answer: str | Sequence[str]) -> bool:
     return any(f" {_normalised(one)} " in f" {_normalised(text)} " for one in expected)
 
 
-@torch.inference_mode()
+def contains(text: str, answers: Sequence[str]) -> bool:
+    """Whether an expected answer is a substring of the text, both normalised, be it within a word.
+
+    Normalised as TriviaQA is: lower case, without punctuation, articles and surplus white space.
+    """
+    expected = [_normalised(one) for one in answers]
+    return any(one and one in _normalised(text) for one in expected)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Which items' right option is the likeliest by the mean over its tokens, and which by their sum."""
+
+    correct: list[bool]
+    correct_by_sum: list[bool]
+
+    @property
+    def share(self) -> float:
+        """Share of right choices by the mean."""
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def share_by_sum(self) -> float:
+        """Share of right choices by the sum."""
+        return sum(self.correct_by_sum) / len(self.correct_by_sum)
+
+
 def multiple_choice(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[dict],
     *,
+    tokens: Callable[[dict, Any], tuple[list[int], list[list[int]]]] = choice_tokens,
     batch_size: int = 16,
-) -> dict[str, float | int]:
-    """Accuracy over `{"question", "choices", "answer": int}` items by log-likelihood of the options' texts.
+    exact: bool = False,
+) -> Choices:
+    """Choices of `{"question", "choices", "answer": int}` items by log-likelihood of the options' texts.
 
-    Returns `acc_sum` (by the sum over an option's tokens), `acc_mean` (by their mean) and `n`; ties go to the
-    first option.
+    Ties go to the first option.
+
+    Args:
+        tokens: gives an item's prompt and options as token ids.
+        exact: in the model's own precision, without autocast.
 
     Raises:
         ValueError: no items.
     """
     if not items:
         raise ValueError("items is empty; give at least one question")
-    model.eval()
-    sequences, lengths, owners = [], [], []
-    for number, item in enumerate(items):
-        prompt = prompt_ids(choice_prompt(item), tokenizer)
-        for choice in item["choices"]:
-            option = tokenizer(choice_text(choice, tokenizer), add_special_tokens=False).input_ids
-            sequences.append(prompt + option)
-            lengths.append(len(option))
-            owners.append(number)
-    sums = torch.zeros(len(sequences))
-    for chosen in _by_length(sequences, batch_size):
-        ids, mask = _pad_left([sequences[index] for index in chosen], model)
-        num_kept = max(lengths[index] for index in chosen)
-        losses = _losses(
-            model, ids, num_kept, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
-        )
-        for index, loss in zip(chosen, losses, strict=True):
-            sums[index] = -loss[num_kept - lengths[index] :].sum()
-    means = sums / torch.tensor(lengths)
-    owned = torch.tensor(owners)
-    right = torch.tensor([item["answer"] for item in items])
+    prompts, options = zip(*(tokens(item, tokenizer) for item in items), strict=True)
+    scores = log_probs(model, prompts, options, batch_size=batch_size, exact=exact)
 
-    def accuracy(scores: Tensor) -> float:
-        best = [int(scores[owned == number].argmax()) for number in range(len(items))]
-        return (torch.tensor(best) == right).double().mean().item()
+    def correct(reduce: Callable[[Tensor], Tensor]) -> list[bool]:
+        best = [int(torch.stack([reduce(option) for option in several]).argmax()) for several in scores]
+        return [found == item["answer"] for found, item in zip(best, items, strict=True)]
 
-    return {"acc_sum": accuracy(sums), "acc_mean": accuracy(means), "n": len(items)}
+    return Choices(correct(torch.mean), correct(torch.sum))
 
 
 @torch.inference_mode()
 def perplexity(
-    model: PreTrainedModel | PeftModel, input_ids: Tensor, *, window: int = 1024, stride: int = 512
+    model: PreTrainedModel | PeftModel,
+    input_ids: Tensor,
+    *,
+    window: int = 1024,
+    stride: int = 512,
+    exact: bool = False,
 ) -> float:
     """Sliding-window perplexity of `input_ids` [tokens]: each window's mean loss weighted by its new tokens.
+
+    `exact` is computed in the model's own precision, without autocast.
 
     Raises:
         ValueError: fewer than two tokens, or a stride outside 1..window.
@@ -165,7 +201,7 @@ def perplexity(
         end = min(start + window, len(input_ids))
         # the very first token has nothing before it that could predict it
         num_scored = min(end - done, end - start - 1)
-        losses = _losses(model, input_ids[None, start:end].to(_device(model)), num_scored)
+        losses = _losses(model, input_ids[None, start:end].to(device_of(model)), num_scored, exact=exact)
         total += losses.double().mean().item() * (end - done)
         done = end
         if end == len(input_ids):
@@ -193,7 +229,7 @@ def drift(
     model.eval()
     total = 0.0
     for piece in input_ids.split(window):
-        ids = piece[None].to(_device(model))
+        ids = piece[None].to(device_of(model))
         ours = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         with model.disable_adapter() if isinstance(model, PeftModel) and base is None else nullcontext():
             theirs = (base or model)(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
@@ -217,7 +253,7 @@ def exposure(
     num_exposed = num_tokens = 0
     inputs = [{"input_ids": tokenizer(text, return_tensors="pt").input_ids} for text in texts]
     for batch, states in layer_inputs(model, inputs):
-        exposed = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool, device=_device(model))
+        exposed = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool, device=device_of(model))
         for name, memory in memory_layers(model).items():
             slots, _ = memory.address(states[name])
             exposed |= written[name][slots].any(dim=1) & (memory.relevance(states[name]) > 0)
@@ -235,44 +271,24 @@ def scope_gate(model: PeftModel, batch: Mapping[str, Tensor]) -> dict[str, Tenso
         ValueError: no memory.
     """
     _, states = next(layer_inputs(model, [batch]))
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().to(_device(model))
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().to(device_of(model))
     gates = {name: torch.zeros(mask.shape, device=mask.device) for name in states}
     for name, memory in memory_layers(model).items():
         gates[name][mask] = memory.relevance(states[name])
     return gates
 
 
-def _losses(model: Any, ids: Tensor, num_kept: int, **inputs: Tensor) -> Tensor:
+def _losses(model: Any, ids: Tensor, num_kept: int, *, exact: bool) -> Tensor:
     """Losses of the last `num_kept` tokens, float32 [batch, num_kept]."""
-    with autocast(model):
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=num_kept + 1, **inputs).logits
+    with autocast(model, exact=exact):
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=num_kept + 1).logits
     scores, targets = logits[:, :-1].float(), ids[:, -num_kept:]
     return functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none").view(
         targets.shape
     )
 
 
-def _by_length(sequences: Sequence[list[int]], batch_size: int) -> list[list[int]]:
-    """Indices in batches of like length, the longest first."""
-    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def _pad_left(sequences: list[list[int]], model: Any) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, int64 [batch, seq], padded on the left with token 0."""
-    length = max(map(len, sequences))
-    ids = torch.tensor([[0] * (length - len(one)) + one for one in sequences], device=_device(model))
-    mask = torch.tensor(
-        [[0] * (length - len(one)) + [1] * len(one) for one in sequences], device=_device(model)
-    )
-    return ids, mask
-
-
-def _device(model: Any) -> torch.device:
-    return next(model.parameters()).device
-
-
 def _normalised(text: str) -> str:
-    words = re.sub(r"[^\w\s]", " ", text.casefold()).split()
+    words = re.sub(r"[\W_]", " ", text.casefold()).split()
     # an answer that is nothing but an article stands for itself
     return " ".join([word for word in words if word not in ARTICLES] or words)

@@ -1,159 +1,130 @@
-"""The tasks of `sparsemem eval`: three probes, each over a file of the user's or a benchmark from the Hub.
+"""The tasks of `sparsemem eval`: three probes, each over a file of the user's or the paper's benchmark.
 
-| task            | probe           | from the Hub                                            |
-| --------------- | --------------- | ------------------------------------------------------- |
-| recall          | recall          | needs a file                                            |
-| triviaqa        | recall          | mandarjoshi/trivia_qa, rc.nocontext, validation         |
-| multiple-choice | multiple_choice | needs a file                                            |
-| medmcqa         | multiple_choice | openlifescienceai/medmcqa, validation                   |
-| perplexity      | perplexity      | needs a file                                            |
-| wikitext        | perplexity      | Salesforce/wikitext, wikitext-103-raw-v1, test          |
+| task            | metrics      | prompt                            | from the Hub                        |
+| --------------- | ------------ | --------------------------------- | ----------------------------------- |
+| recall          | contains_acc | chat template where there is one  | needs a file                        |
+| triviaqa        | contains_acc | `triviaqa_prompt`                 | trivia_qa, rc.nocontext, validation |
+| multiple-choice | acc, acc_sum | chat template where there is one  | needs a file                        |
+| medmcqa         | acc, acc_sum | `medmcqa_prompt`                  | medmcqa, validation                 |
+| perplexity      | ppl          | the text as it is                 | needs a file                        |
+| wikitext        | ppl          | lines, a blank line between them  | wikitext-103-raw-v1, test           |
 
-Files: JSONL of `{"question", "answer"}` (`answer` one text, a list of texts, or TriviaQA's aliases; a list
-may also be called `answers`), JSONL of `{"question", "choices", "answer"}` (or MedMCQA's `opa` to `opd` and
-`cop`), and any text file, or JSONL of `{"text"}`.
+`acc` goes by the mean log-probability of an option's tokens, `acc_sum` by their sum. An answer to triviaqa is
+right if a normalised alias is a substring of it; recall asks for whole words. `items.py` reads the data.
+
+Reference: Gupta 2026 (2605.03229), evaluation; medmcqa, wikitext and triviaqa are its tasks.
 """
 
-import logging
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .data import read_jsonl, read_records
-from .probes import multiple_choice, perplexity, recall
+from .data import prompt_ids
+from .items import KINDS
+from .likelihood import split_tokens
+from .probes import complete, contains, multiple_choice, perplexity, recall
 
-logger = logging.getLogger(__name__)
+TASKS = tuple(KINDS)
+TRIVIAQA_TOKENS = 32
 
-_PROBES = {
-    "recall": "recall",
-    "triviaqa": "recall",
-    "multiple-choice": "multiple-choice",
-    "medmcqa": "multiple-choice",
-    "perplexity": "perplexity",
-    "wikitext": "perplexity",
-}
-TASKS = tuple(_PROBES)
-_HUB = {
-    "medmcqa": ("openlifescienceai/medmcqa", None, "validation"),
-    "triviaqa": ("mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
-    "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1", "test"),
-}
-_MAX_NEW_TOKENS = {"recall": 12, "triviaqa": 32}
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a task found.
+
+    Attributes:
+        metrics: by name.
+        n: number of items, or of tokens where a text is read.
+        correct: which items were answered rightly, in their order (by `acc`, where choices are scored); None
+            where there is no right or wrong.
+    """
+
+    metrics: dict[str, float]
+    n: int
+    correct: list[bool] | None = None
 
 
 def evaluate(
-    model: Any, tokenizer: Any, task: str, *, items: list[dict[str, Any]] | str
-) -> tuple[dict[str, float], int]:
-    """A task's metrics, and the number of items (of tokens, for perplexity) that they were read on.
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    *,
+    items: list[dict[str, Any]] | str,
+    chat: bool = False,
+    exact: bool = True,
+) -> Evaluation:
+    """A task's metrics over its items.
 
     Args:
         items: what `read_items` returned for this task.
+        chat: ask triviaqa's questions through the chat template, without a prompt around them.
+        exact: in the model's own precision; else in bfloat16 autocast where the device is fast at it.
 
     Raises:
-        ValueError: a text of fewer than two tokens.
+        ValueError: a text of fewer than two tokens, or `chat` where it does not apply.
     """
+    if chat and task != "triviaqa":
+        raise ValueError(f"chat: task {task} has one way to ask; leave it out, or use it with triviaqa")
     if isinstance(items, str):
         # a whole book is longer than the context: the probe reads it in windows
         ids = torch.tensor(
             tokenizer(items, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long
         )
-        return {"perplexity": perplexity(model, ids)}, len(ids)
-    if _PROBES[task] == "recall":
-        answers = recall(model, tokenizer, items, max_new_tokens=_MAX_NEW_TOKENS[task])
-        return {"recall": answers.share}, len(items)
-    scores = multiple_choice(model, tokenizer, items)
-    return {name: scores[name] for name in ("acc_sum", "acc_mean")}, len(items)
+        return Evaluation({"ppl": perplexity(model, ids, exact=exact)}, len(ids))
+    if task == "triviaqa":
+        correct = _triviaqa(model, tokenizer, items, chat, exact)
+        return Evaluation({"contains_acc": sum(correct) / len(correct)}, len(items), correct)
+    if KINDS[task] == "recall":
+        answers = recall(model, tokenizer, items, exact=exact)
+        return Evaluation({"contains_acc": answers.share}, len(items), answers.correct)
+    form: dict[str, Any] = {"tokens": medmcqa_tokens} if task == "medmcqa" else {}
+    found = multiple_choice(model, tokenizer, items, exact=exact, **form)
+    return Evaluation({"acc": found.share, "acc_sum": found.share_by_sum}, len(items), found.correct)
 
 
-def read_items(
-    task: str, data: str | Path | None = None, *, limit: int | None = None
-) -> list[dict[str, Any]] | str:
-    """What a task asks: its items, or one text for perplexity; from a file, or from the Hub.
+def medmcqa_prompt(item: dict[str, Any]) -> str:
+    """The paper's prompt, up to `Answer:`."""
+    return "\n".join(["Medical exam question:", f"Question: {item['question']}", *_lettered(item), "Answer:"])
 
-    Args:
-        limit: at most so many items; of a text, so many paragraphs.
 
-    Raises:
-        ValueError: an unknown task, a bad limit, data that is missing, empty or of another form, or no Hub.
+def medmcqa_text(item: dict[str, Any]) -> str:
+    """The paper's training text: prompt, right option, and the explanation where there is one.
+
+    For `{"text": ...}` records; the loss is on all of it.
     """
-    if task not in _PROBES:
-        raise ValueError(f"task {task!r} is unknown; use one of {', '.join(TASKS)}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} is too small; give at least 1, or leave it out")
-    probe = _PROBES[task]
-    if probe == "perplexity":
-        return _text(task, data, limit)
-    places, records = _from_hub(task) if data is None else read_jsonl(Path(data).expanduser())
-    pairs = list(zip(places, records, strict=True))[:limit]
-    if not pairs:
-        raise ValueError(f"data is empty ({data}); give at least one item")
-    if probe == "recall":
-        return [_question(record, place) for place, record in pairs]
-    return read_records([_choices(record, place) for place, record in pairs])
+    explanation = item.get("explanation")
+    told = f"\nExplanation: {explanation}" if explanation else ""
+    return f"{medmcqa_prompt(item)} {_lettered(item)[item['answer']]}{told}"
 
 
-def _text(task: str, data: str | Path | None, limit: int | None) -> str:
-    if data is not None and Path(data).suffix != ".jsonl":
-        try:
-            text = Path(data).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"data file {str(data)!r} cannot be read as text ({error}); give a text file"
-            ) from error
-        paragraphs = [text] if limit is None else text.split("\n\n")
+def medmcqa_tokens(item: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+    """Token ids of the prompt and of ` A. text` to ` D. text`, split as lm-evaluation-harness does."""
+    return split_tokens(tokenizer, medmcqa_prompt(item), [f" {option}" for option in _lettered(item)])
+
+
+def triviaqa_prompt(item: dict[str, Any]) -> str:
+    """`Question: ...\\nAnswer:` as in the paper, after the item's worked examples if it has any."""
+    worked = [f"Question: {one['question']}\nAnswer: {one['answer'][0]}" for one in item.get("examples", ())]
+    return "\n\n".join([*worked, f"Question: {item['question']}\nAnswer:"])
+
+
+def _triviaqa(model: Any, tokenizer: Any, items: list[dict], chat: bool, exact: bool) -> list[bool]:
+    """Whether a normalised alias is contained in the greedy answer, be it within a word."""
+    worked = any("examples" in item for item in items)
+    if chat and worked:
+        raise ValueError("chat: asks the question alone, without worked examples; leave out num_fewshot")
+    if chat and not tokenizer.chat_template:
+        raise ValueError("chat: needs a chat template and the tokenizer has none; leave it out")
+    if chat:
+        prompts = [prompt_ids(item["question"], tokenizer) for item in items]
     else:
-        records = _from_hub(task)[1] if data is None else read_records(data)
-        if "text" not in records[0]:
-            raise ValueError(
-                f"{data}, line 1: record without text; task {task} reads a text file or JSONL of text"
-            )
-        # as the published perplexities of WikiText are read
-        paragraphs = [record["text"].strip() for record in records if record["text"].strip()]
-    text = "\n\n".join(paragraphs[:limit])
-    if not text.strip():
-        raise ValueError(f"data is empty ({data}); give a text to read")
-    return text
+        prompts = [tokenizer(triviaqa_prompt(item)).input_ids for item in items]
+    # after worked examples a model goes on with questions of its own
+    stop = "\n" if worked else None
+    texts = complete(model, tokenizer, prompts, max_new_tokens=TRIVIAQA_TOKENS, stop=stop, exact=exact)
+    return [contains(text, item["answer"]) for text, item in zip(texts, items, strict=True)]
 
 
-def _question(record: Any, place: str) -> dict[str, Any]:
-    question = record.get("question") if isinstance(record, dict) else None
-    answer = record.get("answer", record.get("answers")) if isinstance(record, dict) else None
-    if isinstance(answer, dict):
-        answer = answer.get("aliases")
-    texts = [answer] if isinstance(answer, str) else answer
-    if not isinstance(question, str) or not isinstance(texts, list) or not texts:
-        raise ValueError(
-            f"{place}: not an item of this task; give question and answer, a text or a list of texts"
-        )
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"{place}: an answer is empty or no text; give texts")
-    return {"question": question, "answer": texts}
-
-
-def _choices(record: Any, place: str) -> dict[str, Any]:
-    if isinstance(record, dict) and "cop" in record:
-        options = [record.get(key) for key in ("opa", "opb", "opc", "opd")]
-        record = {"question": record.get("question"), "choices": options, "answer": record["cop"]}
-    try:
-        (item,) = read_records([record])
-    except ValueError as error:
-        raise ValueError(f"{place}: {str(error).removeprefix('data record 1: ')}") from None
-    if "choices" not in item:
-        raise ValueError(f"{place}: not an item of this task; give question, choices and answer")
-    return item
-
-
-def _from_hub(task: str) -> tuple[list[str], list[Any]]:
-    if task not in _HUB:
-        raise ValueError(f"task {task} needs data; name a file with --data FILE")
-    name, config, split = _HUB[task]
-    import datasets
-
-    try:
-        records = list(datasets.load_dataset(name, config, split=split))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name} cannot be loaded from the Hub ({error}); name a file of your own with --data FILE"
-        ) from error
-    return [f"{name} {split}, item {number}" for number in range(1, len(records) + 1)], records
+def _lettered(item: dict[str, Any]) -> list[str]:
+    return [f"{letter}. {choice}" for letter, choice in zip("ABCD", item["choices"], strict=True)]

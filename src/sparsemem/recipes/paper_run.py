@@ -151,6 +151,6 @@ def _training_items(settings: PaperSettings, files: Mapping[str, list[Path]] | N
 
     sources = [None] if files is None else files["train"]
     split = "train" if files is None else None
-    items = [item for source in sources for item in read_items("medmcqa", source, split=split)]
+    items: list[Any] = [item for source in sources for item in read_items("medmcqa", source, split=split)]
     single = [item for item in items if item.get("choice_type", "single") == "single"]
     return single[: settings.train_items]
