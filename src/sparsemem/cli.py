@@ -17,6 +17,7 @@ import click
 RECIPES = ("demo",)
 METHODS = ("smf", "smf-open", "lora", "full")
 TASKS = ("recall", "multiple-choice", "perplexity", "medmcqa", "wikitext", "triviaqa")
+DTYPES = ("float32", "bfloat16", "autocast")
 RULES = ("kl", "tfidf", "tf", "grad", "random")
 NUM_SHOWN = 3
 
@@ -221,27 +222,34 @@ def train(model: str, data: str, out: Path, method: str, resume: bool, as_json: 
 
 @main.command("eval")
 @click.argument("model", metavar="MODEL|ADAPTER")
-@click.option("--task", type=click.Choice(TASKS), required=True)
+@click.option(
+    "--task", metavar="NAME|FILE.yaml", required=True, help=f"{', '.join(TASKS)}, or the harness's."
+)
 @click.option(
     "--data", type=click.Path(), metavar="FILE", help="The task's items; a benchmark's from the Hub."
 )
-@click.option("--limit", type=click.IntRange(1), help="At most so many items; of a text, paragraphs.")
+@click.option(
+    "--limit", type=click.IntRange(1), help="At most so many items; of a text, paragraphs or lines."
+)
+@click.option("--num-fewshot", type=click.IntRange(0), help="Worked examples before each question.")
+@click.option("--chat", is_flag=True, help="Ask through the model's chat template.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
 @as_json
-def evaluate(model: str, task: str, data: str | None, limit: int | None, as_json: bool) -> None:
-    """Read off what MODEL or ADAPTER knows: recall, multiple choice by likelihood, or perplexity."""
-    from .tasks import evaluate, read_items
+def evaluate(model: str, task: str, data: str | None, as_json: bool, **options: Any) -> None:
+    """Read off what MODEL or ADAPTER knows, and beside an ADAPTER's what its base knew.
 
-    items = read_items(task, data, limit=limit)
-    from .models import load
+    Tasks of lm-evaluation-harness need the extra `eval`.
+    """
+    from .evaluation import evaluate_named
 
-    metrics, n = evaluate(*load(model), task, items=items)
+    found = evaluate_named(model, task, data, **options)
     if as_json:
-        click.echo(json.dumps({"task": task, "metrics": metrics, "n": n, "model": model}))
+        click.echo(json.dumps(found))
         return
-    unit = "tokens" if isinstance(items, str) else "items"
-    click.echo(
-        f"{task}: {', '.join(f'{name} {value:.4f}' for name, value in metrics.items())} ({n:,} {unit})"
-    )
+    base = {name: f" (base {value:.4f})" for name, value in found.get("base", {}).items()}
+    shown = [f"{name} {value:.4f}{base.get(name, '')}" for name, value in found["metrics"].items()]
+    unit = "tokens" if "ppl" in found["metrics"] else "items"
+    click.echo(f"{task}: {', '.join(shown)}, {found['n']:,} {unit}")
 
 
 @main.group()
