@@ -1,5 +1,8 @@
 """A small byte-level tokenizer with a chat template, and tiny random models that go with it."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -56,6 +59,16 @@ def model(tiny_llama):
 def background(model):
     """What the memory of `model` was calibrated on."""
     return calibrate(model, [batch(seed) for seed in range(8)])
+
+
+@pytest.fixture
+def shared_data():
+    """Folder of real data that is not part of the project."""
+    beside = Path(__file__).parents[1] / ".." / "shared" / "data"
+    folder = Path(os.environ.get("SPARSEMEM_SHARED_DATA") or beside)
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}; set SPARSEMEM_SHARED_DATA to its folder")
+    return folder
 
 
 @pytest.fixture(autouse=True)

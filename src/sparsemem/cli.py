@@ -17,6 +17,7 @@ import click
 RECIPES = ("demo", "medical", "paper")
 METHODS = ("smf", "smf-open", "lora", "full")
 TASKS = ("recall", "multiple-choice", "perplexity", "medmcqa", "wikitext", "triviaqa")
+DTYPES = ("float32", "bfloat16", "autocast")
 MODES = ("additive", "replacement")
 TRAINABLE = ("values", "values+scale", "memory")
 RULES = ("kl", "tfidf", "tf", "grad", "random")
@@ -287,34 +288,41 @@ def train(
 
 @main.command("eval")
 @click.argument("model", metavar="MODEL|ADAPTER")
-@click.option("--task", type=click.Choice(TASKS), required=True)
+@click.option(
+    "--task", metavar="NAME|FILE.yaml", required=True, help=f"{', '.join(TASKS)}, or the harness's."
+)
 @click.option(
     "--data", type=click.Path(), metavar="FILE", help="The task's items; a benchmark's from the Hub."
 )
-@click.option("--limit", type=click.IntRange(1), help="At most so many items; of a text, paragraphs.")
+@click.option(
+    "--limit", type=click.IntRange(1), help="At most so many items; of a text, paragraphs or lines."
+)
+@click.option("--num-fewshot", type=click.IntRange(0), help="Worked examples before each question.")
+@click.option("--chat", is_flag=True, help="Ask through the model's chat template.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
 @click.option("--record", is_flag=True, help="Keep the result in ADAPTER's evaluations.json and model card.")
 @as_json
-def evaluate(model: str, task: str, data: str | None, limit: int | None, record: bool, as_json: bool) -> None:
-    """Read off what MODEL or ADAPTER knows: recall, multiple choice by likelihood, or perplexity."""
+def evaluate(model: str, task: str, data: str | None, record: bool, as_json: bool, **options: Any) -> None:
+    """Read off what MODEL or ADAPTER knows, and beside an ADAPTER's what its base knew.
+
+    Tasks of lm-evaluation-harness need the extra `eval`.
+    """
     from . import folders
-    from .tasks import evaluate, read_items
+    from .evaluation import evaluate_named
 
     if record:
         folders.check_made(Path(model))
-
-    items = read_items(task, data, limit=limit)
-    from .models import load
-
-    metrics, n = evaluate(*load(model), task, items=items)
+    found = evaluate_named(model, task, data, **options)
     if record:
-        folders.record(Path(model), {"task": task, "data": data, "limit": limit, "metrics": metrics, "n": n})
+        asked = {key: value for key, value in {"data": data, **options}.items() if value}
+        folders.record(Path(model), {**asked, **{key: found[key] for key in found if key != "model"}})
     if as_json:
-        click.echo(json.dumps({"task": task, "metrics": metrics, "n": n, "model": model}))
+        click.echo(json.dumps(found))
         return
-    unit = "tokens" if isinstance(items, str) else "items"
-    click.echo(
-        f"{task}: {', '.join(f'{name} {value:.4f}' for name, value in metrics.items())} ({n:,} {unit})"
-    )
+    base = {name: f" (base {value:.4f})" for name, value in found.get("base", {}).items()}
+    shown = [f"{name} {value:.4f}{base.get(name, '')}" for name, value in found["metrics"].items()]
+    unit = "tokens" if "ppl" in found["metrics"] else "items"
+    click.echo(f"{task}: {', '.join(shown)}, {found['n']:,} {unit}")
 
 
 @main.command()
