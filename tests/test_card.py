@@ -122,7 +122,7 @@ def test_the_hub_reads_the_front_matter(home, trained):
     (result,) = data.eval_results
     assert (result.dataset_name, result.metric_type, result.metric_value) == (
         "questions.jsonl",
-        "recall",
+        "contains_acc",
         0.0,
     )
     config = json.loads((trained / "adapter_config.json").read_text())
@@ -146,7 +146,7 @@ def test_recorded_results_replace_those_of_the_same_question(home, trained):
     for options in ((), (), ("--limit", 1)):
         record(home, trained, *options)
     entries = json.loads((trained / "evaluations.json").read_text())
-    assert [(entry["task"], entry["limit"], entry["n"]) for entry in entries] == [
+    assert [(entry["task"], entry.get("limit"), entry["n"]) for entry in entries] == [
         ("recall", None, 2),
         ("recall", 1, 1),
     ]
@@ -155,8 +155,8 @@ def test_recorded_results_replace_those_of_the_same_question(home, trained):
     card = (trained / "README.md").read_text()
     date = entries[0]["date"]
     assert rows(card, "recall") == [
-        ["recall", "questions.jsonl", "recall", "0", "–", "2", date],
-        ["recall (limit 1)", "questions.jsonl", "recall", "0", "–", "1", date],
+        ["recall", "questions.jsonl", "contains_acc", "0", "0", "2", date],
+        ["recall (limit 1)", "questions.jsonl", "contains_acc", "0", "0", "1", date],
     ]
     assert rows(card, "wikitext")[0] == ["wikitext", "wikitext", "perplexity", "7.5", "7.25", "1,000", date]
     assert "Exposure on wikitext is the share" in card

@@ -314,7 +314,11 @@ def evaluate(model: str, task: str, data: str | None, record: bool, as_json: boo
         folders.check_made(Path(model))
     found = evaluate_named(model, task, data, **options)
     if record:
-        asked = {key: value for key, value in {"data": data, **options}.items() if value}
+        asked = {
+            key: value
+            for key, value in {"data": data, **options}.items()
+            if value not in (None, False, "float32")
+        }
         folders.record(Path(model), {**asked, **{key: found[key] for key in found if key != "model"}})
     if as_json:
         click.echo(json.dumps(found))
