@@ -29,6 +29,7 @@ QUESTIONS = [{"question": "What is it?", "answer": "zyx"}, {"question": "Who?", 
 CHOICES = [{"question": "Which?", "choices": ["a", "b"], "answer": 1}]
 ALIASES = [{"question": "Who?", "answer": {"aliases": ["zyx"], "value": "zyx"}}]
 MEDMCQA = [{"question": "Which?", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 2, "exp": None}]
+FOUR = [{"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 2}]
 PROSE = [{"text": "A line of prose."}, {"text": " \n"}, {"text": "Another one."}]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -187,7 +188,9 @@ def test_train_a_raw_model(tiny, data, tmp_path, method):
     answers = done(
         "eval", out, "--task", "recall", "--data", write_lines(tmp_path / "q.jsonl", QUESTIONS), "--json"
     )
-    assert json.loads(answers) == {"task": "recall", "metrics": {"recall": 0.0}, "n": 2, "model": str(out)}
+    found = json.loads(answers)
+    expected = {"task": "recall", "metrics": {"contains_acc": 0.0}, "n": 2, "model": str(out)}
+    assert found == (expected | {"base": {"contains_acc": 0.0}} if method == "lora" else expected)
 
 
 def test_a_gguf_file_at_a_relative_path_is_a_base_like_any_other(data, tmp_path, tokenizer, monkeypatch):
@@ -233,19 +236,75 @@ def test_patch_revert_and_apply_give_the_bytes_back(grafted, trained, tmp_path):
 @pytest.mark.parametrize(
     ("task", "items", "metrics", "n"),
     [
-        ("recall", QUESTIONS, {"recall"}, 2),
-        ("triviaqa", ALIASES, {"recall"}, 1),
-        ("multiple-choice", CHOICES * 3, {"acc_sum", "acc_mean"}, 3),
-        ("medmcqa", MEDMCQA, {"acc_sum", "acc_mean"}, 1),
-        ("wikitext", PROSE, {"perplexity"}, None),
-        ("perplexity", PROSE, {"perplexity"}, None),
+        ("recall", QUESTIONS, {"contains_acc"}, 2),
+        ("triviaqa", ALIASES, {"contains_acc"}, 1),
+        ("multiple-choice", CHOICES * 3, {"acc", "acc_sum"}, 3),
+        ("medmcqa", MEDMCQA, {"acc", "acc_sum"}, 1),
+        ("medmcqa", FOUR, {"acc", "acc_sum"}, 1),
+        ("wikitext", PROSE, {"ppl"}, None),
+        ("perplexity", PROSE, {"ppl"}, None),
     ],
 )
-def test_eval_prints_one_json_object(trained, tmp_path, task, items, metrics, n):
+def test_eval_prints_one_json_object(tiny, trained, tmp_path, task, items, metrics, n):
     file = write_lines(tmp_path / "items.jsonl", items)
     result = json.loads(done("eval", trained, "--task", task, "--data", file, "--json"))
+    assert list(result) == ["task", "metrics", "n", "model", "base"]
     assert (result["task"], set(result["metrics"]), result["model"]) == (task, metrics, str(trained))
     assert n is None or result["n"] == n
+    alone = json.loads(done("eval", tiny, "--task", task, "--data", file, "--json"))
+    assert list(alone) == ["task", "metrics", "n", "model"]
+    assert alone["metrics"] == pytest.approx(result["base"], rel=1e-6)
+
+
+def test_eval_in_another_precision_is_another_number(tiny, tmp_path):
+    file = write_lines(tmp_path / "items.jsonl", PROSE)
+    exact, rounded = (
+        json.loads(done("eval", tiny, "--task", "perplexity", "--data", file, "--dtype", dtype, "--json"))
+        for dtype in ("float32", "bfloat16")
+    )
+    assert exact["metrics"] != rounded["metrics"]
+    assert exact["metrics"]["ppl"] == pytest.approx(rounded["metrics"]["ppl"], rel=0.02)
+
+
+def test_eval_asks_triviaqa_with_examples_or_through_the_chat_template(tiny, tmp_path):
+    file = write_lines(tmp_path / "items.jsonl", [{"question": f"Who {n}?", "answer": "x"} for n in range(5)])
+    ask = ("eval", tiny, "--task", "triviaqa", "--data", file, "--json")
+    assert json.loads(done(*ask, "--num-fewshot", 2))["n"] == 3
+    assert json.loads(done(*ask, "--chat"))["n"] == 5
+
+
+def test_eval_runs_a_task_of_the_harness(trained, tmp_path):
+    pytest.importorskip("lm_eval")
+    definition = {
+        "task": "which",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(write_lines(tmp_path / "d.json", CHOICES * 3))}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    task = tmp_path / "which.yaml"
+    task.write_text(json.dumps(definition))
+    # in its own process: what the harness prints must not reach stdout
+    with process(
+        "eval",
+        trained,
+        "--task",
+        task,
+        "--limit",
+        2,
+        "--json",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as running:
+        text, errors = running.communicate()
+    assert running.returncode == 0, errors
+    found = json.loads(text)
+    assert (found["task"], found["n"], set(found["metrics"])) == (str(task), 2, {"acc"})
+    assert set(found["base"]) == {"acc"}
 
 
 def test_eval_reads_plain_text_and_keeps_to_a_limit(tiny, tmp_path):
@@ -263,9 +322,11 @@ def test_eval_reads_plain_text_and_keeps_to_a_limit(tiny, tmp_path):
     )
 
 
-def test_eval_prints_a_line_for_readers(tiny, tmp_path):
+def test_eval_prints_a_line_for_readers(tiny, trained, tmp_path):
     file = write_lines(tmp_path / "items.jsonl", QUESTIONS)
-    assert done("eval", tiny, "--task", "recall", "--data", file) == "recall: recall 0.0000 (2 items)\n"
+    assert done("eval", tiny, "--task", "recall", "--data", file) == "recall: contains_acc 0.0000, 2 items\n"
+    text = done("eval", trained, "--task", "recall", "--data", file)
+    assert text == "recall: contains_acc 0.0000 (base 0.0000), 2 items\n"
 
 
 def test_eval_says_when_the_hub_cannot_be_reached(tiny, monkeypatch):
@@ -275,7 +336,9 @@ def test_eval_says_when_the_hub_cannot_be_reached(tiny, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     result = invoke("eval", tiny, "--task", "medmcqa")
     assert result.exit_code == 2
-    assert "cannot be loaded from the Hub (no network); name a file" in result.stderr
+    sentence = result.stderr.splitlines()[-1]
+    assert "openlifescienceai/medmcqa cannot be loaded from the Hub (no network); put its split" in sentence
+    assert '--data FILE: {"question", "choices", "answer"} per line' in sentence
 
 
 BAD = {
@@ -299,14 +362,28 @@ BAD = {
     "num_keys": ("graft TINY --background general --out OUT --num-keys 1", "num_keys=1"),
     "two problems": ("graft TINY --background general --out OUT --num-keys 1 --top-k 0", "top_k=0"),
     "background": ("graft TINY --background empty --out OUT", "data is empty"),
-    "task": ("eval TINY --task chess", "'chess' is not one of"),
+    "task file": ("eval TINY --task chess.yaml", "task file 'chess.yaml' is not there"),
+    "task and data": ("eval TINY --task chess --data taught", "leave out --data"),
+    "missing file": ("eval TINY --task medmcqa --data nothing.jsonl", "'nothing.jsonl' cannot be read"),
+    "three choices": ("eval TINY --task medmcqa --data three", "three.jsonl, line 2: 3 choices"),
+    "no option": ("eval TINY --task medmcqa --data opd", "opd.jsonl, line 2: no column opd"),
+    "empty option": ("eval TINY --task medmcqa --data blank", "blank.jsonl, line 2: option B is ' '"),
+    "index": ("eval TINY --task medmcqa --data index", "index.jsonl, line 2: answer=4 is outside 0-3"),
+    "few shot": ("eval TINY --task medmcqa --data four --num-fewshot 1", "num_fewshot=1"),
+    "all shot": ("eval TINY --task triviaqa --data asked --num-fewshot 2", "leaves none of the 2 items"),
+    "chat": ("eval TINY --task medmcqa --data four --chat", "chat: task medmcqa"),
+    "chat and shots": (
+        "eval TINY --task triviaqa --data asked --chat --num-fewshot 1",
+        "leave out num_fewshot",
+    ),
+    "dtype": ("eval TINY --task recall --data asked --dtype float8", "'float8' is not one of"),
     "task data": ("eval TINY --task recall", "needs data"),
     "task form": ("eval TINY --task recall --data taught", "taught.jsonl, line 1: not an item"),
-    "choice form": ("eval TINY --task medmcqa --data taught", "taught.jsonl, line 1: not an item"),
+    "choice form": ("eval TINY --task medmcqa --data taught", "line 1: no column question, opa"),
     "text form": ("eval TINY --task wikitext --data taught", "record without text"),
     "empty items": ("eval TINY --task recall --data empty", "data is empty"),
     "seeds": ("compare demo --seeds 1,two --out OUT", "whole numbers"),
-    "recipe": ("compare cake --out OUT", "'cake' is not 'demo'"),
+    "recipe": ("compare cake --out OUT", "'cake' is not one of 'demo', 'medical', 'paper'"),
     "recipe data": ("compare demo --data-dir . --out OUT", "brings its own data"),
     "recipe method": ("compare demo --methods smf,dora --out OUT", "'dora' is unknown"),
     "recipe dry run as JSON": ("compare demo --dry-run --json --out OUT", "a dry run has no results"),
@@ -322,6 +399,9 @@ BAD = {
 def test_bad_input_is_one_sentence_and_leaves_nothing(name, tiny, grafted, trained, data, tmp_path):
     words, expected = BAD[name]
     files = {"taught": TAUGHT, "general": GENERAL, "empty": [], "mixed": [*GENERAL, *TAUGHT]}
+    files |= {"four": FOUR, "asked": QUESTIONS, "three": [*FOUR, {**FOUR[0], "choices": ["a", "b", "c"]}]}
+    files |= {"opd": [*MEDMCQA, {key: value for key, value in MEDMCQA[0].items() if key != "opd"}]}
+    files |= {"blank": [*MEDMCQA, {**MEDMCQA[0], "opb": " "}], "index": [*MEDMCQA, {**MEDMCQA[0], "cop": 4}]}
     paths = {file: str(write_lines(tmp_path / f"{file}.jsonl", records)) for file, records in files.items()}
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     paths |= {"broken": str(tmp_path / "broken.jsonl"), "OUT": str(tmp_path / "out")}

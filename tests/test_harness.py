@@ -214,6 +214,27 @@ def test_an_adapter_is_seen_by_the_harness(tiny_llama, plain_tokenizer, tmp_path
         assert_parity(model, plain_tokenizer, path, records)
 
 
+def test_a_file_that_groups_tasks(tiny_llama, plain_tokenizer, tmp_path):
+    data = tmp_path / "data.json"
+    data.write_text("".join(json.dumps(record) + "\n" for record in questions(4)))
+    task = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": ["A", "B", "C", "D"],
+        "doc_to_target": "cop",
+        "metric_list": [{"metric": "acc"}],
+    }
+    inner = {"group": "inner", "task": [{**task, "task": "b"}], "aggregate_metric_list": [{"metric": "acc"}]}
+    path = tmp_path / "both.yaml"
+    path.write_text(f"group: both\ntask: {json.dumps([{**task, 'task': 'a'}, inner])}\n")
+    found = evaluate_harness(tiny_llama(), plain_tokenizer, find_task(str(path)))
+    assert set(found.metrics) == {"both::a/acc", "both::inner/acc", "both::inner::b/acc"}
+    assert (found.n, found.correct) == (8, None)
+
+
 def test_bad_tasks(tmp_path, tiny_llama, plain_tokenizer, monkeypatch):
     broken = tmp_path / "broken.yaml"
     broken.write_text("task: broken\ndataset_path: json\n")

@@ -42,7 +42,8 @@ def evaluate_named(
 
         if data is not None:
             raise ValueError(
-                f"data: {task!r} is not one of {', '.join(TASKS)}, and others name their own data"
+                f"data: task {task!r} is not one of {', '.join(TASKS)}, and the harness's tasks name their "
+                "own data; leave out --data"
             )
         run = partial(evaluate_harness, task=find_task(task), limit=limit, num_fewshot=num_fewshot, **options)
     loaded, tokenizer = load(model, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from .models import cache_without_hub, fast_bf16
 from .tasks import TASKS, Evaluation
@@ -39,16 +38,22 @@ def find_task(task: str) -> dict[str, Any]:
             '`pip install "sparsemem[eval]"`'
         ) from error
     with _quiet(), cache_without_hub():
-        # reading all of the harness's definitions takes seconds; a file that groups tasks by name needs them
-        alone = is_file and not re.search(r"^group:", file.read_text(encoding="utf-8"), re.MULTILINE)
-        manager = TaskManager(include_defaults=not alone)
+        # a group of tasks is known to the harness by its name alone, and its tasks are, too; reading all of
+        # the harness's definitions takes seconds
+        group = is_file and re.search(r"^group:\s*(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        manager = TaskManager(
+            include_path=str(file.parent) if group else None, include_defaults=bool(group) or not is_file
+        )
         if not is_file and task not in manager.all_tasks:
             raise ValueError(
                 f"task {task!r} is unknown; use one of {', '.join(TASKS)}, a task of lm-evaluation-harness "
                 "or a YAML file"
             )
         try:
-            return {"manager": manager, **manager.load([str(file) if is_file else task])}
+            return {
+                "manager": manager,
+                **manager.load([group[1] if group else str(file) if is_file else task]),
+            }
         # a definition is code and data of others: whatever it raises is what is wrong with it
         except Exception as error:
             raise ValueError(
@@ -85,20 +90,21 @@ def evaluate_harness(
 
     if chat and not tokenizer.chat_template:
         raise ValueError("chat: needs a chat template and the tokenizer has none; leave it out")
-    # the adapter's layers stand in the base model, which the harness knows how to call
-    whole = model.get_base_model() if isinstance(model, PeftModel) else model
-    parameter = next(whole.parameters())
+    parameter = next(model.parameters())
     rounded = not exact and parameter.dtype == torch.float32 and fast_bf16(parameter.device)
+    # both are decorated in ways that hide their arguments from a type checker
+    make: Any = HFLM
+    run: Any = simple_evaluate
     with _quiet():
-        language_model = HFLM(
-            pretrained=whole,
+        language_model = make(
+            pretrained=model,
             tokenizer=tokenizer,
             batch_size=BATCH_SIZE,
             mixed_precision_dtype="bfloat16" if rounded else None,
             softmax_dtype="float32",
         )
-        found = simple_evaluate(
-            language_model,
+        found = run(
+            model=language_model,
             tasks=_outermost(task),
             task_manager=task["manager"],
             limit=limit,
@@ -106,7 +112,6 @@ def evaluate_harness(
             apply_chat_template=chat,
             bootstrap_iters=0,
         )
-    assert found is not None
     metrics = {}
     for name, values in found["results"].items():
         prefix = "" if len(found["results"]) == 1 else f"{name}/"
@@ -131,7 +136,8 @@ def _correct(samples: dict[str, list[dict[str, Any]]]) -> list[bool] | None:
     if len(samples) != 1:
         return None
     (answered,) = samples.values()
-    if not all("acc" in one for one in answered):
+    # a task with several filters has several samples of an item
+    if not all("acc" in one for one in answered) or len({one["doc_id"] for one in answered}) < len(answered):
         return None
     return [bool(one["acc"]) for one in sorted(answered, key=lambda one: one["doc_id"])]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .data import prompt_ids
+from .data import choice_tokens, prompt_ids
 from .items import KINDS
 from .likelihood import split_tokens
 from .probes import complete, contains, multiple_choice, perplexity, recall
@@ -78,8 +78,8 @@ def evaluate(
     if KINDS[task] == "recall":
         answers = recall(model, tokenizer, items, exact=exact)
         return Evaluation({"contains_acc": answers.share}, len(items), answers.correct)
-    form: dict[str, Any] = {"tokens": medmcqa_tokens} if task == "medmcqa" else {}
-    found = multiple_choice(model, tokenizer, items, exact=exact, **form)
+    tokens = medmcqa_tokens if task == "medmcqa" else choice_tokens
+    found = multiple_choice(model, tokenizer, items, tokens=tokens, exact=exact)
     return Evaluation({"acc": found.share, "acc_sum": found.share_by_sum}, len(items), found.correct)
 
 
