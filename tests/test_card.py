@@ -155,8 +155,8 @@ def test_recorded_results_replace_those_of_the_same_question(home, trained):
     card = (trained / "README.md").read_text()
     date = entries[0]["date"]
     assert rows(card, "recall") == [
-        ["recall", "questions.jsonl", "contains_acc", "0", "0", "2", date],
-        ["recall (limit 1)", "questions.jsonl", "contains_acc", "0", "0", "1", date],
+        ["recall", "questions.jsonl", r"contains\_acc", "0", "0", "2", date],
+        ["recall (limit 1)", "questions.jsonl", r"contains\_acc", "0", "0", "1", date],
     ]
     assert rows(card, "wikitext")[0] == ["wikitext", "wikitext", "perplexity", "7.5", "7.25", "1,000", date]
     assert "Exposure on wikitext is the share" in card
