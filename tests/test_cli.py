@@ -13,7 +13,8 @@ import torch
 from click.testing import CliRunner
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsemem.cli import METHODS, MODES, MOMENTS, RULES, SCHEDULES, TASKS, TRAINABLE, main
+from sparsemem.cli import main
+from sparsemem.cli_options import METHODS, MODES, MOMENTS, RULES, SCHEDULES, TASKS, TRAINABLE
 from sparsemem.compare import Recipe
 from tiny import write_tiny_gguf
 
