@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -47,7 +48,9 @@ def done(*arguments):
 
 def process(*arguments, **options):
     command = [sys.executable, "-m", "sparsemem.cli", *map(str, arguments)]
-    return subprocess.Popen(command, env=ENVIRONMENT, text=True, **options)
+    # a shell's background job ignores interrupts, and so would what it starts
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, preexec_fn=heeds, **options)
 
 
 def write_lines(path, records):

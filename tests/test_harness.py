@@ -241,7 +241,6 @@ def test_bad_tasks(tmp_path, tiny_llama, plain_tokenizer, monkeypatch):
     for task, message in [
         (str(tmp_path / "none.yaml"), "is not there"),
         (str(broken), "cannot be loaded"),
-        ("chess_by_mail", "'chess_by_mail' is unknown"),
     ]:
         with pytest.raises(ValueError, match=message):
             find_task(task)
