@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from sparsemem.compare import environment
 from sparsemem.files import write_json
 from sparsemem.items import read_items
 from sparsemem.likelihood import log_probs
 from sparsemem.models import load_base
+from sparsemem.provenance import environment
 from sparsemem.tasks import medmcqa_tokens
 
 NUM_ITEMS, NUM_RUNS = 48, 3
