@@ -209,3 +209,10 @@ def test_a_killed_comparison_goes_on_where_it_stopped(tmp_path):
     subprocess.run([*command, "fast"], check=True)
     assert (tmp_path / "runs/smf-seed0/result.json").stat().st_mtime_ns == before
     assert [row["method"] for row in collect(tmp_path)["rows"]] == ["base", "smf", "lora"]
+
+
+def test_another_seed_with_other_settings_is_refused(tmp_path):
+    compare(make_recipe([]), out=tmp_path, seeds=(1, 2))
+    with pytest.raises(ValueError, match=r"smf-seed1 holds a run of other .*rate 0.1 there, 0.9"):
+        compare(make_recipe([], rate=0.9), out=tmp_path, seeds=(3,))
+    assert not (tmp_path / "runs" / "smf-seed3").exists()

@@ -31,6 +31,7 @@ def test_settings_are_changed_by_name():
     )
     assert made == Settings(3, 7, 1, "y z", True, Part(5), {"smf": 0.1})
     assert changed(Settings(), []) == Settings()
+    assert changed(Settings(), ["most=null"]).most is None
 
 
 @pytest.mark.parametrize(
@@ -38,10 +39,17 @@ def test_settings_are_changed_by_name():
     [
         ("steps", "not of the form NAME=VALUE"),
         ("stepps=3", "'stepps=3' is unknown; allowed are steps, most, rate"),
-        ("steps=0.5", "another type than its default 10"),
-        ("steps=true", "another type"),
-        ("on=1", "another type"),
-        ("part=3", "another type"),
+        ("steps=0.5", "does not fit its default 10; give its like"),
+        ("steps=true", "does not fit"),
+        ("on=1", "does not fit"),
+        ("steps=0", "does not fit"),
+        ("steps=null", "does not fit"),
+        ("most=1.5", "does not fit"),
+        ("most=x", "does not fit"),
+        ("rate=NaN", "does not fit"),
+        ("rate=-1", "does not fit"),
+        ('lr={"sgd": 1}', "does not fit"),
+        ("part=3", "does not fit"),
         ("part.length=3", "unknown; allowed are size"),
         ("steps.size=3", "allowed are nothing within it"),
         ("lr.sgd=1", "unknown; allowed are smf"),

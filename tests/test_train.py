@@ -75,6 +75,17 @@ def test_stopped_and_resumed_is_never_stopped(teach, tmp_path, method, stop):
     assert resumed.loss == whole.loss
 
 
+@pytest.mark.parametrize("method", ["smf", "lora", "full"])
+def test_a_finished_run_is_not_trained_on(teach, tmp_path, method):
+    """Three steps are an epoch, so that four and seven end within one."""
+    for last in (4, 6, 7):
+        folder = tmp_path / str(last)
+        whole = teach(method, max_steps=last, output_dir=folder)
+        again = teach(method, max_steps=last, output_dir=folder, resume=True)
+        assert (again.steps, again.loss) == (last, whole.loss)
+        assert same(state(again.model), state(whole.model))
+
+
 @pytest.mark.parametrize("rule", ["random", "kl"])
 def test_resume_restores_what_the_selection_needs(teach, tmp_path, rule):
     options = {"rule": rule, "top_t": 4}

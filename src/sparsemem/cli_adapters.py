@@ -180,7 +180,7 @@ def evaluate(model: str, task: str, data: str | None, record: bool, as_json: boo
         asked = {
             key: value
             for key, value in {"data": data, **options}.items()
-            if value not in (None, False, "float32")
+            if value is not None and value is not False and value != DTYPES[0]
         }
         folders.record(Path(model), {**asked, **{key: found[key] for key in found if key != "model"}})
     if as_json:

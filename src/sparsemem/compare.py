@@ -86,8 +86,12 @@ def compare(
     runs = _planned(recipe, methods, seeds)
     folders = {run: out / "runs" / run_name(*run) for run in runs}
     # all folders are looked at before anything runs: a refusal must not come after minutes of work
-    for run, folder in folders.items():
-        if changes := _changes(folder, _config(recipe, *run)):
+    for run, own in folders.items():
+        # other seeds of the method as well, for they will share a row
+        for folder in (own, *sorted(out.glob(f"runs/{run[0]}-seed*"))):
+            changes = _changes(folder, _config(recipe, *run), seeds_may_differ=folder != own)
+            if not changes:
+                continue
             advice = "choose another output folder or delete that one"
             raise ValueError(f"{folder} holds a run of other settings ({changes}); {advice}")
     clock = _Clock(recipe, [run for run in runs if not _finished(folders[run])], progress)
@@ -162,10 +166,17 @@ def _config(recipe: Recipe, method: str, seed: int | None) -> dict[str, Any]:
     return json.loads(json.dumps({**config, "settings": recipe.settings(method, seed)}))
 
 
-def _changes(folder: Path, config: dict[str, Any]) -> str:
+def _changes(folder: Path, config: dict[str, Any], *, seeds_may_differ: bool = False) -> str:
     """How the run that the folder holds differs from this one, in words; empty where none does."""
     path = folder / "config.json"
-    return differences(read_json(path), config) if path.exists() else ""
+    if not path.exists():
+        return ""
+    held = read_json(path)
+    if seeds_may_differ:
+        held, config = (
+            {**one, "seed": None, "settings": {**one["settings"], "seed": None}} for one in (held, config)
+        )
+    return differences(held, config)
 
 
 def _finished(folder: Path) -> bool:

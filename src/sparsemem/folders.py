@@ -97,12 +97,13 @@ def graft(
     from .retrofit import dense_retrofit, general_records
 
     records = general_records(source)
-    settings = {"model": name, "background": source, "records": _digest(records), "retrofit": retrofit}
-    settings |= {"seed": seed, "max_length": max_length, "memory": memory, **(options or {})}
+    settings = {"model": _absolute(name), "background": public_data(source), "records": _digest(records)}
+    settings |= {"retrofit": retrofit, "seed": seed, "max_length": max_length, "memory": memory}
+    settings |= options or {}
     if resume and (out / METRICS_FILE).exists():
         made = read_json(out / METRICS_FILE)
         _refuse_other_settings(out, made["settings"], settings)
-        return made
+        return {"out": str(out), **made}
     refuse_existing(out)
     base, tokenizer = load_base(_absolute(name))
     max_length = min(max_length, getattr(base.config, "max_position_embeddings", None) or max_length)
@@ -111,7 +112,7 @@ def graft(
     set_seed(seed)
     model: Any = get_peft_model(base, config)
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    made: dict[str, Any] = {"out": str(out), "tokens": sum(len(one["input_ids"]) for one in examples)}
+    made: dict[str, Any] = {"tokens": sum(len(one["input_ids"]) for one in examples)}
     with _checkpoints(out, settings, resume) if retrofit == "dense" else nullcontext() as checkpoints:
         if checkpoints is None:
             background = calibrate(model, batches(examples, BATCH_SIZE, pad), seed=seed)
@@ -130,7 +131,7 @@ def graft(
             write_card(part, out.name)
         if checkpoints is not None:
             shutil.rmtree(checkpoints)
-    return made
+    return {"out": str(out), **made}
 
 
 def train(

@@ -28,6 +28,7 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -209,7 +210,16 @@ def finetune(
         if not arguments.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(Progress)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints) if resume else None)
+        checkpoint = _last_checkpoint(checkpoints) if resume else None
+        reached = (
+            None if checkpoint is None else TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        )
+        if checkpoint and reached and reached.global_step >= (max_steps or epochs * steps_per_epoch):
+            # Trainer would look at the number of steps only after one more
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = reached
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
         history = trainer.state.log_history
         if held_out is not None and _last(history, "eval_loss")["step"] < trainer.state.global_step:
             trainer.evaluate()

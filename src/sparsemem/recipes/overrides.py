@@ -1,6 +1,7 @@
 """Changing a recipe's settings by name: `max_steps=40`, `lr.smf=0.3`."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -31,7 +32,7 @@ def _put(part: Any, path: Sequence[str], value: Any, assignment: str) -> Any:
     if len(path) > 1:
         value = _put(before, path[1:], value, assignment)
     elif not _fits(value, before):
-        raise ValueError(f"setting {assignment!r} is of another type than its default {before!r}")
+        raise ValueError(f"setting {assignment!r} does not fit its default {before!r}; give its like")
     if is_dataclass(part):
         return replace(part, **{path[0]: value})  # type: ignore[type-var]
     return {**own, path[0]: value}
@@ -45,10 +46,13 @@ def _value(text: str) -> Any:
 
 
 def _fits(value: Any, before: Any) -> bool:
-    if value is None or before is None:
-        return isinstance(value, int | float | str | list | None)
-    if isinstance(before, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(before, tuple):
-        return isinstance(value, list)
-    return type(value) is type(before)
+    """Whether a value may stand for the default: its type; a number above 0, or 0 where the default is."""
+    if before is None:
+        return value is None or (type(value) is int and value > 0)
+    if isinstance(before, Mapping):
+        same = isinstance(value, Mapping) and value.keys() == before.keys()
+        return same and all(_fits(value[key], before[key]) for key in before)
+    if isinstance(before, bool) or not isinstance(before, int | float):
+        return isinstance(value, list) if isinstance(before, tuple) else type(value) is type(before)
+    number = isinstance(value, int) or (isinstance(before, float) and isinstance(value, float))
+    return number and not isinstance(value, bool) and (0 < value < math.inf or value == before == 0)

@@ -12,8 +12,10 @@
 The first three lines, base, lora and full are the paper's nine arms; the others are ours. Stage 1 is run once
 for additive and once for replacement, with seed 0, and shared by seeds and rules.
 
-Deviations from the paper: smf learns from the answer after the prompt, not from all of the text, since its
-scope is taken from supervised positions; and whatever `settings` of a run say.
+Deviations from the paper: weights are float32, with bfloat16 autocast where that is fast; the background of
+the calibrated arms is of batches of eight examples, not of one; stage 1 holds 5 % of its text out; smf learns
+from the answer after the prompt, not from all of the text, since its scope is taken from supervised
+positions; and whatever `settings` of a run say.
 
 Reference: 2605.03229, sections on both stages, baselines and evaluation.
 """
@@ -199,4 +201,7 @@ def _found(data_dir: Path, name: str) -> list[Path]:
     paths = sorted(data_dir.glob(pattern))
     if not paths:
         raise ValueError(f"data_dir {str(data_dir)!r} has no file {pattern}; put {content} there")
+    if len(paths) > 1 and name != "train":
+        several = ", ".join(path.name for path in paths)
+        raise ValueError(f"data_dir {str(data_dir)!r} has {several}; leave one of them there as {content}")
     return paths
