@@ -30,7 +30,7 @@ def plain_tokenizer():
     return make_tokenizer(None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_llama(tokenizer):
     """A factory of Llama models of four layers, random by seed."""
 
@@ -46,6 +46,15 @@ def tiny_llama(tokenizer):
         return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **settings, **ids)).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, tokenizer, tiny_llama):
+    """Folder of a random Llama of four layers and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama(max_position_embeddings=2048).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

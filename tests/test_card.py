@@ -54,18 +54,10 @@ def logits(folder):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, tokenizer):
+def home(tmp_path_factory, tiny):
     """A folder with a tiny model, data, a grafted and a trained adapter."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     home = tmp_path_factory.mktemp("home")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
-    tokens = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
-    LlamaForCausalLM(LlamaConfig(max_position_embeddings=256, **sizes, **tokens)).save_pretrained(
-        home / "tiny"
-    )
-    tokenizer.save_pretrained(home / "tiny")
+    shutil.copytree(tiny, home / "tiny")
     write_lines(home / "general.jsonl", GENERAL)
     write_lines(home / DATA, TAUGHT)
     write_lines(home / "questions.jsonl", QUESTIONS)

@@ -63,18 +63,6 @@ def weights(folder):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, tokenizer):
-    """Folder of a random Llama of four layers."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
-    tokens = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
-    LlamaForCausalLM(LlamaConfig(max_position_embeddings=256, **sizes, **tokens)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_lines(folder / "general.jsonl", GENERAL)
@@ -531,6 +519,7 @@ def test_chat_forgets_its_oldest_turns_when_the_context_is_full(tiny):
     from sparsemem.models import load
 
     model, tokenizer = load(str(tiny))
+    model.config.max_position_embeddings = 256
     seen = []
     forward = model.forward
     model.forward = lambda *args, **kwargs: (

@@ -3,8 +3,6 @@
 import json
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsemem.compare import compare
 from sparsemem.recipes.demo import (
@@ -16,7 +14,6 @@ from sparsemem.recipes.demo import (
     examples,
     method_settings,
     recipe,
-    stages,
 )
 
 SETTINGS = DemoSettings(
@@ -31,18 +28,12 @@ FIGURES = (
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, tokenizer):
-    folder, out = tmp_path_factory.mktemp("tiny"), tmp_path_factory.mktemp("demo")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
-    tokens = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
-    LlamaForCausalLM(LlamaConfig(max_position_embeddings=256, **sizes, **tokens)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def results(tmp_path_factory, tiny):
+    out = tmp_path_factory.mktemp("demo")
     said = []
-    made = compare(
-        recipe(model=str(folder), settings=SETTINGS), out=out, methods=METHODS, progress=said.append
-    )
-    assert len(said) == sum(len(stages(method)) for method in METHODS)
+    chosen = recipe(model=str(tiny), settings=SETTINGS)
+    made = compare(chosen, out=out, methods=METHODS, progress=said.append)
+    assert len(said) == sum(len(chosen.stages(method)) for method in METHODS)
     return {**made, "out": out}
 
 

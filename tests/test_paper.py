@@ -8,10 +8,9 @@ import sys
 import time
 
 import pytest
-import torch
 from click.testing import CliRunner
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import sparsemem  # noqa: F401 (registers the adapter type)
 from sparsemem.cli import main
@@ -21,17 +20,6 @@ SMALL = {
     "max_steps": 2, "batch_size": 2, "accumulation": 2, "warmup_steps": 1, "max_length": 128, "limit": 4,
     "stage1_max_steps": 2, "stage1_batch_size": 2, "top_t": 8, "smf_background": 4,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
-    tokens = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
-    LlamaForCausalLM(LlamaConfig(max_position_embeddings=2048, **sizes, **tokens)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

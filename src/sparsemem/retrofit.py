@@ -74,7 +74,7 @@ def dense_retrofit(
         validation=held_out,
         schedule="cosine",
         output_dir=checkpoints,
-        resume=resume and any(checkpoints.glob("checkpoint-*")),
+        resume=resume,
         seed=seed,
         **options,
     )

@@ -302,7 +302,8 @@ def _last_checkpoint(folder: str | Path) -> str | None:
         with suppress(OSError, json.JSONDecodeError):
             json.loads((path / "trainer_state.json").read_text())
             return str(path)
-    logger.warning("no whole checkpoint in %s: training begins from the start", folder)
+    if paths:
+        logger.warning("no whole checkpoint in %s: training begins from the start", folder)
     return None
 
 

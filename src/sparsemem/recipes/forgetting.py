@@ -1,8 +1,10 @@
-"""What recipes share: the background of what must stay, and what is read off prose that nobody taught."""
+"""What must stay: its background, and what is read off prose that nobody taught."""
 
 from typing import Any
 
+from ..compare import BASE
 from .questions import background_records, prose
+from .runs import MEMORY_METHODS
 
 
 def background(seed: int, tokenizer: Any, prose_tokens: int, piece_tokens: int) -> list[Any]:
@@ -20,10 +22,10 @@ def read_prose(
 
     probe = tokens(tokenizer, prose()[1], prose_tokens)
     figures = {"perplexity": perplexity(model, probe), "drift": 0.0}
-    if method != "base":
+    if method != BASE:
         untouched = load_base(base_name)[0] if method == "full" else None
         figures["drift"] = drift(model, untouched, probe)
-    if method in ("smf", "smf-open"):
+    if method in MEMORY_METHODS:
         pieces = [tokenizer.decode(piece) for piece in probe.split(piece_tokens)]
         figures["exposure"] = exposure(model, pieces, tokenizer)
     return figures

@@ -14,6 +14,7 @@ from ..compare import BASE, PARTIAL, Recipe
 from .chapters import chapter_items
 from .forgetting import background, read_prose
 from .questions import capital_items
+from .runs import MEMORY_METHODS, UNTRAINED, costs, keep_metrics, refuse_data_dir, spread, stages, told
 
 METHODS = (BASE, "smf", "smf-open", "lora", "full")
 
@@ -43,9 +44,8 @@ _ABOUT = (
     "categories that were not taught, was asked the capitals of real countries, and was given prose to read."
 )
 # expected seconds on two cores, for the time left
-_STAGES = {"load the model": 2, "ask for chapters": 50, "ask for capitals": 12, "read prose": 25}
+_PROBES = {"ask for chapters": 50, "ask for capitals": 12, "read prose": 25}
 _TEACHING_SECONDS = {"smf": 160, "smf-open": 200, "lora": 360, "full": 330}
-_NUM_EXAMPLES = 3
 
 
 def recipe(
@@ -56,8 +56,7 @@ def recipe(
     Raises:
         ValueError: for a `data_dir`, since the recipe brings its own data.
     """
-    if data_dir is not None:
-        raise ValueError(f"medical brings its own data, but data_dir is {str(data_dir)!r}; leave it out")
+    refuse_data_dir("medical", data_dir)
     chosen = settings or SETTINGS
     chosen = replace(chosen, model=model or chosen.model)
     return Recipe(
@@ -66,8 +65,8 @@ def recipe(
         about=_ABOUT.format(**asdict(chosen)),
         methods=METHODS,
         settings=lambda method, _seed: method_settings(chosen, method),
-        run=lambda method, seed, base, stage, folder: run(chosen, method, seed, base, stage, folder),
-        stages=lambda method: stages(method),
+        run=lambda method, seed, _base, stage, folder: run(chosen, method, seed, stage, folder),
+        stages=lambda method: stages(method, _PROBES, _TEACHING_SECONDS),
         learnt=("chapters",),
         lost=("perplexity", "capitals", "drift"),
         seeds=(0, 1, 2),
@@ -86,17 +85,10 @@ def method_settings(settings: MedicalSettings, method: str) -> dict[str, Any]:
     return kept if method == BASE else {**kept, "lr": rate}
 
 
-def stages(method: str) -> dict[str, float]:
-    """Stages of one run with their expected seconds."""
-    load, *probes = _STAGES.items()
-    return dict([load, *([] if method == BASE else [("teach", _TEACHING_SECONDS[method])]), *probes])
-
-
 def run(
     settings: MedicalSettings,
     method: str,
     seed: int | None,
-    base: dict[str, Any] | None,
     stage: Callable[[str], None],
     folder: Path,
 ) -> dict[str, Any]:
@@ -108,12 +100,10 @@ def run(
     stage("load the model")
     model, tokenizer = load_base(settings.model)
     taught, asked = chapter_items(settings.num_train, settings.num_test)
-    row: dict[str, Any] = {"loss": None, "steps": 0, "seconds": 0.0, "trained_params": 0, "peak_bytes": 0}
+    cost = UNTRAINED
     if method != BASE:
         stage("teach")
-        sparse = method in ("smf", "smf-open")
         kept = (seed or 0, tokenizer, settings.background_tokens, settings.piece_tokens)
-        checkpoints = folder / PARTIAL
         done = finetune(
             model,
             [_record(item) for item in taught],
@@ -123,11 +113,12 @@ def run(
             max_steps=settings.max_steps,
             batch_size=settings.batch_size,
             seed=seed or 0,
-            background=background(*kept) if sparse else None,
-            output_dir=checkpoints,
-            resume=any(checkpoints.glob("checkpoint-*")),
+            background=background(*kept) if method in MEMORY_METHODS else None,
+            output_dir=folder / PARTIAL,
+            resume=True,
         )
-        model, row = done.model, {key: getattr(done, key) for key in row}
+        keep_metrics(folder)
+        model, cost = done.model, costs(done)
     stage("ask for chapters")
     chapters = multiple_choice(model, tokenizer, asked, tokens=_tokens, exact=False)
     stage("ask for capitals")
@@ -136,15 +127,12 @@ def run(
     stage("read prose")
     prose = read_prose(model, tokenizer, settings.model, method, settings.prose_tokens, settings.piece_tokens)
     shares = {"chapters": chapters.share, "chapters_sum": chapters.share_by_sum, "capitals": answers.share}
-    told = [
-        {"question": item["question"], "expected": item["answer"], "answer": text, "right": right}
-        for item, text, right in zip(questions, answers.texts, answers.correct, strict=True)
-    ]
+    shown = told(questions, answers)
     return {
-        "row": {**shares, **prose, **row},
+        "row": {**shares, **prose, **cost},
         "items": {"chapters": chapters.correct, "capitals": answers.correct},
-        "examples": told[:: max(1, len(told) // _NUM_EXAMPLES)][:_NUM_EXAMPLES],
-        "answers": told,
+        "examples": spread(shown),
+        "answers": shown,
     }
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..compare import BASE, PARTIAL
 from .paper import ARMS, HUB, Arm, PaperSettings, stage1_options
+from .runs import UNTRAINED, costs, keep_metrics
 
 
 def run(
@@ -21,7 +22,7 @@ def run(
     from ..models import load, load_base
     from ..tasks import evaluate
 
-    row: dict[str, Any] = {"loss": None, "steps": 0, "seconds": 0.0, "trained_params": 0, "peak_bytes": 0}
+    cost = UNTRAINED
     stage("load the model")
     # whatever the evaluation asks is read first: a missing file must not be found after hours of training
     asked = {
@@ -41,7 +42,7 @@ def run(
         model, tokenizer = load(start)
         stage("teach")
         done = _taught(settings, files, method, seed or 0, model, tokenizer, Path(start), folder)
-        model, row = done.model, {key: getattr(done, key) for key in row}
+        model, cost = done.model, costs(done)
     found = {}
     for task, items in asked.items():
         stage(task)
@@ -51,7 +52,7 @@ def run(
             "medmcqa": found["medmcqa"].metrics["acc"],
             "wikitext": found["wikitext"].metrics["ppl"],
             "triviaqa": found["triviaqa"].metrics["contains_acc"],
-            **row,
+            **cost,
         },
         "items": {task: found[task].correct for task in ("medmcqa", "triviaqa")},
         "examples": [],
@@ -89,7 +90,6 @@ def _taught(
             {"prompt": medmcqa_prompt(item), "completion": f" {'ABCD'[item['answer']]}. {_right(item)}"}
             for item in items
         ]
-    checkpoints = folder / PARTIAL
     done = finetune(
         model,
         records,
@@ -104,11 +104,11 @@ def _taught(
         schedule="cosine",
         warmup_steps=settings.warmup_steps,
         seed=seed,
-        output_dir=checkpoints,
-        resume=any(checkpoints.glob("checkpoint-*")),
+        output_dir=folder / PARTIAL,
+        resume=True,
         **options,
     )
-    (checkpoints / "metrics.jsonl").replace(folder / "metrics.jsonl")
+    keep_metrics(folder)
     return done
 
 
