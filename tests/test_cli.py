@@ -164,7 +164,7 @@ def test_train_writes_adapter_background_patch_and_metrics(trained, data):
     assert {"adapter_config.json", "background.safetensors", "patch.safetensors", "tokenizer.json"} <= names
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["steps"] == 4
-    assert metrics["settings"]["data"] == str(data / "taught.jsonl")
+    assert metrics["settings"]["data"] == "taught.jsonl"
     assert sorted(p.name for p in trained.parent.iterdir() if p.name.startswith((".", "trained"))) == [
         "trained"
     ]
@@ -217,6 +217,14 @@ def test_patch_revert_and_apply_give_the_bytes_back(grafted, trained, tmp_path):
     assert shown["info"]["method"] == "smf"
     done("patch", "revert", trained, patch, "--out", back)
     assert weights(back) == weights(grafted)
+    card = (back / "README.md").read_text()
+    (back / "README.md").write_text("---\nlicense: [\n---\n")
+    for where in ((), ("--out", tmp_path / "other")):
+        refused = invoke("patch", "apply", back, patch, *where)
+        assert refused.exit_code == 2
+        assert "begins with broken YAML" in refused.stderr
+    assert weights(back) == weights(grafted)
+    (back / "README.md").write_text(card)
     done("patch", "apply", back, patch)
     assert weights(back) == weights(trained)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back"]
@@ -329,8 +337,9 @@ def test_eval_says_when_the_hub_cannot_be_reached(tiny, monkeypatch):
     result = invoke("eval", tiny, "--task", "medmcqa")
     assert result.exit_code == 2
     sentence = result.stderr.splitlines()[-1]
-    assert "openlifescienceai/medmcqa cannot be loaded from the Hub (no network); put its split" in sentence
-    assert '--data FILE: {"question", "choices", "answer"} per line' in sentence
+    assert "openlifescienceai/medmcqa cannot be loaded from the Hub (no network); put that split" in sentence
+    assert "with --data FILE, or its folder with --data-dir" in sentence
+    assert '{"question", "choices", "answer"} per line' in sentence
 
 
 BAD = {

@@ -180,3 +180,8 @@ def test_counts_are_of_the_model_as_it_is_and_states_of_the_base(tiny_llama, gen
         torch.equal(memory.keys, keys)
         for memory, keys in zip(memory_layers(model).values(), addresses, strict=True)
     )
+
+
+def test_quirks_are_of_sparse_memory_alone(tiny_llama, taught):
+    with pytest.raises(ValueError, match=r"quirks=\['padding'\] are of sparse memory and method is 'lora'"):
+        prepare(tiny_llama(), "lora", batches=taught, quirks=("padding",))

@@ -58,6 +58,35 @@ def test_a_memory_calibrated_on_another_base_of_the_same_shape_is_refused(
         models.load(str(tmp_path / "adapter"), base=str(tmp_path / "other"))
 
 
+def test_damaged_and_missing_weights_are_one_sentence(folder, tmp_path, tiny_llama, tokenizer):
+    adapted = get_peft_model(models.load_base(str(folder))[0], LoraConfig())
+    adapted.save_pretrained(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"the weights of model .*adapter' are damaged"):
+        models.load(str(tmp_path / "adapter"))
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"model .*adapter' was not found"):
+        models.load(str(tmp_path / "adapter"))
+    (folder / "model.safetensors").write_bytes(b"not a tensor in it")
+    with pytest.raises(ValueError, match=r"the weights of model .*tiny' are damaged"):
+        models.load_base(str(folder))
+
+
+def test_a_model_is_on_the_accelerator_where_there_is_one(folder, monkeypatch):
+    # "meta" stands for a device that this machine lacks: where the weights go is all that is asked
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    assert {one.device.type for one in models.load_base(str(folder))[0].parameters()} == {"meta"}
+
+
+def test_a_configuration_is_read_without_dequantising(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "cache"))
+    config = models.config_of("smollm2")
+    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize("name", ["/no/such/folder", "./no", "absent.gguf", "EMPTY", "BROKEN.gguf"])
 def test_names_that_lead_nowhere(tmp_path, monkeypatch, name):
     monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "cache"))

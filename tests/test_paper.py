@@ -18,7 +18,7 @@ from sparsemem.recipes.paper import ARMS, METHODS, SETTINGS, method_settings
 
 SMALL = {
     "max_steps": 2, "batch_size": 2, "accumulation": 2, "warmup_steps": 1, "max_length": 128, "limit": 4,
-    "stage1_max_steps": 2, "stage1_batch_size": 2, "top_t": 8, "smf_background": 4,
+    "stage1_max_steps": 2, "stage1_batch_size": 2, "stage1_accumulation": 1, "top_t": 8, "smf_background": 4,
 }  # fmt: skip
 
 
@@ -181,5 +181,6 @@ def test_a_dry_run_says_what_the_papers_own_model_takes(tmp_path):
         for seed in (1, 2, 3):
             assert f"{method}-seed{seed}: to do" in result.stdout
     assert "steps=11250" in result.stdout
-    assert "peak_bytes=" in result.stdout
+    assert "weight_bytes=" in result.stdout
+    assert "stage1_steps=5938" in result.stdout
     assert not (tmp_path / "out").exists()

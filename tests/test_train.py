@@ -109,6 +109,17 @@ def test_a_killed_run_stops_at_the_same_loss(teach, tmp_path):
             assert same(state(resumed.model), state(whole.model))
 
 
+def test_a_resumed_run_counts_the_seconds_of_all_its_parts(teach, tmp_path):
+    teach("lora", max_steps=3, output_dir=tmp_path)
+    file = tmp_path / "checkpoint-3" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    taken = state["stateful_callbacks"]["Stopwatch"]["attributes"]
+    assert 0 < taken["seconds"] < 100
+    taken["seconds"] += 1000
+    file.write_text(json.dumps(state))
+    assert 1000 < teach("lora", max_steps=5, output_dir=tmp_path, resume=True).seconds < 1200
+
+
 def test_an_unfinished_checkpoint_is_passed_over(teach, tmp_path, caplog):
     whole = teach("lora", max_steps=5)
     teach("lora", max_steps=3, output_dir=tmp_path)

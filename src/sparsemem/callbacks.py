@@ -1,10 +1,12 @@
-"""What watches a training run: the loss at which it stops, its log as a file, its progress bar."""
+"""What watches a training run: the loss at which it stops, its log as a file, its time, its progress bar."""
 
 import json
 import math
+import time
 from pathlib import Path
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -40,6 +42,25 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         with self.path.open("a") as file:
             file.write(f"{json.dumps(state.log_history[-1])}\n")
+
+
+class Stopwatch(TrainerCallback, ExportableState):
+    """Seconds since it was made; a resumed run's checkpoint adds those of the parts before it."""
+
+    def __init__(self) -> None:
+        self.begun = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begun
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def go_on(self, reached: TrainerState) -> None:
+        """Count what a checkpoint's run had taken, if it was timed."""
+        held: dict = (reached.stateful_callbacks or {}).get("Stopwatch") or {}  # type: ignore[union-attr]
+        self.begun -= held.get("attributes", {}).get("seconds", 0.0)
 
 
 class Progress(ProgressCallback):

@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import metadata_load
+from yaml import YAMLError
 
 from .contents import (
     CARD_FILE,
@@ -84,10 +85,23 @@ def model_card(folder: Path, *, name: str | None = None) -> str:
     return f"---\n{front}\n---\n\n# {_text(name)}\n\n{_about(made)}\n\n{body}\n\n{end}\n"
 
 
-def _front_matter(folder: Path, made: Contents, name: str) -> ModelCardData:
+def front_matter(folder: Path) -> dict[str, Any]:
+    """What a folder's card says to the Hub; nothing where there is no card.
+
+    Raises:
+        ValueError: it is no YAML.
+    """
     readme = folder / CARD_FILE
-    there = (metadata_load(readme) or {}) if readme.is_file() else {}
-    kept = {key: value for key, value in there.items() if key not in _OURS}
+    try:
+        return (metadata_load(readme) or {}) if readme.is_file() else {}
+    except YAMLError as error:
+        raise ValueError(
+            f"{readme} begins with broken YAML ({error}); mend it, or remove the file"
+        ) from error
+
+
+def _front_matter(folder: Path, made: Contents, name: str) -> ModelCardData:
+    kept = {key: value for key, value in front_matter(folder).items() if key not in _OURS}
     base = _hub_base(made)
     # the Hub refuses a base model that is not a Hub name
     if base is not None:

@@ -51,13 +51,16 @@ from .cli_options import (
 @click.option("--epochs", type=click.IntRange(1), help="Of the dense retrofit; 2 by default.")
 @click.option("--max-steps", type=click.IntRange(1), help="Of the dense retrofit; overrides --epochs.")
 @click.option("--batch-size", type=click.IntRange(1), help="Of the dense retrofit; 16 by default.")
+@click.option(
+    "--gradient-accumulation-steps", type=click.IntRange(1), help="Of the dense retrofit; 1 by default."
+)
 @click.option("--resume", is_flag=True, help="Go on with an interrupted dense retrofit into the same folder.")
 @seed_option
 @as_json
 def graft(
     model: str, background: str, out: Path, retrofit: str, layers: list[int] | None, max_length: int,
-    lr: float | None, epochs: int | None, max_steps: int | None, batch_size: int | None, resume: bool,
-    seed: int, as_json: bool, **memory: Any,
+    lr: float | None, epochs: int | None, max_steps: int | None, batch_size: int | None,
+    gradient_accumulation_steps: int | None, resume: bool, seed: int, as_json: bool, **memory: Any,
 ) -> None:  # fmt: skip
     """Give MODEL a memory that general text has set up, as a new adapter.
 
@@ -66,6 +69,7 @@ def graft(
     from . import folders
 
     given = {"lr": lr, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
+    given["gradient_accumulation_steps"] = gradient_accumulation_steps
     given = {name: value for name, value in given.items() if value is not None}
     if retrofit == "calibrate" and (given or resume):
         first = next(iter(given), "resume").replace("_", "-")

@@ -13,8 +13,11 @@ from typing import Any
 
 import datasets
 import torch
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from .models import cache_without_hub
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +38,7 @@ def read_records(
     """
     if isinstance(source, str) and source.startswith("hub:"):
         name, _, split = source.removeprefix("hub:").partition(":")
-        try:
-            source = datasets.load_dataset(name, split=split or "train")  # type: ignore[assignment]
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"data {source!r} cannot be loaded from the Hub ({error}); check name and split"
-            ) from error
+        source = from_hub(name, split=split or "train")
     if isinstance(source, str | Path):
         places, records = read_jsonl(Path(source).expanduser())
     else:
@@ -55,6 +53,30 @@ def read_records(
                 f"{place}: {'/'.join(shape)} record among {'/'.join(first)} records; use one shape per file"
             )
     return records
+
+
+def from_hub(
+    name: str,
+    config: str | None = None,
+    *,
+    split: str,
+    instead: str = "check both, or put the split into a JSONL file and give that",
+) -> datasets.Dataset:
+    """A split of a dataset on the Hub, or in its cache where the Hub cannot be reached.
+
+    Args:
+        instead: what the error tells the user to do.
+
+    Raises:
+        ValueError: there is no such split to be had.
+    """
+    try:
+        with cache_without_hub():
+            return datasets.load_dataset(name, config, split=split)  # type: ignore[return-value]
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise ValueError(
+            f"split {split!r} of {name} cannot be loaded from the Hub ({error}); {instead}"
+        ) from error
 
 
 def encode(

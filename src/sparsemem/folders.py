@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .access import Background
-from .card import FOUND, model_card
+from .card import FOUND, front_matter, model_card
 from .contents import (
     ADAPTER_FILE,
     BACKGROUND_FILE,
@@ -161,8 +161,8 @@ def train(
 
     check_method(method)
     records = read_records(source)
-    settings = {"model": name, "data": source, "records": _digest(records), "method": method}
-    settings |= {"trainable": trainable, **options}
+    settings = {"model": _absolute(name), "data": public_data(source), "records": _digest(records)}
+    settings |= {"method": method, "trainable": trainable, **options}
     if resume and (out / METRICS_FILE).exists():
         metrics = read_json(out / METRICS_FILE)
         _refuse_other_settings(out, metrics["settings"], settings)
@@ -224,6 +224,8 @@ def move_patch(adapter: Path, file: Path, out: Path | None, *, forward: bool) ->
     if out is not None:
         refuse_existing(out)
     patch = RowPatch.load(file)
+    # a card that cannot be read must be found before anything is written
+    front_matter(adapter)
     model = load_adapter(adapter)
     (patch.apply if forward else patch.revert)(model)
     if out is not None:
@@ -254,6 +256,7 @@ def record(folder: Path, entry: dict[str, Any]) -> None:
         ValueError: the folder is no adapter or model that we made.
     """
     check_made(folder)
+    front_matter(folder)
     there = read_json(folder / EVALUATIONS_FILE) if (folder / EVALUATIONS_FILE).is_file() else []
     others = [old for old in there if differences(_asked(old), _asked(entry))]
     about = environment()

@@ -5,11 +5,11 @@ may also be called `answers`), JSONL of `{"question", "choices", "answer"}` (or 
 `cop` and `exp`), and any text file, or JSONL of `{"text"}`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .data import read_jsonl, read_records
-from .models import cache_without_hub
+from .data import from_hub, read_jsonl, read_records
 
 KINDS = {
     "recall": "recall",
@@ -39,6 +39,7 @@ def read_items(
     limit: int | None = None,
     num_fewshot: int = 0,
     split: str | None = None,
+    keep: Callable[[Any], bool] | None = None,
 ) -> list[dict[str, Any]] | str:
     """What a task asks: its items, or one text for perplexity; from a file, or from the Hub.
 
@@ -47,6 +48,7 @@ def read_items(
         num_fewshot: worked examples before each question of triviaqa, as the items' "examples": the last
             records of the file, or the first of the Hub's training split. They are never asked.
         split: of the Hub's, another than the one to test on.
+        keep: tells which of the file's or split's records count at all, before any of them is checked.
 
     Raises:
         ValueError: an unknown task, a bad option, data that is missing, empty or of another form, or no Hub.
@@ -60,7 +62,7 @@ def read_items(
     if KINDS[task] == "perplexity":
         return _text(task, data, limit)
     places, records = _from_hub(task, split) if data is None else read_jsonl(Path(data).expanduser())
-    pairs = list(zip(places, records, strict=True))
+    pairs = [pair for pair in zip(places, records, strict=True) if keep is None or keep(pair[1])]
     if num_fewshot:
         return _with_examples(task, data, pairs, limit, num_fewshot)
     if not pairs:
@@ -170,14 +172,9 @@ def _from_hub(task: str, split: str | None = None) -> tuple[list[str], list[Any]
         raise ValueError(f"task {task} needs data; name a file with --data FILE: {FORMS[KINDS[task]]}")
     name, config, own_split = HUB[task]
     split = split or own_split
-    import datasets
-
-    try:
-        with cache_without_hub():
-            records = list(datasets.load_dataset(name, config, split=split))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name} cannot be loaded from the Hub ({error}); put its split {split!r} into a file and name "
-            f"it with --data FILE: {FORMS[KINDS[task]]}"
-        ) from error
+    instead = (
+        f"put that split into a file and name it with --data FILE, or its folder with --data-dir where "
+        f"methods are compared: {FORMS[KINDS[task]]}"
+    )
+    records = list(from_hub(name, config, split=split, instead=instead))
     return [f"{name} {split}, item {number}" for number in range(1, len(records) + 1)], records

@@ -137,6 +137,10 @@ def prepare(
     check_selection(top_t, rule)
     lr = LEARNING_RATES[method] if lr is None else lr
     if method not in ("smf", "smf-open"):
+        if quirks:
+            raise ValueError(
+                f"quirks={list(quirks)} are of sparse memory and method is {method!r}; give none"
+            )
         model = {"lora": _lora, "full": _full, "dense": _dense}[method](model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return Prepared(model, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True), None)

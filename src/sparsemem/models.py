@@ -16,12 +16,14 @@ import struct
 import tempfile
 from inspect import signature
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import huggingface_hub.constants
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -45,30 +47,36 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and tokenizer of `smollm2`, a local folder, a `.gguf` file or a Hub name, in eval mode.
 
+    The model is on the accelerator where there is one, as Trainer would put it there.
+
     Raises:
-        ValueError: nothing that can be loaded goes by this name.
+        ValueError: nothing that can be loaded goes by this name, or its weights are damaged.
     """
     folder = _folder(name)
     try:
         offline = {"local_files_only": not hub_reachable()}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, adapter_kwargs=offline, **offline)
         tokenizer = AutoTokenizer.from_pretrained(folder, **offline)
+    except SafetensorError as error:
+        raise _damaged(name, error) from error
     except (OSError, ValueError) as error:
         raise _not_found(name, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
+    device: Any = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.eval().to(device), tokenizer
 
 
 def config_of(name: str) -> PreTrainedConfig:
-    """The configuration of what `load_base` loads by this name, without its weights.
+    """The configuration of what `load_base` loads by this name, without its weights; writes nothing.
 
     Raises:
         ValueError: as `load_base`.
     """
-    folder = _folder(name)
+    gguf = _gguf_file(name)
+    source = {"gguf_file": gguf.name} if gguf else {"local_files_only": not hub_reachable()}
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=not hub_reachable())
+        return AutoConfig.from_pretrained(str(gguf.parent) if gguf else _folder(name), **source)
     except (OSError, ValueError) as error:
         raise _not_found(name, error) from error
 
@@ -91,8 +99,12 @@ def load(
     try:
         source = str(folder) if folder.is_dir() else name
         adapted = PeftModel.from_pretrained(model, source, is_trainable=True).eval()
+    except SafetensorError as error:
+        raise _damaged(name, error) from error
     except RuntimeError as error:
         raise ValueError(unfit) from error
+    except (OSError, ValueError) as error:
+        raise _not_found(name, error) from error
     made_on = getattr(adapted.active_peft_config, "base_fingerprint", None)
     # a base in float16 rounds differently from the bfloat16 of the fingerprint, so that it cannot be told
     if made_on is not None and dtype != torch.float16 and made_on != fingerprint_base(adapted):
@@ -192,19 +204,30 @@ def _cache() -> Path:
 
 def _folder(name: str) -> str:
     """The local folder that a name leads to, or the Hub name that it is."""
-    folder = _dequantised(_smollm2_file()) if name == "smollm2" else name
-    path = Path(folder).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"model {name!r} is not a file; give the path of an existing .gguf file")
-        return _dequantised(path)
+    if gguf := _gguf_file(name):
+        return _dequantised(gguf)
+    path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
     if name.startswith(("/", "./", "../", "~")):
         raise ValueError(
             f"model {name!r} is not a folder; give an existing folder, a .gguf file, a Hub name or smollm2"
         )
-    return folder
+    return name
+
+
+def _gguf_file(name: str) -> Path | None:
+    """The GGUF file that a name leads to, if it leads to one."""
+    path = _smollm2_file() if name == "smollm2" else Path(name).expanduser()
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise ValueError(f"model {name!r} is not a file; give the path of an existing .gguf file")
+    return path
+
+
+def _damaged(name: str, error: Exception) -> ValueError:
+    return ValueError(f"the weights of model {name!r} are damaged ({error}); get an undamaged copy")
 
 
 def _not_found(name: str, error: Exception) -> ValueError:

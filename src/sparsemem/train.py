@@ -11,7 +11,6 @@ import logging
 import math
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from transformers import (
 )
 
 from .access import Background
-from .callbacks import METRICS_FILE, MetricsFile, Progress, StopAtLoss, recent_loss
+from .callbacks import METRICS_FILE, MetricsFile, Progress, StopAtLoss, Stopwatch, recent_loss
 from .data import batches as batched
 from .data import collate, encode, read_records, truncate
 from .footprint import peak_memory
@@ -62,8 +61,8 @@ class Finetuned:
     Attributes:
         loss: mean training loss of the last epoch's worth of steps.
         validation_loss: at the end; None without validation data.
-        seconds: of preparing (calibration and scope too) and training.
-        peak_bytes: growth of the process's memory, or of the GPU's, at its highest.
+        seconds: of preparing (calibration and scope too) and training, over all parts of a resumed run.
+        peak_bytes: growth of the process's memory, or of the GPU's, at its highest; of the last part's.
         truncated: records cut to max_length.
         patch: the rows that sparse memory wrote; None for other methods.
     """
@@ -152,6 +151,7 @@ def finetune(
     with ExitStack() as stack:
         checkpoints = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         steps_per_epoch = math.ceil(math.ceil(len(examples) / batch_size) / gradient_accumulation_steps)
+        checkpoint = _last_checkpoint(checkpoints) if resume else None
         arguments = TrainingArguments(
             output_dir=str(checkpoints),
             per_device_train_batch_size=batch_size,
@@ -162,7 +162,7 @@ def finetune(
             warmup_steps=warmup_steps,
             eval_strategy="no" if validation is None else "steps",
             eval_steps=steps_per_epoch,
-            eval_on_start=validation is not None,
+            eval_on_start=validation is not None and checkpoint is None,
             per_device_eval_batch_size=batch_size,
             prediction_loss_only=True,
             max_grad_norm=1.0,
@@ -178,7 +178,7 @@ def finetune(
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         memory = stack.enter_context(peak_memory(model.to(arguments.device)))  # type: ignore[arg-type]
-        start = time.monotonic()
+        stopwatch = Stopwatch()
         set_seed(seed)
         model, optimizer, before = prepare(
             model,
@@ -201,6 +201,7 @@ def finetune(
             eval_dataset=held_out,  # type: ignore[arg-type]
             optimizers=(optimizer, None),
             callbacks=[
+                stopwatch,
                 StopAtLoss(stop_loss, steps_per_epoch),
                 *([MetricsFile(Path(output_dir) / METRICS_FILE)] if output_dir else []),
             ],
@@ -210,10 +211,10 @@ def finetune(
         if not arguments.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(Progress)
-        checkpoint = _last_checkpoint(checkpoints) if resume else None
-        reached = (
-            None if checkpoint is None else TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-        )
+        reached = None
+        if checkpoint is not None:
+            reached = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+            stopwatch.go_on(reached)
         if checkpoint and reached and reached.global_step >= (max_steps or epochs * steps_per_epoch):
             # Trainer would look at the number of steps only after one more
             trainer._load_from_checkpoint(checkpoint)
@@ -223,7 +224,7 @@ def finetune(
         history = trainer.state.log_history
         if held_out is not None and _last(history, "eval_loss")["step"] < trainer.state.global_step:
             trainer.evaluate()
-        seconds = time.monotonic() - start
+        seconds = stopwatch.seconds
     return Finetuned(
         model=model.eval(),
         method=method,

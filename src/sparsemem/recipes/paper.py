@@ -69,7 +69,8 @@ class PaperSettings:
     )
     stage1_epochs: int = 2
     stage1_max_steps: int | None = None
-    stage1_batch_size: int = 16
+    stage1_batch_size: int = 4
+    stage1_accumulation: int = 4
     limit: int = 1000
     fewshot: int = 0
     quirks: bool = False
@@ -160,35 +161,57 @@ def stage1_options(settings: PaperSettings) -> dict[str, Any]:
         "epochs": settings.stage1_epochs,
         "max_steps": settings.stage1_max_steps,
         "batch_size": settings.stage1_batch_size,
+        "gradient_accumulation_steps": settings.stage1_accumulation,
     }
 
 
 def plan(settings: PaperSettings, files: Mapping[str, list[Path]] | None, method: str) -> dict[str, Any]:
-    """Items, expected steps, and memory that training adds (see `training_bytes`) of one run."""
-    from ..methods import lora_config, memory_config, retrofit_config
-    from .planning import empty_model, training_bytes
+    """Items, expected steps, and bytes of the weights and of what training adds to them (`training_bytes`).
 
-    planned: dict[str, Any] = {"test_items": settings.limit}
+    Stage 1 comes on top the first time that an arm needs it.
+    """
+    from ..methods import lora_config, memory_config, retrofit_config
+    from .planning import empty_model, training_bytes, weight_bytes
+
+    model = empty_model(settings.model)
+    planned = {"test_items": settings.limit, "weight_bytes": weight_bytes(model)}
     if method == BASE:
         return planned
     number, steps = _num_steps(settings, files)
-    model = empty_model(settings.model)
-    if method in ARMS:
-        adapter = retrofit_config(model, trainable=ARMS[method].trainable)
-    else:
-        adapter = {"smf": memory_config, "lora": lambda _: lora_config(), "full": lambda _: None}[method](
-            model
-        )
-    return {"train_items": number, "steps": steps, **planned, "peak_bytes": training_bytes(model, adapter)}
+    planned |= {"train_items": number, "steps": steps}
+    if method not in ARMS:
+        made = {"smf": memory_config, "lora": lambda _: lora_config(), "full": lambda _: None}[method](model)
+        return planned | {"training_bytes": training_bytes(model, made)}
+    arm = ARMS[method]
+    planned["training_bytes"] = training_bytes(model, retrofit_config(model, trainable=arm.trainable))
+    if arm.retrofit == "dense":
+        dense = retrofit_config(empty_model(settings.model), mode=arm.mode)
+        planned["stage1_steps"] = _num_stage1_steps(settings, files)
+        planned["stage1_training_bytes"] = training_bytes(empty_model(settings.model), dense)
+    return planned
 
 
 def _num_steps(settings: PaperSettings, files: Mapping[str, list[Path]] | None) -> tuple[int, int]:
     """Training items, and the optimizer steps that they make."""
     number = settings.train_items
     if files is not None:
-        number = min(number, sum(len(path.read_text("utf-8").splitlines()) for path in files["train"]))
+        number = min(number, sum(map(_num_lines, files["train"])))
     per_epoch = math.ceil(number / (settings.batch_size * settings.accumulation))
     return number, settings.max_steps or settings.epochs * per_epoch
+
+
+def _num_stage1_steps(settings: PaperSettings, files: Mapping[str, list[Path]] | None) -> int:
+    from ..retrofit import HELD_OUT, OASST_MOST
+
+    number = OASST_MOST if files is None else _num_lines(files["general"][0])
+    kept = number - math.ceil(number / HELD_OUT)
+    per_epoch = math.ceil(kept / (settings.stage1_batch_size * settings.stage1_accumulation))
+    return settings.stage1_max_steps or settings.stage1_epochs * per_epoch
+
+
+def _num_lines(path: Path) -> int:
+    with path.open(encoding="utf-8") as file:
+        return sum(1 for line in file if line.strip())
 
 
 def _named(paths: list[Path]) -> str:

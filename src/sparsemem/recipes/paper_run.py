@@ -149,8 +149,12 @@ def _training_items(settings: PaperSettings, files: Mapping[str, list[Path]] | N
     """The paper's: the first `train_items` questions with a single right answer."""
     from ..items import read_items
 
-    sources = [None] if files is None else files["train"]
-    split = "train" if files is None else None
-    items: list[Any] = [item for source in sources for item in read_items("medmcqa", source, split=split)]
-    single = [item for item in items if item.get("choice_type", "single") == "single"]
-    return single[: settings.train_items]
+    def single(record: Any) -> bool:
+        return not isinstance(record, dict) or record.get("choice_type", "single") == "single"
+
+    items: list[Any] = []
+    for source in [None] if files is None else files["train"]:
+        if left := settings.train_items - len(items):
+            split = "train" if source is None else None
+            items += read_items("medmcqa", source, split=split, keep=single, limit=left)
+    return items

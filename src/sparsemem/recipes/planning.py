@@ -58,5 +58,10 @@ def training_bytes(model: Any, adapter: PeftConfig | None) -> int:
     return 4 * (_numbers(model) - before + 3 * trained)
 
 
+def weight_bytes(model: Any) -> int:
+    """Memory of the model's weights in float32."""
+    return 4 * _numbers(model)
+
+
 def _numbers(model: Any) -> int:
     return sum(tensor.numel() for tensor in [*model.parameters(), *model.buffers()])
