@@ -175,10 +175,11 @@ def evaluate(model: str, task: str, data: str | None, record: bool, as_json: boo
     Tasks of lm-evaluation-harness need the extra `eval`.
     """
     from . import folders
+    from .contents import check_made
     from .evaluation import evaluate_named
 
     if record:
-        folders.check_made(Path(model))
+        check_made(Path(model))
     found = evaluate_named(model, task, data, **options)
     if record:
         asked = {

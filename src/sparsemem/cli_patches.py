@@ -24,7 +24,7 @@ out_copy = click.option("--out", type=click.Path(path_type=Path), help="New fold
 @as_json
 def show_patch(patch_file: Path, as_json: bool) -> None:
     """Say what a patch changes."""
-    from .folders import describe_patch
+    from .contents import describe_patch
     from .patch import RowPatch
 
     _show_patch(describe_patch(RowPatch.load(patch_file)), as_json)

@@ -1,15 +1,10 @@
-"""The folders that the command line makes: a grafted adapter, a trained model, an adapter after a patch.
-
-Choices: a folder is made under a hidden name beside its own and renamed when whole, so that nobody finds half
-of one; what an interrupted training run needs to go on lies in `OUT.partial` until it is finished.
-"""
+"""The folders that the command line makes: a grafted adapter, a trained model, an adapter after a patch."""
 
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,34 +25,9 @@ from .contents import (
 )  # fmt: skip
 from .files import read_json, write_atomically, write_json
 from .provenance import differences, environment
+from .staging import checkpoints_of, new_folder, refuse_existing, refuse_other_settings
 
 BATCH_SIZE = 8
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` when the block ends, or vanishes when it fails.
-
-    Raises:
-        ValueError: `path` is a file or a folder with something in it.
-    """
-    refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    part.chmod(0o755)
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def refuse_existing(path: Path) -> None:
-    """Raises:
-    ValueError: `path` is a file or a folder with something in it.
-    """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"--out {path} exists and is not empty; name another folder or remove that one")
 
 
 def graft(
@@ -102,7 +72,7 @@ def graft(
     settings |= options or {}
     if resume and (out / METRICS_FILE).exists():
         made = read_json(out / METRICS_FILE)
-        _refuse_other_settings(out, made["settings"], settings)
+        refuse_other_settings(out, made["settings"], settings)
         return {"out": str(out), **made}
     refuse_existing(out)
     base, tokenizer = load_base(_absolute(name))
@@ -113,7 +83,7 @@ def graft(
     model: Any = get_peft_model(base, config)
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     made: dict[str, Any] = {"tokens": sum(len(one["input_ids"]) for one in examples)}
-    with _checkpoints(out, settings, resume) if retrofit == "dense" else nullcontext() as checkpoints:
+    with checkpoints_of(out, settings, resume) if retrofit == "dense" else nullcontext() as checkpoints:
         if checkpoints is None:
             background = calibrate(model, batches(examples, BATCH_SIZE, pad), seed=seed)
         else:
@@ -165,14 +135,14 @@ def train(
     settings |= {"method": method, "trainable": trainable, **options}
     if resume and (out / METRICS_FILE).exists():
         metrics = read_json(out / METRICS_FILE)
-        _refuse_other_settings(out, metrics["settings"], settings)
+        refuse_other_settings(out, metrics["settings"], settings)
         return metrics
     refuse_existing(out)
     model, tokenizer = load(_absolute(name))
     background = _background(Path(name), method)
     if trainable is not None:
         set_trainable(model, trainable)
-    with _checkpoints(out, settings, resume) as checkpoints:
+    with checkpoints_of(out, settings, resume) as checkpoints:
         done = finetune(
             model,
             records,
@@ -309,33 +279,6 @@ def _background(adapter: Path, method: str) -> Background | None:
         make = f"sparsemem graft {adapter} --background FILE --out ADAPTER"
         raise ValueError(f"{adapter} has no memory to train by method {method}; make one first: {make}")
     return Background.load(adapter / BACKGROUND_FILE)
-
-
-@contextmanager
-def _checkpoints(out: Path, settings: dict[str, Any], resume: bool) -> Iterator[Path]:
-    """`OUT.partial`, with the settings that its checkpoints belong to; kept on failure once there are any."""
-    folder = out.with_name(f"{out.name}.partial")
-    held = folder / "settings.json"
-    if held.exists() and not resume:
-        raise ValueError(
-            f"{folder} holds an interrupted run; add --resume to go on with it, or remove that folder"
-        )
-    if held.exists():
-        _refuse_other_settings(folder, read_json(held), settings)
-    write_json(held, settings)
-    try:
-        yield folder
-    finally:
-        if not any(folder.glob("checkpoint-*")):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _refuse_other_settings(folder: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    # through JSON and back, so that both sides know the same types
-    changes = differences(there, json.loads(json.dumps(now)))
-    if changes:
-        advice = "name another folder or give the same settings"
-        raise ValueError(f"{folder} holds a run of other settings ({changes}); {advice}")
 
 
 def _digest(records: list[dict[str, Any]]) -> str:

@@ -70,7 +70,7 @@ def _taught(
     folder: Path,
 ) -> Any:
     from ..access import Background
-    from ..folders import BACKGROUND_FILE
+    from ..contents import BACKGROUND_FILE
     from ..quirks import QUIRKS
     from ..retrofit import general_records
     from ..tasks import medmcqa_prompt, medmcqa_text
