@@ -14,9 +14,11 @@ def _case(tokens=7, reads=6, num_slots=11, width=5, dtype=torch.float32, seed=0)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1, 700])
-def test_read_equals_naive_in_value_and_gradients(dtype, tokens):
+# spread over the table in both directions, in the backward pass alone, and in neither
+@pytest.mark.parametrize(("num_slots", "reads"), [(11, 32), (1100, 32), (1100, 4)])
+def test_read_equals_naive_in_value_and_gradients(dtype, tokens, num_slots, reads):
     """Law 3: fp32 tolerance 1e-5; a bfloat16 table differs only in the rounding of its gradient."""
-    values, slots, weights = _case(tokens=tokens, reads=32, dtype=dtype)
+    values, slots, weights = _case(tokens=tokens, reads=reads, num_slots=num_slots, dtype=dtype)
     grads = []
     for read in (read_rows, naive_read_rows):
         # the twin sums a bfloat16 table's gradient in float32, so that only the last rounding differs
@@ -41,7 +43,7 @@ def test_log_holds_the_gradient_that_the_table_does_not_get():
 
     assert logged.grad is None
     rows = torch.tensor([0, 3, 10])
-    torch.testing.assert_close(log.row_gradients(rows, 5), dense.grad[rows])
+    torch.testing.assert_close(log.row_gradients(rows, values), dense.grad[rows])
     assert log.counts(11, values.device).tolist() == torch.bincount(slots.flatten(), minlength=11).tolist()
 
 
@@ -64,4 +66,4 @@ def test_row_gradients_of_rows_that_nobody_read_are_zero():
     log = ReadLog()
     read_rows(values, slots, weights, log).sum().backward()
     unread = torch.tensor(sorted(set(range(50)) - set(slots.flatten().tolist()))[:4])
-    assert not log.row_gradients(unread, 5).any()
+    assert not log.row_gradients(unread, values).any()

@@ -127,7 +127,7 @@ class _RowOptimizer(Optimizer):
             read = counts.nonzero().flatten()
             norms = torch.zeros(memory.num_slots, device=counts.device)
             if len(read):
-                norms[read] = _average(memory.log.row_gradients(read, memory.d_out)).norm(dim=-1)
+                norms[read] = _average(memory.log.row_gradients(read, memory.values)).norm(dim=-1)
         background = self.background[name] if self.background is not None else None
         chosen = select_rows(
             counts,
@@ -142,7 +142,7 @@ class _RowOptimizer(Optimizer):
     def _gradient(self, name: str, memory: ProductKeyMemory, rows: Tensor) -> Tensor:
         """Gradient [t, d_out] float32 of the selected rows of one layer."""
         assert memory.log is not None
-        return _average(memory.log.row_gradients(rows, memory.d_out))
+        return _average(memory.log.row_gradients(rows, memory.values))
 
     def _clip(self, gradients: list[Tensor]) -> None:
         if self.max_grad_norm is None or not gradients:

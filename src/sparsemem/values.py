@@ -12,8 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows gathered at once in a backward pass: bounds the temporary at this many rows of width d.
+# Rows gathered at once: bounds the temporary at this many rows of width d.
 _CHUNK = 16_384
+# A matrix product moves a number so many times faster than a gather of rows does (measured, dev/LOG.md
+# section 13): a token's weights are spread over the rows where these are at most that many per read.
+_DENSE_READ, _DENSE_GRADIENT = 4, 64
+# Numbers of spread weights at once: bounds that temporary at 16 MB.
+_SPREAD = 2**22
 
 
 def naive_read_rows(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
@@ -48,6 +53,10 @@ class _ReadRows(torch.autograd.Function):
     def forward(ctx, values, slots, weights, log, counted):
         ctx.save_for_backward(values, slots, weights)
         ctx.log, ctx.counted = log, counted
+        if len(values) <= _DENSE_READ * slots.shape[1]:
+            step = max(1, _SPREAD // len(values))
+            parts = zip(slots.split(step), weights.split(step), strict=True)
+            return torch.cat([_spread(s, w, len(values)) @ values.float() for s, w in parts])
         # embedding_bag wants weights in the table's dtype; the twin sums bfloat16 rows in float32.
         if values.dtype == torch.float32:
             return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
@@ -68,28 +77,42 @@ class _ReadRows(torch.autograd.Function):
             else:
                 grad_values = values.new_zeros(values.shape, dtype=torch.float32)
                 rows = slots.unique()
-                grad_values[rows] = row_gradients(slots, weights, grad_out, rows)
+                grad_values[rows] = row_gradients(slots, weights, grad_out, rows, len(values))
                 grad_values = grad_values.to(values.dtype)
         return grad_values, None, grad_weights, None, None
 
 
-def row_gradients(slots: Tensor, weights: Tensor, grad_out: Tensor, rows: Tensor) -> Tensor:
+def row_gradients(slots: Tensor, weights: Tensor, grad_out: Tensor, rows: Tensor, num_slots: int) -> Tensor:
     """Gradient of the given rows alone.
 
     Args:
         slots, weights: [tokens, reads] as read.
         grad_out: [tokens, d] float32.
-        rows: [t] int64, ascending, no duplicates.
+        rows: [t] int64, no duplicates.
+        num_slots: of the table.
 
     Returns:
         [t, d] float32.
     """
-    position = torch.searchsorted(rows, slots).clamp_(max=len(rows) - 1)
-    token, read = (rows[position] == slots).nonzero(as_tuple=True)
     gradient = grad_out.new_zeros(len(rows), grad_out.shape[1])
+    place = rows.new_full((num_slots,), len(rows))
+    place[rows] = torch.arange(len(rows), device=rows.device)
+    if len(rows) <= _DENSE_GRADIENT * slots.shape[1]:
+        # one column more, for the reads of all other rows
+        step = max(1, _SPREAD // (len(rows) + 1))
+        for s, w, g in zip(slots.split(step), weights.split(step), grad_out.split(step), strict=True):
+            gradient += _spread(place[s], w, len(rows) + 1)[:, :-1].T @ g
+        return gradient
+    position = place[slots]
+    token, read = (position < len(rows)).nonzero(as_tuple=True)
     for t, r in zip(token.split(_CHUNK), read.split(_CHUNK), strict=True):
         gradient.index_add_(0, position[t, r], weights[t, r, None] * grad_out[t])
     return gradient
+
+
+def _spread(slots: Tensor, weights: Tensor, num_slots: int) -> Tensor:
+    """[tokens, num_slots]: each slot's weight, summed over the reads of it."""
+    return weights.new_zeros(len(slots), num_slots).scatter_add_(1, slots, weights)
 
 
 def _chunks(slots: Tensor, other: Tensor):
@@ -119,11 +142,11 @@ class ReadLog:
             )
         return total
 
-    def row_gradients(self, rows: Tensor, width: int) -> Tensor:
-        """Summed gradient [t, width] float32 of the given rows (ascending, distinct)."""
-        total = torch.zeros(len(rows), width, device=rows.device)
+    def row_gradients(self, rows: Tensor, values: Tensor) -> Tensor:
+        """Summed gradient [t, d] float32 of distinct rows of the table `values` [num_slots, d]."""
+        total = torch.zeros(len(rows), values.shape[1], device=rows.device)
         for slots, weights, grad_out, _ in self.entries:
-            total += row_gradients(slots, weights, grad_out, rows)
+            total += row_gradients(slots, weights, grad_out, rows, len(values))
         return total
 
     def clear(self) -> None:
