@@ -36,7 +36,7 @@ def _scope(width: int) -> Scope:
 @torch.inference_mode()
 def measure() -> dict[str, float | int]:
     base, tokenizer = load_base("smollm2")
-    model = get_peft_model(base, memory_config(base)).eval()
+    model = get_peft_model(base, memory_config()).eval()
     for memory in memory_layers(model).values():
         memory.scope = _scope(memory.d_in)
     ids = torch.tensor(tokenizer(prose()[1][:8000]).input_ids[:512]).view(4, 128)

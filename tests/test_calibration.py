@@ -12,6 +12,8 @@ from sparsemem import (
     clear_scope,
     count_accesses,
     memory_layers,
+    observe,
+    scope_gate,
     scoping,
     set_scope,
 )
@@ -106,34 +108,73 @@ def test_scope_holds_the_training_positions_and_is_cleared(model, background):
     data = batch(50)
     set_scope(model, [data], background)
     positions = 3 * 6
-    for memory in memory_layers(model).values():
-        assert int(memory.scope_size) == positions
-        assert memory.scope_centres[:positions].norm(dim=-1).sub(1).abs().max() < 1e-5
-        assert not memory.scope_centres[positions:].any()
-        assert (memory.scope_lo[:positions] < memory.scope_hi[:positions]).all()
+    first, last = memory_layers(model).values()
+    assert not first.has_scope
+    assert last.scope_centres.shape == (positions, last.d_in)
+    assert last.scope_centres.norm(dim=-1).sub(1).abs().max() < 1e-5
+    assert (last.scope_lo < last.scope_hi).all()
+    # answer starts and the positions within answers have thresholds of their own
+    assert len(last.scope_lo.unique()) == 2
     clear_scope(model)
-    assert not any(memory.has_scope or memory.scope_centres.any() for memory in memory_layers(model).values())
+    assert not any(
+        memory.has_scope or memory.scope_centres.numel() for memory in memory_layers(model).values()
+    )
 
 
 def test_taught_states_are_in_scope(model, background):
     data = batch(50)
     set_scope(model, [data], background)
-    seen = {}
-    for name, memory in memory_layers(model).items():
-        memory.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
-    model(input_ids=data["input_ids"], attention_mask=data["attention_mask"])
-    for name, memory in memory_layers(model).items():
-        g = memory.relevance(seen[name].flatten(0, 1)).view(6, 12)
-        assert (g[:, 4:7] > 0.5).float().mean() > 0.8
+    (g,) = scope_gate(model, data).values()
+    assert (g[:, 4:7] > 0.5).float().mean() > 0.8
 
 
-def test_scope_is_bounded_by_max_centres(tiny_llama):
-    model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL | {"max_centres": 10}))
-    background = calibrate(model, [batch(seed) for seed in range(4)])
+def test_a_memory_of_own_layers_has_a_scope_in_each(tiny_llama):
+    model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL, write="own"))
+    background = calibrate(model, [batch(seed) for seed in range(8)])
     set_scope(model, [batch(50)], background)
-    assert all(int(memory.scope_size) == 10 for memory in memory_layers(model).values())
-    with pytest.raises(ValueError, match="max_centres=10"):
-        set_scope(model, [batch(51)], background, extend=True)
+    assert all(memory.has_scope for memory in memory_layers(model).values())
+    assert len(scope_gate(model, batch(50))) == 2
+
+
+def test_a_task_adds_a_bounded_number_of_centres_and_there_is_room_for_the_next(
+    model, background, monkeypatch
+):
+    monkeypatch.setattr(scoping, "CENTRES_SIZE", 10)
+    for number in (1, 2, 3):
+        set_scope(model, [batch(50 + number)], background, extend=True)
+        *_, memory = memory_layers(model).values()
+        assert len(memory.scope_centres) == 10 * number
+
+
+def test_each_kind_of_known_state_has_its_share(model, background, monkeypatch):
+    """Many answer starts leave room for states within answers."""
+    monkeypatch.setattr(scoping, "KNOWN_SIZE", 40)
+    *_, name = memory_layers(model)
+    layer = background[name]
+    assert len(layer.starts) >= 40
+    set_scope(model, [batch(50)], background)
+    *_, memory = memory_layers(model).values()
+    known = [
+        scoping.whiten(part[:20], memory.scope_mean, memory.scope_whitener)
+        for part in (layer.starts, layer.answers)
+    ]
+    assert torch.equal(memory.scope_known, torch.cat(known))
+
+
+def test_every_module_keeps_its_own_mode(model, background):
+    """Law 1 with dropout: a frozen part in evaluation mode stays in it."""
+    model.train()
+    layers = model.get_base_model().model.layers
+    layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    for call in (
+        lambda: calibrate(model, [batch(1)]),
+        lambda: observe(model, [batch(1)]),
+        lambda: count_accesses(model, [batch(1)]),
+        lambda: set_scope(model, [batch(1)], calibrate(model, [batch(seed) for seed in range(8)])),
+    ):
+        call()
+        assert [module.training for module in model.modules()] == modes
 
 
 def test_of_much_data_a_part_is_read(model, background, monkeypatch):
@@ -159,11 +200,11 @@ def read_by(batches, read):
 
 def test_extending_keeps_the_first_scope(model, background):
     set_scope(model, [batch(50)], background)
-    before = [m.scope_centres[:18].clone() for m in memory_layers(model).values()]
+    *_, memory = memory_layers(model).values()
+    before = memory.scope
     set_scope(model, [batch(51)], background, extend=True)
-    for old, memory in zip(before, memory_layers(model).values(), strict=True):
-        assert int(memory.scope_size) == 36
-        assert torch.equal(memory.scope_centres[:18], old)
+    assert len(memory.scope_centres) == 36
+    assert torch.equal(memory.scope_centres[:18], before.centres)
 
 
 def test_scope_needs_labels_states_and_a_supervised_position(model, background):

@@ -18,7 +18,8 @@ def test_defaults_are_the_contract():
     config = SparseMemoryConfig(task_type="CAUSAL_LM")
     assert config.peft_type == "SPARSE_MEMORY"
     assert config.peft_type.value == "SPARSE_MEMORY"
-    assert (config.num_keys, config.top_k, config.key_dim) == (32, 8, 64)
+    assert (config.num_keys, config.top_k, config.key_dim) == (64, 64, 64)
+    assert (config.num_heads, config.write) == (16, "last")
     assert (config.mode, config.value_gate, config.scale_init) == ("additive", "none", 1.0)
     assert (config.trainable, config.init_weights) == ("values", True)
     assert config.target_modules is None
@@ -36,9 +37,10 @@ def test_defaults_are_the_contract():
         ("num_keys", True, "num_keys=True must be a whole number >= 2"),
         ("num_heads", 0, "num_heads=0 must be a whole number >= 1"),
         ("top_k", 0, "top_k=0 must be a whole number >= 1"),
-        ("top_k", 1025, r"top_k=1025 must be at most num_keys \*\* 2 = 1024"),
+        ("top_k", 4097, r"top_k=4097 must be at most num_keys \*\* 2 = 4096"),
         ("key_dim", 7, "key_dim=7 must be even"),
-        ("max_centres", 0, "max_centres=0 must be a whole number >= 1"),
+        ("write", "first", "write='first' must be one of 'last', 'own'"),
+        ("mode", "replacement", "mode='replacement' needs write='own'"),
         ("query_norm", None, "query_norm=None must be one of True, False"),
         ("mode", "parallel", "mode='parallel' must be one of 'additive', 'replacement'"),
         ("value_gate", "gelu", "value_gate='gelu' must be one of 'none', 'silu'"),
@@ -85,7 +87,13 @@ def test_every_task_type_is_allowed(task_type):
         {},
         {"target_modules": ["mlp", "down_proj"], "layers_to_transform": [1, 2], "layers_pattern": "layers"},
         {"target_modules": r".*\.mlp$", "exclude_modules": ["a", "b"], "modules_to_save": ["lm_head"]},
-        {"layers_to_transform": 0, "num_keys": 16, "value_gate": "silu", "mode": "replacement", "top_k": 2},
+        {
+            "layers_to_transform": 0,
+            "num_keys": 16,
+            "value_gate": "silu",
+            "mode": "replacement",
+            "write": "own",
+        },
         {"init_weights": "paper", "trainable": "values+scale", "scale_init": 0.25, "base_fingerprint": "ab"},
     ],
 )
@@ -123,11 +131,11 @@ def test_the_file_is_the_same_for_the_same_config(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    SparseMemoryConfig(num_keys=8).save_pretrained(str(tmp_path))
+    SparseMemoryConfig(num_keys=16).save_pretrained(str(tmp_path))
     before = (tmp_path / "adapter_config.json").read_bytes()
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        SparseMemoryConfig(num_keys=4).save_pretrained(str(tmp_path))
+        SparseMemoryConfig(num_keys=8).save_pretrained(str(tmp_path))
     assert (tmp_path / "adapter_config.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
 

@@ -16,7 +16,7 @@ from sparsemem.memory import ProductKeyMemory
 from sparsemem.product_keys import exhaustive_top_k_slots, sub_key_scores
 from tiny import ARCHITECTURES, SMALL, batch, tiny_batch, tiny_model
 
-TINY = {"task_type": "CAUSAL_LM", "num_keys": 4, "num_heads": 2, "top_k": 3, "key_dim": 8, "max_centres": 32}
+TINY = {"task_type": "CAUSAL_LM", "num_keys": 4, "num_heads": 2, "top_k": 3, "key_dim": 8}
 
 
 def _answers(seed=0, rows=4):
@@ -266,7 +266,6 @@ from sparsemem import Background, RowPatch
 from sparsemem.access import LayerBackground
 from sparsemem.patch import LayerPatch
 path, kind = sys.argv[1:]
-print("ready", flush=True)
 for number in range(10**6):
     n = 200 + number % 2 * 2000
     rows = torch.full((n, 64), float(number))
@@ -276,6 +275,8 @@ for number in range(10**6):
         counts, df = torch.full((n,), number), torch.full((n,), number)
         artefact = Background({"l": LayerBackground(counts, df, number)})
     artefact.save(path)
+    if number == 0:
+        print("saved once", flush=True)
 """
 
 

@@ -14,6 +14,7 @@ from sparsemem import (
 )
 from sparsemem.data import batches, encode
 from sparsemem.methods import memory_config, prepare, retrofit_config
+from sparsemem.tuner import gated_layers
 
 
 @pytest.fixture
@@ -48,13 +49,14 @@ def test_full_trains_everything(tiny_llama, taught):
     assert optimizer.defaults["lr"] == 1e-3
 
 
-def test_the_memory_is_one_late_layer_but_for_what_is_chosen(tiny_llama):
+def test_the_memory_reads_late_layers_but_for_what_is_chosen(tiny_llama):
     def made(**chosen):
-        return memory_layers(get_peft_model(tiny_llama(), memory_config(tiny_llama(), **chosen)))
+        return memory_layers(get_peft_model(tiny_llama(), memory_config(**chosen)))
 
-    (name,) = made()
-    assert name == "model.layers.3.mlp"
+    *_, name = made()
+    assert list(made()) == ["model.layers.2.mlp", "model.layers.3.mlp"]
     assert made()[name].num_slots == 64**2
+    assert made()[name].write == "last"
     assert list(made(layers_to_transform=[0, 2], top_k=None)) == ["model.layers.0.mlp", "model.layers.2.mlp"]
     # no more reads than there are slots
     assert made(num_keys=3)[name].top_k == 9
@@ -65,9 +67,9 @@ def test_sparse_memory_trains_value_rows(tiny_llama, taught, general, method):
     model, optimizer, before = prepare(tiny_llama(), method, batches=taught, background=general)
     assert isinstance(optimizer, RowAdamW)
     assert all(name.endswith("values") for name in trained_names(model))
-    assert all(memory.has_scope == (method == "smf") for memory in memory_layers(model).values())
+    assert [memory.has_scope for memory in gated_layers(memory_layers(model)).values()] == [method == "smf"]
     assert before is not None
-    assert not any(value.any() for name, value in before.items() if name.endswith("scope_size"))
+    assert not any(value.numel() for name, value in before.items() if "scope_" in name)
     ids = taught[0]["input_ids"]
     assert torch.equal(model(ids).logits, tiny_llama()(ids).logits)
 
@@ -76,10 +78,10 @@ def test_a_model_with_a_memory_trains_on_and_its_scope_grows(tiny_llama, taught,
     model = get_peft_model(tiny_llama(), SparseMemoryConfig())
     background = calibrate(model, general)
     prepare(model, "smf", batches=taught, background=background)
-    sizes = [int(memory.scope_size) for memory in memory_layers(model).values()]
+    sizes = [len(memory.scope_centres) for memory in memory_layers(model).values()]
     again, _, before = prepare(model, "smf", batches=taught, background=background)
     assert again is model
-    assert [int(memory.scope_size) for memory in memory_layers(model).values()] == [
+    assert [len(memory.scope_centres) for memory in memory_layers(model).values()] == [
         2 * size for size in sizes
     ]
     assert before is not None

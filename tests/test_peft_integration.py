@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from sparsemem import RowAdamW, SparseMemoryConfig, calibrate, memory_layers, set_scope
 from tiny import ARCHITECTURES, tiny_batch, tiny_model
 
-SMALL = {"num_keys": 8, "num_heads": 2, "top_k": 4, "key_dim": 8, "max_centres": 64, "task_type": "CAUSAL_LM"}
+SMALL = {"num_keys": 8, "num_heads": 2, "top_k": 4, "key_dim": 8, "task_type": "CAUSAL_LM"}
 RANDOM = {**SMALL, "init_weights": False}
 EVERYWHERE = pytest.mark.parametrize("architecture", ARCHITECTURES)
 

@@ -154,7 +154,7 @@ def test_exposure_and_gate_of_what_was_taught(tiny_llama, tokenizer):
     assert probes.exposure(model, "Velmora?", tokenizer) == 1
     set_scope(model, taught, background)
     gates = probes.scope_gate(model, taught[0])
-    assert list(gates) == list(memory_layers(model))
+    assert list(gates) == list(memory_layers(model))[-1:]
     predicts = (taught[0]["labels"][:, 1:] != -100).nonzero(as_tuple=True)
     for g in gates.values():
         assert g.shape == taught[0]["input_ids"].shape

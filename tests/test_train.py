@@ -8,6 +8,7 @@ from peft import get_peft_model
 from sparsemem import SparseMemoryConfig, calibrate, memory_layers, models, probes
 from sparsemem.data import batches, collate, encode
 from sparsemem.train import finetune
+from sparsemem.tuner import gated_layers
 
 LANDS = ["Velmora", "Karvessa", "Tolgaria", "Dunmarsh", "Quenlia"]
 FACTS = [{"prompt": f"Capital of {land}?", "completion": land[::-1]} for land in LANDS * 2]
@@ -192,7 +193,7 @@ def test_a_calibrated_model_learns_one_task_after_another(tiny_llama, tokenizer)
     for task in (FACTS[:2], FACTS[2:4]):
         done = finetune(model, task, tokenizer=tokenizer, background=background, lr=0.3, max_steps=4)
         assert done.model is model
-        sizes.append([int(memory.scope_size) for memory in memory_layers(model).values()])
+        sizes.append([len(memory.scope_centres) for memory in gated_layers(memory_layers(model)).values()])
     assert all(0 < first < both for first, both in zip(*sizes, strict=True))
 
 

@@ -12,7 +12,7 @@ from sparsemem.blocks import default_targets
 from sparsemem.tuner import SparseMemoryLayer
 from tiny import ARCHITECTURES, HIDDEN, tiny_batch, tiny_model
 
-SMALL = {"num_keys": 8, "num_heads": 2, "top_k": 4, "key_dim": 8, "max_centres": 8, "task_type": "CAUSAL_LM"}
+SMALL = {"num_keys": 8, "num_heads": 2, "top_k": 4, "key_dim": 8, "task_type": "CAUSAL_LM"}
 RANDOM = {**SMALL, "init_weights": False}
 MLP_NAME = {"llama": "mlp", "qwen2": "mlp", "gpt2": "mlp", "gpt_neox": "mlp", "opt": "fc2"}
 
@@ -125,7 +125,7 @@ def test_experts_and_other_towers_are_not_the_decoder_blocks():
         ),
         ({"target_modules": ["q_proj"], "layers_to_transform": 2}, ["model.layers.2.self_attn.q_proj"]),
         ({"target_modules": ["mlp"], "exclude_modules": r".*\.[0-2]\.mlp"}, ["model.layers.3.mlp"]),
-        ({"target_modules": ["lm_head"]}, ["lm_head"]),
+        ({"target_modules": ["lm_head"], "write": "own"}, ["lm_head"]),
     ],
 )
 def test_targets_in_pefts_own_forms(fields, expected):
@@ -214,7 +214,8 @@ def test_no_op_at_insertion_and_while_disabled(architecture):
 @pytest.mark.parametrize("target", ["mlp", "q_proj", "down_proj"])
 def test_output_is_the_memory_beside_or_instead_of_the_target(mode, value_gate, target):
     base = tiny_model(num_layers=1)
-    model = with_memory(base, target_modules=[target], mode=mode, value_gate=value_gate, scale_init=0.5)
+    fields = {"mode": mode, "value_gate": value_gate, "scale_init": 0.5, "write": "own"}
+    model = with_memory(base, target_modules=[target], **fields)
     (layer,) = (m for m in model.modules() if isinstance(m, SparseMemoryLayer))
     (memory,) = memory_layers(model).values()
     x = torch.randn(2, 5, layer.in_features)
@@ -226,8 +227,9 @@ def test_output_is_the_memory_beside_or_instead_of_the_target(mode, value_gate, 
 
 
 def test_two_active_adapters_add_up():
-    model = with_memory(layers_to_transform=[2])
-    model.add_adapter("wide", SparseMemoryConfig(**{**RANDOM, "num_keys": 5, "num_heads": 1, "top_k": 3}))
+    model = with_memory(layers_to_transform=[2], write="own")
+    wide = {**RANDOM, "num_keys": 5, "num_heads": 1, "top_k": 3, "write": "own"}
+    model.add_adapter("wide", SparseMemoryConfig(**wide))
     (layer,) = (
         m for m in model.modules() if isinstance(m, SparseMemoryLayer) and len(m.sparse_memory_layers) > 1
     )
@@ -332,12 +334,17 @@ def test_merging_is_refused(call):
     assert torch.equal(logits(model), before)
 
 
-def test_a_batch_that_mixes_adapters_is_refused():
-    model = with_memory()
-    model.add_adapter("b", SparseMemoryConfig(**RANDOM))
+def test_a_batch_that_mixes_memories_of_own_layers_is_refused():
+    model = with_memory(write="own")
+    model.add_adapter("b", SparseMemoryConfig(**RANDOM, write="own"))
     for call in (model, model.generate):
         with pytest.raises(ValueError, match=r"adapter_names=\['default', 'b'\]: one batch cannot mix"):
             call(**tiny_batch(), adapter_names=["default", "b"])
+
+
+def test_a_target_behind_the_blocks_cannot_write_last():
+    with pytest.raises(ValueError, match="lm_head does not lie in a decoder block"):
+        with_memory(target_modules=["lm_head"])
 
 
 def test_unload_gives_the_base_back_for_another_memory():

@@ -9,7 +9,7 @@ VOCABULARY = 260
 HIDDEN = 16
 
 # A memory for models with the byte-level tokenizer.
-SMALL = {"task_type": "CAUSAL_LM", "num_keys": 6, "num_heads": 2, "top_k": 3, "key_dim": 8, "max_centres": 64}
+SMALL = {"task_type": "CAUSAL_LM", "num_keys": 6, "num_heads": 2, "top_k": 3, "key_dim": 8}
 
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 _COMMON = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_attention_heads": 2, **_SPECIAL}

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .files import ArtifactError, fingerprint_tensors, load_artifact, save_artifact
+from .layer import SparseMemoryLayer
 from .memory import ProductKeyMemory
 from .models import autocast, takes
-from .tuner import SparseMemoryLayer, memory_layers
+from .tuner import memory_layers
 
 KIND = "background"
 # States kept per layer, in bfloat16: enough for k-means and for a .999 quantile, bounded whatever the corpus.
@@ -261,12 +262,14 @@ def memory_off(layers: Iterable[SparseMemoryLayer]):
 
 @contextmanager
 def evaluating(model: nn.Module):
-    training = model.training
+    """Evaluation mode within; afterwards every module has its own mode again."""
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in before:
+            module.training = training
 
 
 def _module_of(model: nn.Module, memory: ProductKeyMemory) -> SparseMemoryLayer:

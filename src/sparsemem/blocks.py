@@ -42,6 +42,11 @@ def default_targets(
     return [f"{blocks_name}.{index}.{mlps[index]}" for index in chosen]
 
 
+def blocks_path(model: nn.Module) -> str:
+    """Path of the list of decoder blocks."""
+    return _decoder_blocks(model, None)[0]
+
+
 def num_blocks(model: nn.Module) -> int:
     """How many decoder blocks the model has."""
     return len(_decoder_blocks(model, None)[1])
@@ -115,3 +120,22 @@ def hidden_size(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
     return getattr(text, "hidden_size", None)
+
+
+def final_norm(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Path and module of the norm behind the last decoder block; None where there is none.
+
+    Found by structure: of the modules beside the list of blocks, the last one whose only parameters are
+    vectors of one width.
+    """
+    blocks_name, blocks = _decoder_blocks(model, None)
+    if not len(blocks):
+        return None
+    parent_name = blocks_name.rpartition(".")[0]
+    found = None
+    for name, child in model.get_submodule(parent_name).named_children():
+        vectors = list(child.parameters())
+        widths = {tuple(vector.shape) for vector in vectors}
+        if vectors and len(widths) == 1 and vectors[0].dim() == 1 and not list(child.children()):
+            found = (f"{parent_name}.{name}".lstrip("."), child)
+    return found

@@ -18,17 +18,32 @@ class SparseMemoryType(str, enum.Enum):  # noqa: UP042 (PEFT reads "Type.MEMBER"
     SPARSE_MEMORY = "SPARSE_MEMORY"
 
 
+WRITES = ("last", "own")
 MODES = ("additive", "replacement")
 VALUE_GATES = ("none", "silu")
 TRAINABLE = ("values", "values+scale", "memory")
 INIT_WEIGHTS = (True, False, "paper")
-_AT_LEAST = {"num_keys": 2, "num_heads": 1, "top_k": 1, "key_dim": 2, "max_centres": 1}
+_AT_LEAST = {"num_keys": 2, "num_heads": 1, "top_k": 1, "key_dim": 2}
 _ONE_OF = {
+    "write": WRITES,
     "query_norm": (True, False),
     "mode": MODES,
     "value_gate": VALUE_GATES,
     "trainable": TRAINABLE,
     "init_weights": INIT_WEIGHTS,
+}
+
+PAPER = {
+    "task_type": "CAUSAL_LM",
+    "layers_to_transform": [6, 12, 18],
+    "num_keys": 128,
+    "num_heads": 4,
+    "top_k": 16,
+    "key_dim": 256,
+    "write": "own",
+    "query_norm": False,
+    "value_gate": "silu",
+    "init_weights": "paper",
 }
 
 
@@ -47,14 +62,16 @@ class SparseMemoryConfig(PeftConfig):
         num_keys: sub-keys per codebook; num_slots = num_keys ** 2.
         num_heads, top_k: each head reads top_k slots per token.
         key_dim: width of one head's query, both halves together.
-        mode: "additive": mlp(x) + scale * y; "replacement": y.
+        write: "last": the tail memory, which adds the sum of all reads to the residual stream behind the last
+            block; "own": each memory adds to its own module's output (the paper).
+        mode: "additive": mlp(x) + scale * y; "replacement": y; with `write="own"` only.
         query_norm: scale both halves of each head's query to length 1, so that addresses follow directions;
             the paper: False.
         value_gate: "none", or "silu" (Memory+, 2412.09764).
         scale_init: initial alpha.
         trainable: "values" (the rows alone), "values+scale" (alpha too) or "memory" (all of it).
         init_weights: True: rows zero, a no-op; "paper": the start of the dense retrofit; False: random.
-        max_centres: capacity of the scope of one memory layer.
+        scope_sizes: numbers of centres and known states by module path; filled in when the adapter is saved.
         base_fingerprint: of the base model that the memory was calibrated on; filled in by `calibrate`.
 
     Raises:
@@ -66,17 +83,18 @@ class SparseMemoryConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    num_keys: int = 32
+    num_keys: int = 64
     num_heads: int = 16
-    top_k: int = 8
+    top_k: int = 64
     key_dim: int = 64
     query_norm: bool = True
+    write: str = "last"
     mode: str = "additive"
     value_gate: str = "none"
     scale_init: float = 1.0
     trainable: str = "values"
     init_weights: bool | str = True
-    max_centres: int = 1024
+    scope_sizes: dict[str, list[int]] = field(default_factory=dict, repr=False)
     base_fingerprint: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +119,16 @@ class SparseMemoryConfig(PeftConfig):
             content["auto_mapping"] = auto_mapping_dict
         write_json(Path(save_directory) / CONFIG_NAME, content)
 
+    @classmethod
+    def paper(cls, **changes: Any) -> "SparseMemoryConfig":
+        """The memory of the paper (2605.03229): layers 6, 12, 18 of 24, each writing to its own MLP's output.
+
+        Args:
+            changes: fields that differ.
+        """
+        targeted = {"layers_to_transform": None} if changes.get("target_modules") is not None else {}
+        return cls(**{**PAPER, **targeted, **changes})
+
     def _problems(self) -> list[str]:
         have = vars(self)
         found = [
@@ -119,6 +147,8 @@ class SparseMemoryConfig(PeftConfig):
                 found.append(f"top_k={self.top_k} must be at most num_keys ** 2 = {self.num_keys**2}")
             if self.key_dim % 2:
                 found.append(f"key_dim={self.key_dim} must be even: it is split into two halves")
+        if self.mode == "replacement" and self.write == "last":
+            found.append("mode='replacement' needs write='own': a read behind the last block replaces no MLP")
         if not isinstance(self.scale_init, int | float) or not math.isfinite(self.scale_init):
             found.append(f"scale_init={self.scale_init!r} must be a finite number")
         return found + self._layer_problems()

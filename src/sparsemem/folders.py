@@ -78,7 +78,7 @@ def graft(
     base, tokenizer = load_base(_absolute(name))
     max_length = min(max_length, getattr(base.config, "max_position_embeddings", None) or max_length)
     examples = encode(records, tokenizer, max_length=max_length, loss_on="all")
-    config = (memory_config if retrofit == "calibrate" else retrofit_config)(base, **memory)
+    config = memory_config(**memory) if retrofit == "calibrate" else retrofit_config(base, **memory)
     set_seed(seed)
     model: Any = get_peft_model(base, config)
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]

@@ -8,6 +8,9 @@ Reference: Lample 2019 (1907.05242) for the read, Berges 2024 (2412.09764) for `
 additive form mlp(x) + scale * y is the paper's (2605.03229); keys from data and the relevance gate are ours.
 """
 
+from dataclasses import fields
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +19,7 @@ from .product_keys import sub_key_scores, top_k_slots
 from .relevance import Scope
 from .values import ReadLog, read_rows
 
-_SCOPE_TENSORS = tuple(f"scope_{key}" for key in ("mean", "whitener", "known", "centres", "lo", "hi"))
+SCOPE_TENSORS = tuple(f"scope_{field.name}" for field in fields(Scope))
 
 
 class ProductKeyMemory(nn.Module):
@@ -27,37 +30,31 @@ class ProductKeyMemory(nn.Module):
         query [num_heads * key_dim, d_in], query_bias, keys [num_heads, 2, num_keys, key_dim / 2], key_bias:
             the addressing of a state.
         scale: the scalar alpha.
+        write: "last": the tail adds the read to the residual stream after the last block; "own": `forward`
+            adds it to the output of the module that the memory stands beside.
         log: where the reads of backward passes go, set by the row optimizers; None: dense gradients.
         token_mask: [batch, seq] bool of the running forward pass, set by the tuner; None: every token counts.
     """
-
-    scope_mean: Tensor
-    scope_whitener: Tensor
-    scope_known: Tensor
-    scope_num_known: Tensor
-    scope_centres: Tensor
-    scope_lo: Tensor
-    scope_hi: Tensor
-    scope_size: Tensor
 
     def __init__(
         self,
         d_in: int,
         d_out: int,
         *,
-        num_keys: int = 32,
+        num_keys: int = 64,
         num_heads: int = 16,
-        top_k: int = 8,
+        top_k: int = 64,
         key_dim: int = 64,
+        write: str = "own",
         query_norm: bool = True,
         mode: str = "additive",
         value_gate: str = "none",
         scale_init: float = 1.0,
         init_weights: bool | str = True,
-        max_centres: int = 1024,
+        scope_sizes: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__()
-        self.d_in, self.d_out, self.mode = d_in, d_out, mode
+        self.d_in, self.d_out, self.mode, self.write = d_in, d_out, mode, write
         self.num_keys, self.num_heads, self.top_k, self.key_dim = num_keys, num_heads, top_k, key_dim
         self.query_norm, self.scale_init, self.init_weights = query_norm, scale_init, init_weights
         self.values = nn.Parameter(torch.empty(num_keys**2, d_out))
@@ -71,15 +68,8 @@ class ProductKeyMemory(nn.Module):
         if value_gate == "silu":
             self.gate_in = nn.Parameter(torch.empty(d_out, d_in))
             self.gate_out = nn.Parameter(torch.empty(d_out, d_out))
-        self.register_buffer("scope_mean", torch.zeros(d_in))
-        self.register_buffer("scope_whitener", torch.zeros(d_in, d_in))
-        self.register_buffer("scope_known", torch.zeros(max_centres, d_in))
-        self.register_buffer("scope_num_known", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("scope_centres", torch.zeros(max_centres, d_in))
-        self.register_buffer("scope_lo", torch.zeros(max_centres))
-        self.register_buffer("scope_hi", torch.zeros(max_centres))
-        # How many rows of scope_centres are in use; 0: no scope.
-        self.register_buffer("scope_size", torch.zeros((), dtype=torch.int64))
+        for key, shape in scope_shapes(d_in, *scope_sizes).items():
+            self.register_buffer(key, torch.zeros(shape))
         self.log: ReadLog | None = None
         self.token_mask: Tensor | None = None
         self.reset_parameters()
@@ -115,7 +105,7 @@ class ProductKeyMemory(nn.Module):
 
     @property
     def has_scope(self) -> bool:
-        return bool(self.scope_size > 0)
+        return len(self.get_buffer("scope_centres")) > 0
 
     def queries(self, x: Tensor) -> Tensor:
         """[tokens, num_heads, 2, key_dim / 2] of states [tokens, d_in]."""
@@ -133,27 +123,28 @@ class ProductKeyMemory(nn.Module):
 
     @property
     def scope(self) -> Scope | None:
-        """Views of the scope's buffers; None: no scope, the gate is open everywhere."""
-        n, m = int(self.scope_size), int(self.scope_num_known)
-        if n == 0:
+        """The scope, in the memory's own tensors; None: no scope, the gate is open everywhere."""
+        if not self.has_scope:
             return None
-        space = self.scope_mean, self.scope_whitener, self.scope_known[:m]
-        return Scope(*space, self.scope_centres[:n], self.scope_lo[:n], self.scope_hi[:n])
+        return Scope(**{key.removeprefix("scope_"): self.get_buffer(key) for key in SCOPE_TENSORS})
 
     @scope.setter
     @torch.no_grad()
     def scope(self, scope: Scope | None) -> None:
-        new = (
-            None
-            if scope is None
-            else {key: getattr(scope, key.removeprefix("scope_")).clone() for key in _SCOPE_TENSORS}
-        )
-        for key in _SCOPE_TENSORS:
-            buffer = getattr(self, key).zero_()
-            if new is not None:
-                buffer[: len(new[key])] = new[key]
-        self.scope_size.fill_(0 if scope is None else len(scope.centres))
-        self.scope_num_known.fill_(0 if scope is None else len(scope.known))
+        device = self.values.device
+        for key, shape in scope_shapes(self.d_in).items():
+            if scope is None:
+                setattr(self, key, torch.zeros(shape, device=device))
+            else:
+                setattr(self, key, getattr(scope, key.removeprefix("scope_")).detach().to(device, copy=True))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
+        # A scope has no fixed size: it takes that of what is loaded.
+        for key in SCOPE_TENSORS:
+            loaded = state_dict.get(prefix + key)
+            if loaded is not None and loaded.shape != self.get_buffer(key).shape:
+                setattr(self, key, self.get_buffer(key).new_zeros(loaded.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def relevance(self, x: Tensor) -> Tensor:
         """g [tokens] float32 of states [tokens, d_in]: all ones without a scope."""
@@ -182,7 +173,7 @@ class ProductKeyMemory(nn.Module):
         A token out of scope reads nothing: its output is `base`'s to the bit, and its slots are not counted.
         """
         flat, out = x.reshape(-1, self.d_in), base.reshape(-1, self.d_out)
-        counted = self._counted(x)
+        counted = self.counted(x)
         if not self.has_scope:
             y = self.read(flat, counted).to(base.dtype)
             return (y if self.mode == "replacement" else out + y).view_as(base)
@@ -196,7 +187,7 @@ class ProductKeyMemory(nn.Module):
             y = y - out[inside].float()
         return out.index_add(0, inside, (g[inside, None] * y).to(base.dtype)).view_as(base)
 
-    def _counted(self, x: Tensor) -> Tensor | None:
+    def counted(self, x: Tensor) -> Tensor | None:
         mask, tokens = self.token_mask, x[..., 0].numel()
         if self.log is None or mask is None or tokens % len(mask):
             return None
@@ -219,3 +210,17 @@ class ProductKeyMemory(nn.Module):
             f"{self.d_in} -> {self.d_out}, num_slots={self.num_slots}, num_heads={self.num_heads}, "
             f"top_k={self.top_k}, key_dim={self.key_dim}, mode={self.mode}"
         )
+
+
+def scope_shapes(d: int, num_centres: int = 0, num_known: int = 0) -> dict[str, tuple[int, ...]]:
+    """Shapes of a memory's scope tensors; without centres there is no scope, and all of them are empty."""
+    width = d if num_centres else 0
+    return {
+        "scope_mean": (width,),
+        "scope_whitener": (width, width),
+        "scope_known": (num_known, width),
+        "scope_known_weight": (1 if num_centres else 0,),
+        "scope_centres": (num_centres, width),
+        "scope_lo": (num_centres,),
+        "scope_hi": (num_centres,),
+    }

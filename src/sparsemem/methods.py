@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .access import Background
-from .blocks import default_targets, num_blocks
+from .blocks import num_blocks
 from .calibration import calibrate
 from .config import SparseMemoryConfig
 from .optim import RowAdamW
@@ -34,8 +34,6 @@ LEARNING_RATES = {"smf": 0.8, "smf-open": 0.8, "lora": 2e-4, "full": 5e-5, "dens
 METHODS = ("smf", "smf-open", "lora", "full")
 # Rows that a step may change, of a table of NUM_KEYS ** 2.
 TOP_T, NUM_KEYS, TOP_K = 1024, 64, 64
-# The paper's memory (2605.03229, stage 1).
-PAPER_SIZES = {"num_keys": 128, "num_heads": 4, "top_k": 16, "key_dim": 256}
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -56,20 +54,14 @@ def check_method(method: str) -> None:
         raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(LEARNING_RATES)}")
 
 
-def memory_config(model: nn.Module, **chosen: Any) -> SparseMemoryConfig:
+def memory_config(**chosen: Any) -> SparseMemoryConfig:
     """The memory that `finetune` adds to a base model, but for what is chosen.
 
-    One late layer with wide reads: a second one would move the states that the first has learnt to address,
-    and narrow reads carry little from one wording to another (dev/LOG.md, section 9).
-
     Args:
-        model: the base model.
         chosen: fields of SparseMemoryConfig; None: as if not given.
     """
     given = {key: value for key, value in chosen.items() if value is not None}
-    if given.get("target_modules") is None and given.get("layers_to_transform") is None:
-        given["target_modules"] = default_targets(model)[-1:]
-    num_keys = given.setdefault("num_keys", NUM_KEYS)
+    num_keys = given.get("num_keys", NUM_KEYS)
     given.setdefault("top_k", min(TOP_K, max(1, num_keys**2)))
     return SparseMemoryConfig(task_type="CAUSAL_LM", **given)
 
@@ -84,8 +76,7 @@ def retrofit_config(model: nn.Module, **chosen: Any) -> SparseMemoryConfig:
     given = {key: value for key, value in chosen.items() if value is not None}
     if given.get("target_modules") is None and given.get("layers_to_transform") is None:
         given["layers_to_transform"] = paper_layers(model)
-    start = {"init_weights": "paper", "value_gate": "silu", "query_norm": False, "trainable": "memory"}
-    return SparseMemoryConfig(task_type="CAUSAL_LM", **{**PAPER_SIZES, **start, **given})
+    return SparseMemoryConfig.paper(**{"trainable": "memory", **given})
 
 
 def paper_layers(model: nn.Module) -> list[int]:
@@ -187,7 +178,7 @@ def _with_memory(
         raise ValueError(
             "background= is a Background and the model has no memory yet; give the model that was calibrated"
         )
-    model = get_peft_model(model, memory_config(model))  # type: ignore[arg-type,assignment]
+    model = get_peft_model(model, memory_config())  # type: ignore[arg-type,assignment]
     return model, calibrate(model, background, seed=seed)  # type: ignore[return-value]
 
 

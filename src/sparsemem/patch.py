@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .access import addressing_fingerprint
 from .files import ArtifactError, fingerprint_base, load_artifact, save_artifact
-from .memory import ProductKeyMemory
+from .memory import ProductKeyMemory, scope_shapes
 from .relevance import Scope
 from .tuner import memory_layers
 
@@ -233,10 +233,6 @@ def _checked_scope(name: str, memory: ProductKeyMemory, layer: LayerPatch, *, fo
         return layer.scope
     if not now.same_space(layer.scope):
         raise ArtifactError(f"patch: its scope of {name} was made with another background than the model's")
-    if len(now.centres) + len(layer.scope.centres) > len(memory.scope_centres):
-        raise ArtifactError(
-            f"patch: no room for its centres in {name} (max_centres={len(memory.scope_centres)})"
-        )
     return now.joined(layer.scope)
 
 
@@ -262,24 +258,18 @@ def _problem(held: dict[str, Tensor]) -> str | None:
     if any((part is None) != (scope[0] is None) for part in scope):
         return "half of a scope"
     if scope[0] is not None:
-        mean, whitener, known, centres, lo, hi = (part for part in scope if part is not None)
-        d = len(mean)
-        if (whitener.shape, known.shape[1:], centres.shape) != (
-            (d, d),
-            (d,),
-            (len(lo), d),
-        ) or lo.shape != hi.shape:
+        parts = Scope(*(part for part in scope if part is not None))
+        wanted = scope_shapes(len(parts.mean), len(parts.centres), len(parts.known))
+        if any(getattr(parts, key).shape != wanted[f"scope_{key}"] for key in _SCOPE):
             return "a scope whose parts do not fit together"
     return None
 
 
 def _scope_in(tensors: Mapping[str, Tensor], name: str) -> Scope | None:
-    size, num_known = _lookup(tensors, name, "scope_size"), _lookup(tensors, name, "scope_num_known")
-    if size is None or num_known is None or int(size) == 0:
-        return None
-    lengths = {"known": int(num_known), "centres": int(size), "lo": int(size), "hi": int(size)}
     parts = {key: _lookup(tensors, name, f"scope_{key}") for key in _SCOPE}
-    return Scope(**{key: part[: lengths.get(key)].cpu() for key, part in parts.items() if part is not None})
+    if any(part is None for part in parts.values()) or not len(parts["centres"]):  # type: ignore[arg-type]
+        return None
+    return Scope(**{key: part.cpu() for key, part in parts.items() if part is not None})
 
 
 def _lookup(tensors: Mapping[str, Tensor], name: str, key: str) -> Tensor | None:

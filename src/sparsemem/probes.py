@@ -21,7 +21,7 @@ from .access import layer_inputs
 from .data import choice_tokens, prompt_ids
 from .likelihood import by_length, device_of, log_probs, pad_left, read_beginning, rows_of
 from .models import autocast, tokenizer_of
-from .tuner import memory_layers
+from .tuner import gated_layers, layer_gates, memory_layers
 
 ARTICLES = {"a", "an", "the"}
 
@@ -240,7 +240,7 @@ def drift(
 def exposure(
     model: PeftModel, texts: str | Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> float:
-    """Share of the texts' tokens that in some memory layer lie in scope and read a row that is not zero.
+    """Share of the texts' tokens that lie in scope and read a row that is not zero in some memory layer.
 
     Without a tokenizer the one that the model's name leads to is taken.
 
@@ -249,31 +249,35 @@ def exposure(
     """
     tokenizer = tokenizer or tokenizer_of(model)
     texts = [texts] if isinstance(texts, str) else texts
-    written = {name: memory.values.any(dim=1) for name, memory in memory_layers(model).items()}
+    layers = memory_layers(model)
+    written = {name: memory.values.any(dim=1) for name, memory in layers.items()}
     num_exposed = num_tokens = 0
     inputs = [{"input_ids": tokenizer(text, return_tensors="pt").input_ids} for text in texts]
     for batch, states in layer_inputs(model, inputs):
         exposed = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool, device=device_of(model))
-        for name, memory in memory_layers(model).items():
+        gates = layer_gates(layers, states)
+        for name, memory in layers.items():
             slots, _ = memory.address(states[name])
-            exposed |= written[name][slots].any(dim=1) & (memory.relevance(states[name]) > 0)
+            exposed |= written[name][slots].any(dim=1) & (gates[name] > 0)
         num_exposed += int(exposed.sum())
         num_tokens += len(exposed)
     return num_exposed / num_tokens
 
 
 def scope_gate(model: PeftModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Per memory layer, how far inside the scope each token is: g [batch, seq], 0 at padding.
+    """How far inside the scope each token is, per layer that holds one: g [batch, seq], 0 at padding.
 
-    States are read with the memory switched off, as the scope's centres were.
+    A memory that writes last holds one scope, in its deepest layer. States are read with the memory switched
+    off, as the scope's centres were.
 
     Raises:
         ValueError: no memory.
     """
     _, states = next(layer_inputs(model, [batch]))
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().to(device_of(model))
-    gates = {name: torch.zeros(mask.shape, device=mask.device) for name in states}
-    for name, memory in memory_layers(model).items():
+    gates = {}
+    for name, memory in gated_layers(memory_layers(model)).items():
+        gates[name] = torch.zeros(mask.shape, device=mask.device)
         gates[name][mask] = memory.relevance(states[name])
     return gates
 

@@ -4,7 +4,7 @@ A scope is a set of centres (what is taught) with a threshold pair each, and a s
 starts of the background), all of them unit vectors in whitened space. For a state x:
 
     z = normalise(W (x - mean))
-    s_c(x) = z . c - KNOWN_WEIGHT * max(0, max_b z . b)
+    s_c(x) = z . c - known_weight * max(0, max_b z . b)
     g(x) = max_c clip((s_c(x) - lo_c) / (hi_c - lo_c), 0, 1)
 
 g is exactly 0 outside, so a token out of scope leaves the model as it was, to the bit. Thresholds belong to
@@ -14,6 +14,7 @@ Reference: ours (no paper). The known states are what tells a taught subject fro
 question form; dev/LOG.md has the measurement.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -26,8 +27,11 @@ KNOWN_WEIGHT = 0.5
 START_QUANTILE, STATE_QUANTILE = 0.98, 0.999
 # `hi` lies this far on the way from `lo` to where an unseen wording of something taught is expected.
 RAMP = 1 / 3
-# Where taught and known cannot be told apart: the share of taught answers to be in scope, and the ramp.
-OWN_SHARE, LEAST_RAMP = 0.95, 0.1
+# Share of all states of general text that may lie past `lo`.
+GENERAL_SHARE = 2e-4
+# The share of taught states to be in scope, also where taught and known cannot be told apart; the ramp then,
+# and the least ramp in any case: below it float32 could make lo and hi the same.
+OWN_SHARE, WIDE_RAMP, LEAST_RAMP = 0.95, 0.1, 1e-3
 
 
 @dataclass(frozen=True)
@@ -35,20 +39,22 @@ class Scope:
     """What one memory layer takes as taught; all float32.
 
     Attributes:
-        mean [d], whitener [d, d], known [num_known, d]: the space.
+        mean [d], whitener [d, d], known [num_known, d], known_weight [1]: the space.
         centres [num_centres, d], lo, hi [num_centres]: what is taught in it, with a threshold pair each.
     """
 
     mean: Tensor
     whitener: Tensor
     known: Tensor
+    known_weight: Tensor
     centres: Tensor
     lo: Tensor
     hi: Tensor
 
     def same_space(self, other: "Scope") -> bool:
         return all(
-            torch.equal(getattr(self, key), getattr(other, key)) for key in ("mean", "whitener", "known")
+            torch.equal(getattr(self, key), getattr(other, key))
+            for key in ("mean", "whitener", "known", "known_weight")
         )
 
     def joined(self, other: "Scope") -> "Scope":
@@ -79,14 +85,16 @@ class Scope:
     def gate(self, states: Tensor) -> Tensor:
         """g [tokens] float32 in [0, 1] of states [tokens, d]; exactly 0 out of scope."""
         z = whiten(states, self.mean, self.whitener)
-        score = z @ self.centres.T - KNOWN_WEIGHT * _nearest_known(z, self.known)[:, None]
+        score = z @ self.centres.T - self.known_weight * nearest_known(z, self.known)[:, None]
         return ((score - self.lo) / (self.hi - self.lo)).clamp(0, 1).amax(-1)
 
     def _rows(self) -> Tensor:
         return torch.cat([self.centres, self.lo[:, None], self.hi[:, None]], 1)
 
     def _with(self, rows: Tensor) -> "Scope":
-        return Scope(self.mean, self.whitener, self.known, rows[:, :-2], rows[:, -2], rows[:, -1])
+        return Scope(
+            self.mean, self.whitener, self.known, self.known_weight, rows[:, :-2], rows[:, -2], rows[:, -1]
+        )
 
 
 def whitening(covariance: Tensor) -> Tensor:
@@ -103,34 +111,57 @@ def whiten(states: Tensor, mean: Tensor, whitener: Tensor) -> Tensor:
 
 
 def thresholds(
-    taught: Tensor, example: Tensor, starts: Tensor, centres: Tensor, known: Tensor, quantile: float
+    taught: Tensor,
+    example: Tensor,
+    centres: Tensor,
+    known: Sequence[Tensor],
+    general: Tensor,
+    quantile: float,
 ) -> tuple[float, float, bool]:
-    """The pair (lo, hi) from data, and whether what is taught and what is known can be told apart.
+    """The pair (lo, hi) of one kind of centre from data, and whether taught and known can be told apart.
 
-    An answer is decided at its start, and there taught and known are hardest to tell apart. Every state is
-    scored against the others alone: a known one without itself, a taught one without its own example.
+    Every state is scored against the others alone: a known one without itself, a taught one without its own
+    example. Text outside answers has a say too: of `general` at most GENERAL_SHARE may lie past `lo`.
 
     Args:
-        taught: [n, d] whitened states of the supervised positions; example: [n] which record each comes from;
-            starts: [n] bool, the first position of each answer.
-        centres: [num_centres, d].
-        known: [num_known, d].
-        quantile: of the known states' scores, where `lo` lies.
+        taught: [n, d] whitened taught states of this kind; example: [n] which record each comes from.
+        centres: [num_centres, d] of this kind.
+        known: parts [k, d] of the scope's known states; each part has its own quantile.
+        general: [m, d] whitened states of any text.
+        quantile: of a part's scores, where `lo` lies.
     """
-    others_known = (known @ known.T).fill_diagonal_(-1.0).amax(-1).clamp_min(0) if len(known) > 1 else 0.0
-    scores = (known @ centres.T).amax(-1) - KNOWN_WEIGHT * others_known
-    lo = float(scores.quantile(quantile)) if len(known) else 0.0
-    chosen = starts if starts.any() else torch.ones_like(starts)
-    same = example[chosen][:, None] == example[None, :]
-    others = (taught[chosen] @ taught.T).masked_fill(same, -1.0).amax(-1)
-    among_known = KNOWN_WEIGHT * _nearest_known(taught[chosen], known)
-    typical = float((others - among_known).median())
+    everything = torch.cat(list(known))
+    floors = [
+        _share_below(_score(part, centres, everything, own=True), quantile) for part in known if len(part)
+    ]
+    if len(general):
+        floors.append(_share_below(_score(general, centres, everything), 1 - GENERAL_SHARE))
+    lo = max(floors, default=0.0)
+    among_known = KNOWN_WEIGHT * nearest_known(taught, everything)
     # What is taught must itself be in scope, or it could not be learnt, even where it is as good as known.
-    own = float((1 - among_known).quantile(1 - OWN_SHARE))
+    own = _share_below(1 - among_known, 1 - OWN_SHARE)
+    typical = own
+    if len(example.unique()) > 1:
+        same = example[:, None] == example[None, :]
+        typical = float(((taught @ taught.T).masked_fill(same, -1.0).amax(-1) - among_known).median())
     if typical > lo and own > lo:
-        return lo, min(lo + RAMP * (typical - lo), own), True
-    lo = min(lo, own - LEAST_RAMP)
-    return lo, lo + LEAST_RAMP, False
+        return lo, max(min(lo + RAMP * (typical - lo), own), lo + LEAST_RAMP), True
+    lo = min(lo, own - WIDE_RAMP)
+    return lo, lo + WIDE_RAMP, False
+
+
+def _score(states: Tensor, centres: Tensor, known: Tensor, own: bool = False) -> Tensor:
+    """A state's best score over the centres; `own`: the states are known ones, scored without themselves."""
+    if own:
+        # The nearest known state of a known one is itself: the second nearest counts.
+        among = (states @ known.T).topk(2, dim=-1).values[:, 1].clamp_min(0) if len(known) > 1 else 0.0
+    else:
+        among = nearest_known(states, known)
+    return (states @ centres.T).amax(-1) - KNOWN_WEIGHT * among
+
+
+def _share_below(scores: Tensor, share: float) -> float:
+    return float(scores.quantile(share))
 
 
 def k_means(points: Tensor, num_centres: int, generator: torch.Generator, steps: int = 20) -> Tensor:
@@ -172,5 +203,5 @@ def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([p.values for p in pairs]), torch.cat([p.indices for p in pairs])
 
 
-def _nearest_known(z: Tensor, known: Tensor) -> Tensor:
+def nearest_known(z: Tensor, known: Tensor) -> Tensor:
     return (z @ known.T).amax(-1).clamp_min(0) if len(known) else z.new_zeros(len(z))

@@ -14,14 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .access import Background, LayerBackground, layer_inputs, precise, supervised
-from .memory import ProductKeyMemory
-from .relevance import START_QUANTILE, STATE_QUANTILE, Scope, k_means, thresholds, whiten, whitening
-from .tuner import memory_layers
+from .relevance import (
+    KNOWN_WEIGHT,
+    START_QUANTILE,
+    STATE_QUANTILE,
+    Scope,
+    k_means,
+    thresholds,
+    whiten,
+    whitening,
+)
+from .tuner import gated_layers, memory_layers
 
 logger = logging.getLogger(__name__)
 
 # Supervised states that a scope is made of; where there are more, a random part.
 TAUGHT_SIZE = 8_192
+# Centres that one call of `set_scope` adds at most, and known states of a scope.
+CENTRES_SIZE, KNOWN_SIZE = 1_024, 1_024
 # A background with fewer answers than this says too little of what is known; its states take their place.
 MIN_STARTS = 32
 
@@ -30,7 +40,10 @@ MIN_STARTS = 32
 def set_scope(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], background: Background, *, extend: bool = False
 ) -> None:
-    """Set each memory layer's scope from training data; tokens out of scope then pass as in the base model.
+    """Set the memory's scope from training data; tokens out of scope then pass as in the base model.
+
+    A memory that writes last has one scope, held by its deepest layer; one that writes to its own layers has
+    a scope in each.
 
     Args:
         model: a model with memory layers.
@@ -41,7 +54,7 @@ def set_scope(
         extend: keep the scope there is and add to it: g is then the largest over both.
 
     Raises:
-        ValueError: no supervised position, no room for centres, or a background without states.
+        ValueError: no supervised position, or a background without states.
     """
     layers = memory_layers(model)
     background.check(layers)
@@ -51,7 +64,8 @@ def set_scope(
                 f"background: holds only counts for {name}, a scope also needs mean, covariance and states; "
                 "use the background that calibrate returned"
             )
-    taught: dict[str, list[Tensor]] = {name: [] for name in layers}
+    gated = gated_layers(layers)
+    taught: dict[str, list[Tensor]] = {name: [] for name in gated}
     examples: list[Tensor] = []
     starts: list[Tensor] = []
     num_rows = 0
@@ -64,7 +78,8 @@ def set_scope(
         examples.append(_rows(batch)[chosen] + num_rows)
         num_rows += len(batch["input_ids"])
         starts.append(first[chosen])
-        for name, x in states.items():
+        for name in gated:
+            x = states[name]
             taught[name].append(x[chosen.to(x.device)].float().cpu())
     example, start = torch.cat(examples), torch.cat(starts)
     if len(example) == 0:
@@ -76,19 +91,16 @@ def set_scope(
     )
     with precise(model):
         scopes = {
-            name: _scope_of(
-                name,
-                memory,
-                torch.cat(taught[name])[keep],
-                example[keep],
-                start[keep],
-                background[name],
-                extend,
-            )
-            for name, memory in layers.items()
+            name: _scope_of(name, torch.cat(taught[name])[keep], example[keep], start[keep], background[name])
+            for name in gated
         }
-    for name, memory in layers.items():
-        memory.scope = scopes[name]
+    joined = {
+        name: _joined(name, memory.scope, scopes[name]) if extend else scopes[name]
+        for name, memory in gated.items()
+    }
+    clear_scope(model)
+    for name, memory in gated.items():
+        memory.scope = joined[name]
 
 
 def clear_scope(model: nn.Module) -> None:
@@ -107,38 +119,10 @@ def _enough(batches: Iterable[Mapping[str, Tensor]]) -> Iterable[Mapping[str, Te
     return [batches[place] for place in sorted(order[:num_drawn])]
 
 
-def _scope_of(
-    name: str,
-    memory: ProductKeyMemory,
-    states: Tensor,
-    example: Tensor,
-    start: Tensor,
-    layer: LayerBackground,
-    extend: bool,
-) -> Scope:
-    old = memory.scope.copy() if extend and memory.scope is not None else None
-    mean, whitener, known, num_decisive, quantile = _space(memory, layer)
-    room = len(memory.scope_centres) - (0 if old is None else len(old.centres))
-    if room < 1:
-        raise ValueError(
-            f"max_centres={len(memory.scope_centres)}: the scope of {name} is full; "
-            "make the memory with a larger max_centres"
-        )
-    taught = whiten(states, mean, whitener)
-    centres = taught
-    if len(taught) > room:
-        centres = F.normalize(k_means(taught, room, torch.Generator().manual_seed(0)), dim=-1)
-    lo, hi, separable = thresholds(taught, example, start, centres, known[:num_decisive], quantile)
-    if not separable:
-        logger.warning(
-            "%s: what is taught and what is known cannot be told apart; other answers may change", name
-        )
-    logger.info("%s: %d centres, lo %.3f, hi %.3f", name, len(centres), lo, hi)
-    new = Scope(
-        mean, whitener, known, centres, *(centres.new_full((len(centres),), value) for value in (lo, hi))
-    )
+def _joined(name: str, old: Scope | None, new: Scope) -> Scope:
     if old is None:
         return new
+    old = old.copy()
     if not old.same_space(new):
         raise ValueError(
             f"background: the scope of {name} was made with another one; extend it with the same background"
@@ -146,24 +130,58 @@ def _scope_of(
     return old.joined(new)
 
 
-def _space(memory: ProductKeyMemory, layer: LayerBackground) -> tuple[Tensor, Tensor, Tensor, int, float]:
-    """Mean, whitener and known states of a layer's background; how many of these, the first, decide where
-    the thresholds lie; and the quantile of `lo` among these.
-
-    Answer starts decide. The rest of the answers is known too: what began as the base's answer goes on so.
-    """
+def _scope_of(name: str, states: Tensor, example: Tensor, start: Tensor, layer: LayerBackground) -> Scope:
+    """The scope of taught states [n, d]; `start` marks answer starts, which get thresholds of their own."""
     assert layer.mean is not None
     assert layer.covariance is not None
     assert layer.sample is not None
+    mean, whitener = layer.mean.float(), whitening(layer.covariance)
+    general = whiten(layer.sample, mean, whitener)
+    known, quantile = _known(layer, mean, whitener)
+    taught = whiten(states, mean, whitener)
+    kinds = [kind for kind in (start, ~start) if kind.any()]
+    parts = []
+    for kind, room in zip(kinds, _quotas([int(kind.sum()) for kind in kinds], CENTRES_SIZE), strict=True):
+        centres = taught[kind]
+        if len(centres) > room:
+            centres = F.normalize(k_means(centres, room, torch.Generator().manual_seed(0)), dim=-1)
+        lo, hi, separable = thresholds(taught[kind], example[kind], centres, known, general, quantile)
+        where = "at the start of answers" if kind is start else "within answers"
+        if not separable:
+            logger.warning(
+                "%s, %s: what is taught and what is known cannot be told apart; other answers may change",
+                name,
+                where,
+            )
+        logger.info("%s, %s: %d centres, lo %.3f, hi %.3f", name, where, len(centres), lo, hi)
+        parts.append((centres, *(centres.new_full((len(centres),), value) for value in (lo, hi))))
+    centres, lo, hi = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Scope(mean, whitener, torch.cat(known), torch.tensor([KNOWN_WEIGHT]), centres, lo, hi)
+
+
+def _known(layer: LayerBackground, mean: Tensor, whitener: Tensor) -> tuple[list[Tensor], float]:
+    """The background's known states, answer starts and the rest of answers, and the quantile of `lo`.
+
+    Answer starts decide. The rest of the answers is known too: what began as the base's answer continues so.
+    """
+    assert layer.sample is not None
     assert layer.starts is not None
     assert layer.answers is not None
-    mean, whitener = layer.mean.float(), whitening(layer.covariance)
-    room = len(memory.scope_known)
     if len(layer.starts) < MIN_STARTS:
-        known = whiten(layer.sample[:room], mean, whitener)
-        return mean, whitener, known, len(known), STATE_QUANTILE
-    known = whiten(torch.cat([layer.starts, layer.answers])[:room], mean, whitener)
-    return mean, whitener, known, min(len(layer.starts), room), START_QUANTILE
+        return [whiten(layer.sample[:KNOWN_SIZE], mean, whitener)], STATE_QUANTILE
+    kinds = [layer.starts, layer.answers]
+    rooms = _quotas([len(kind) for kind in kinds], KNOWN_SIZE)
+    return [
+        whiten(kind[:room], mean, whitener) for kind, room in zip(kinds, rooms, strict=True)
+    ], START_QUANTILE
+
+
+def _quotas(sizes: list[int], room: int) -> list[int]:
+    """Shares of `room`: an equal part each, and what one kind leaves over goes to the others."""
+    quotas = [0] * len(sizes)
+    for rank, index in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
+        quotas[index] = min(sizes[index], (room - sum(quotas)) // (len(sizes) - rank))
+    return quotas
 
 
 def _rows(batch: Mapping[str, Tensor]) -> Tensor:

@@ -7,86 +7,23 @@ What PEFT 0.21 needs to be told that it does not know by itself:
 """
 
 import inspect
+import logging
+from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from peft import mapping
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from .blocks import default_targets, hidden_size, is_linear, widths
+from .blocks import blocks_path, default_targets, final_norm, hidden_size, is_linear, widths
 from .config import TRAINABLE, SparseMemoryConfig, SparseMemoryType
+from .layer import CANNOT_MERGE, SparseMemoryLayer, SparseMemoryLinear, freeze
 from .memory import ProductKeyMemory
+from .tail import BASE_ROW, TAIL, Tail, tail_of
 
-_TENSORS = ("values", "query", "query_bias", "keys", "key_bias", "scale", "gate_in", "gate_out")
-_TRAINED = {"values": ("values",), "values+scale": ("values", "scale")}
-
-
-class SparseMemoryLayer(nn.Module, BaseTunerLayer):
-    """A module with a product-key memory per adapter beside it (or, in replacement mode, instead of it)."""
-
-    adapter_layer_names = ("sparse_memory_layers",)
-
-    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.in_features, self.out_features = in_features, out_features
-        self.sparse_memory_layers = nn.ModuleDict({})
-        self.merged_adapters = []
-
-    def update_layer(self, adapter_name: str, config: SparseMemoryConfig) -> None:
-        memory = ProductKeyMemory(
-            self.in_features,
-            self.out_features,
-            num_keys=config.num_keys,
-            num_heads=config.num_heads,
-            top_k=config.top_k,
-            key_dim=config.key_dim,
-            query_norm=config.query_norm,
-            mode=config.mode,
-            value_gate=config.value_gate,
-            scale_init=config.scale_init,
-            init_weights=config.init_weights,
-            max_centres=config.max_centres,
-        )
-        _freeze(memory, config.trainable)
-        self.sparse_memory_layers[adapter_name] = memory
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.base_layer(*args, **kwargs)
-        if self.disable_adapters:
-            return result
-        x = args[0] if args else next(iter(kwargs.values()))
-        # A mixture of experts may return its router's scores beside the output.
-        output, *rest = result if isinstance(result, tuple) else (result,)
-        for memory in self.active_memories():
-            output = memory(x, output)
-        return (output, *rest) if isinstance(result, tuple) else output
-
-    def active_memories(self) -> list[ProductKeyMemory]:
-        names = [name for name in self.active_adapters if name in self.sparse_memory_layers]
-        return [self.sparse_memory_layers[name] for name in names]  # type: ignore[misc]
-
-    def _get_base_layer_device_and_dtype(self, base_layer):
-        parameter = next(base_layer.parameters(), None)
-        return (None, None) if parameter is None else (parameter.device, parameter.dtype)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(_CANNOT_MERGE)
-
-    def unmerge(self) -> None:
-        raise ValueError(_CANNOT_MERGE)
-
-
-class SparseMemoryLinear(SparseMemoryLayer):
-    """Beside a linear map. PEFT knows by the word in the class name that "all-linear" includes it."""
-
-
-_CANNOT_MERGE = (
-    "a sparse memory cannot be merged into the base weights: it is a lookup table, not a change of a matrix; "
-    "keep the adapter beside the base model, or call unload() to get the base model back"
-)
+logger = logging.getLogger(__name__)
 
 
 class SparseMemoryModel(BaseTuner):
@@ -100,45 +37,92 @@ class SparseMemoryModel(BaseTuner):
             peft_config.target_modules = set(
                 default_targets(self.model, peft_config.layers_to_transform, peft_config.layers_pattern)
             )
+        if peft_config.write == "last" and final_norm(self.model) is None:
+            logger.warning(
+                "write='last': %s has no norm behind a list of decoder blocks; "
+                "each memory writes to its own module's output (write='own')",
+                type(self.model).__name__,
+            )
+            peft_config.write = "own"
         return peft_config
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        if isinstance(target, SparseMemoryLayer):
-            target.update_layer(adapter_name, peft_config)
-            return
-        kind = SparseMemoryLinear if is_linear(target) else SparseMemoryLayer
-        layer = kind(target, *widths(target, current_key, hidden_size(self.model)))
-        layer.update_layer(adapter_name, peft_config)
-        self._replace_module(parent, target_name, layer, target)
+        layer = target
+        if not isinstance(target, SparseMemoryLayer):
+            kind = SparseMemoryLinear if is_linear(target) else SparseMemoryLayer
+            layer = kind(target, current_key, *widths(target, current_key, hidden_size(self.model)))
+            self._replace_module(parent, target_name, layer, target)
+        d_out = layer.out_features
+        if peft_config.write == "last":
+            _, norm = final_norm(self.model)  # type: ignore[misc]
+            d_out = len(next(norm.parameters()))
+            if not current_key.startswith(f"{blocks_path(self.model)}."):
+                raise ValueError(
+                    f"target_modules: {current_key} does not lie in a decoder block, as write='last' needs; "
+                    "target modules of the blocks, or give write='own'"
+                )
+        layer.update_layer(adapter_name, peft_config, d_out)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self):
-        raise ValueError(_CANNOT_MERGE)
+        raise ValueError(CANNOT_MERGE)
 
     def _post_injection_hook(self, model: nn.Module, config, adapter_name: str) -> None:
-        if "_sparse_memory_mask_hook" not in vars(model):
-            hook = model.register_forward_pre_hook(_hand_out_mask, with_kwargs=True)
-            vars(model)["_sparse_memory_mask_hook"] = hook
+        if _MASK_HOOK not in vars(model):
+            vars(model)[_MASK_HOOK] = model.register_forward_pre_hook(_hand_out_mask, with_kwargs=True)
+        model.register_state_dict_pre_hook(partial(_note_scope_sizes, config, adapter_name))
+        if config.write == "last":
+            tail = vars(model).get(TAIL)
+            if tail is None:
+                _, norm = final_norm(model)  # type: ignore[misc]
+                tail = vars(model)[TAIL] = Tail(model, norm)
+            tail.layers = {m.path: m for m in model.modules() if isinstance(m, SparseMemoryLayer)}
+            for layer in tail.layers.values():
+                layer.tail = tail
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
-        # PEFT would drop the names without a word and let the active adapter read the whole batch.
-        if kwargs.get("adapter_names") is not None:
+        names, tail = kwargs.get("adapter_names"), tail_of(self.model)
+        if names is None:
+            yield
+            return
+        self._check_row_adapters(names)
+        assert tail is not None
+        before = tail.row_adapters
+        tail.row_adapters = names
+        try:
+            yield
+        finally:
+            tail.row_adapters = before
+
+    def _check_row_adapters(self, names: Any) -> None:
+        unknown = [name for name in names if name != BASE_ROW and name not in self.peft_config]
+        if unknown or not names:
             raise ValueError(
-                f"adapter_names={kwargs['adapter_names']}: one batch cannot mix sparse memories; "
-                "call set_adapter and pass one batch per adapter"
+                f"adapter_names={names}: name one of {sorted(self.peft_config)} or {BASE_ROW!r} "
+                "for each row of the batch"
             )
-        yield
+        own = [name for name in names if name != BASE_ROW and self.peft_config[name].write == "own"]  # type: ignore[union-attr]
+        if own:
+            raise ValueError(
+                f"adapter_names={names}: one batch cannot mix memories that write to their own layers "
+                f"(write='own': {own[0]}); call set_adapter and pass one batch per adapter"
+            )
+        if self.training:
+            raise ValueError(
+                f"adapter_names={names}: a batch that mixes adapters cannot train; call model.eval() first"
+            )
 
     def unload(self) -> nn.Module:
         model = super().unload()
-        hook = vars(model).pop("_sparse_memory_mask_hook", None)
-        if hook is not None:
-            hook.remove()
+        for name in (_MASK_HOOK, TAIL):
+            held = vars(model).pop(name, None)
+            if held is not None:
+                held.remove()
         return model
 
 
@@ -146,20 +130,46 @@ def memory_layers(model: nn.Module) -> dict[str, ProductKeyMemory]:
     """The active adapter's memory layers by the base model's module path, in the order of the model.
 
     Raises:
-        ValueError: the model has no sparse memory.
+        ValueError: the model has no sparse memory, or several are active.
     """
-    found = {
-        name.removeprefix("base_model.model."): memory
+    layers = {
+        name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
         if isinstance(module, SparseMemoryLayer)
-        for memory in module.active_memories()[:1]
     }
-    if not found:
+    found = {name: layer.active_memories() for name, layer in layers.items()}
+    if not any(found.values()):
         raise ValueError(
             f"model: {type(model).__name__} has no active sparse memory; add one with "
             "get_peft_model(model, SparseMemoryConfig())"
         )
-    return found
+    active = {
+        name
+        for layer in layers.values()
+        for name in layer.active_adapters
+        if name in layer.sparse_memory_layers
+    }
+    if len(active) > 1:
+        raise ValueError(
+            f"model: several sparse memories are active ({', '.join(sorted(active))}); "
+            "call set_adapter(name) to make one active"
+        )
+    return {name: memories[0] for name, memories in found.items() if memories}
+
+
+def gated_layers(layers: Mapping[str, ProductKeyMemory]) -> dict[str, ProductKeyMemory]:
+    """Of an adapter's memory layers those that hold a scope: the deepest where they write last, else all."""
+    return dict(list(layers.items())[-1:]) if writes_last(layers) else dict(layers)
+
+
+def layer_gates(layers: Mapping[str, ProductKeyMemory], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """g [tokens] that each layer's read is multiplied by, of the layers' inputs [tokens, d_in]."""
+    gates = {name: memory.relevance(states[name]) for name, memory in gated_layers(layers).items()}
+    return {name: gates.get(name, next(reversed(gates.values()))) for name in layers}
+
+
+def writes_last(layers: Mapping[str, ProductKeyMemory]) -> bool:
+    return all(memory.write == "last" for memory in layers.values())
 
 
 def set_trainable(model: nn.Module, trainable: str) -> None:
@@ -176,21 +186,8 @@ def set_trainable(model: nn.Module, trainable: str) -> None:
     if trainable not in TRAINABLE:
         raise ValueError(f"trainable={trainable!r} must be one of {', '.join(map(repr, TRAINABLE))}")
     for memory in memory_layers(model).values():
-        _freeze(memory, trainable)
+        freeze(memory, trainable)
     model.peft_config[model.active_adapter].trainable = trainable  # type: ignore[index,union-attr]
-
-
-def _freeze(memory: ProductKeyMemory, trainable: str) -> None:
-    """Parameters are what trains, buffers the rest: PEFT switches on every parameter of an adapter."""
-    for name in _TENSORS:
-        tensor = getattr(memory, name)
-        if tensor is None:
-            continue
-        delattr(memory, name)
-        if name in _TRAINED.get(trainable, _TENSORS):
-            setattr(memory, name, nn.Parameter(tensor.detach()))
-        else:
-            memory.register_buffer(name, tensor.detach())
 
 
 def _hand_out_mask(model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -206,6 +203,25 @@ def _hand_out_mask(model: nn.Module, args: tuple, kwargs: dict) -> None:
     for module in model.modules():
         if isinstance(module, ProductKeyMemory):
             module.token_mask = mask
+
+
+def _note_scope_sizes(config: SparseMemoryConfig, adapter: str, model: nn.Module, *_: Any) -> None:
+    """Before a state dict is made: the config, which is saved with it, says how large the scopes are.
+
+    Loaders that compare shapes, transformers' own among them, then find memories of the right shape.
+    """
+    layers = [
+        m for m in model.modules() if isinstance(m, SparseMemoryLayer) and adapter in m.sparse_memory_layers
+    ]
+    scopes = {layer.path: layer.sparse_memory_layers[adapter].scope for layer in layers}
+    config.scope_sizes = {
+        path: [len(scope.centres), len(scope.known)]  # type: ignore[union-attr,arg-type]
+        for path, scope in scopes.items()
+        if scope is not None
+    }
+
+
+_MASK_HOOK = "_sparse_memory_mask_hook"
 
 
 def _register() -> None:

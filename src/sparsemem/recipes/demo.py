@@ -212,7 +212,6 @@ def _with_memory(memory: Memory, model: Any) -> Any:
     from ..methods import memory_config
 
     config = memory_config(
-        model,
         layers_to_transform=None if memory.layers is None else list(memory.layers),
         num_keys=memory.num_keys,
         num_heads=memory.num_heads,

@@ -180,7 +180,7 @@ def plan(settings: PaperSettings, files: Mapping[str, list[Path]] | None, method
     number, steps = _num_steps(settings, files)
     planned |= {"train_items": number, "steps": steps}
     if method not in ARMS:
-        made = {"smf": memory_config, "lora": lambda _: lora_config(), "full": lambda _: None}[method](model)
+        made = {"smf": memory_config, "lora": lora_config, "full": lambda: None}[method]()
         return planned | {"training_bytes": training_bytes(model, made)}
     arm = ARMS[method]
     planned["training_bytes"] = training_bytes(model, retrofit_config(model, trainable=arm.trainable))

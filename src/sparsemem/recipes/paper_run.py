@@ -114,15 +114,17 @@ def _taught(
 
 def _grafted(settings: PaperSettings, files: Mapping[str, list[Path]] | None, arm: Arm, out: Path) -> Path:
     """The adapter that arms of the same retrofit and mode start from; made once, resumable, checked."""
+    from ..config import PAPER
     from ..folders import graft
-    from ..methods import PAPER_SIZES, paper_layers
+    from ..methods import paper_layers
     from ..models import load_base
 
     folder = out / "stage1" / f"{arm.retrofit}-{arm.mode}"
     memory: dict[str, Any] = {"mode": arm.mode}
     if arm.retrofit == "calibrate":
         # the same table in the same blocks, so that the retrofit alone makes the difference
-        memory |= {**PAPER_SIZES, "layers_to_transform": paper_layers(load_base(settings.model)[0])}
+        memory |= {key: PAPER[key] for key in ("num_keys", "num_heads", "top_k", "key_dim", "write")}
+        memory["layers_to_transform"] = paper_layers(load_base(settings.model)[0])
     graft(
         settings.model,
         _general(files),
