@@ -84,16 +84,6 @@ def trained(grafted, data):
     return out
 
 
-def test_help_is_there_without_torch():
-    code = "import sys, sparsemem.cli; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)
-    with process("--help", stdout=subprocess.PIPE) as running:
-        text = running.communicate()[0]
-    assert running.returncode == 0
-    for command in ("demo", "graft", "train", "eval", "compare", "report", "push", "patch", "chat"):
-        assert f"\n  {command} " in text
-
-
 def test_choices_are_those_of_the_library():
     from sparsemem import config, optim, train
     from sparsemem.methods import METHODS as methods

@@ -1,12 +1,11 @@
 """Sparse Memory Finetuning: teach a language model something new without forgetting what it knew.
 
-The names load on first use, so that `sparsemem --help` does not wait for torch. The PEFT method registers
-itself as soon as both this package and peft are imported, in whichever order.
+Importing the package imports peft and registers the PEFT method; the other names load on first use. Only a
+process of the console script (`sparsemem_cli`) leaves both to the command, so that `--help` does not wait.
 """
 
 import sys
-from importlib import import_module, util
-from importlib.abc import MetaPathFinder
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,32 +56,9 @@ def __getattr__(name: str):
     if name not in _ROOM:
         raise AttributeError(f"module 'sparsemem' has no attribute {name!r}")
     value = getattr(import_module(f".{_ROOM[name]}", __name__), name)
-
     globals()[name] = value
     return value
 
 
-class _RegisterAfterPeft(MetaPathFinder):
-    """Steps in once, when peft is imported, and imports our tuner right behind it."""
-
-    def find_spec(self, fullname, path, target=None):
-        if fullname != "peft":
-            return None
-        sys.meta_path.remove(self)
-        spec = util.find_spec("peft")
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module):
-            execute(module)
-            import_module(".tuner", __name__)
-
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-if "peft" in sys.modules:
+if "sparsemem_cli" not in sys.modules:
     import_module(".tuner", __name__)
-else:
-    sys.meta_path.insert(0, _RegisterAfterPeft())

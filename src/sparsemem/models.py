@@ -35,6 +35,8 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
+# what it registers with PEFT an adapter may be of
+from . import tuner  # noqa: F401
 from .files import fingerprint_base
 
 logger = logging.getLogger(__name__)
