@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Gradients are matrix products where num_slots / reads is at most this.
-_PRODUCT = 16
+_PRODUCT = 8
 # Numbers of a product's temporary: 16 MB of float32.
 _SPREAD = 2**22
 # Rows of a bfloat16 table that are gathered at once.
