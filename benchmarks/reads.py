@@ -3,8 +3,8 @@
     python benchmarks/reads.py docs/results/reads.json
 
 Random slots and weights; every way in turn in one process, and the least of the runs counts, since the
-machine may have other work. `product` is one matrix product over all slots, `bag` is PyTorch's embedding_bag or
-its backward pass, `gather` makes the gathered rows in pieces; `ours` is what the package chooses.
+machine may have other work. `product` is one matrix product over all slots, `bag` is PyTorch's embedding_bag
+or its backward pass, `gather` makes the gathered rows in pieces; `ours` is what the package chooses.
 """
 
 import sys

@@ -161,6 +161,28 @@ def test_clipping_is_by_the_norm_over_selected_rows(model):
     assert moved[None] > 1e-3
 
 
+def test_what_trains_beside_rows_has_its_own_rate(tiny_llama):
+    config = {"num_keys": 8, "num_heads": 2, "top_k": 3, "key_dim": 8, "init_weights": False}
+    config = SparseMemoryConfig(task_type="CAUSAL_LM", trainable="values+scale", **config)
+    for options, step in (({}, 1e-3), ({"rest_lr": 0.02}, 0.02)):
+        model = get_peft_model(tiny_llama(), config)
+        optimizer = RowAdamW(model, 0.8, top_t=5, rule="tf", **options)
+        _step(model, optimizer)
+        for memory in memory_layers(model).values():
+            # AdamW's first step has the length of its rate
+            assert abs(float(memory.scale.detach()) - 1) == pytest.approx(step, rel=1e-2)
+
+
+def test_the_rows_own_gradient_norm_is_kept(model):
+    optimizer = RowSGD(model, 1.0, top_t=5, rule="tf", max_grad_norm=1e-3)
+    assert optimizer.last_grad_norm is None
+    twin = copy.deepcopy(model)
+    _step(twin, RowSGD(twin, 1.0, top_t=5, rule="tf"))
+    _step(model, optimizer)
+    unclipped = torch.cat([m.values.flatten() for m in memory_layers(twin).values()]).norm()
+    torch.testing.assert_close(optimizer.last_grad_norm, unclipped)
+
+
 def test_alpha_and_saved_modules_train_with_adamw(tiny_llama):
     config = SparseMemoryConfig(
         task_type="CAUSAL_LM", num_keys=8, num_heads=2, top_k=3, key_dim=8, trainable="values+scale",
@@ -199,6 +221,7 @@ def test_a_step_without_reads_changes_nothing(model):
     ("options", "words"),
     [
         ({"lr": 0.0}, "lr=0.0"),
+        ({"rest_lr": 0.0}, "rest_lr=0.0"),
         ({"top_t": 0}, "top_t=0"),
         ({"rule": "best"}, "rule='best'"),
         ({"rule": "kl"}, "needs background="),

@@ -8,7 +8,8 @@ touched: law 2. The tables never get a `.grad`, so Trainer's own clipping and ze
 Several processes: counts are summed over processes before the selection, and the selected rows' gradients
 averaged, as DDP would; the model must not be wrapped in DDP when only value tables train.
 
-Whatever else is trainable (alpha, keys, modules_to_save) gets torch's plain AdamW inside the same optimizer.
+Whatever else is trainable (alpha, keys, modules_to_save) gets torch's plain AdamW inside the same optimizer,
+at a rate of its own: steps as large as the rows' would ruin weights.
 
 Reference: 2605.03229, stage 2. Deviation: moments belong to selected rows and rest with them; the authors'
 release masks gradients only, so that rows keep moving after they were deselected.
@@ -29,16 +30,24 @@ from .tuner import memory_layers
 from .values import ReadLog
 
 MOMENTS = ("row", "element", "table")
+# Of what trains beside rows: alpha, keys, modules_to_save.
+REST_LR = 1e-3
 
 
-class _RowOptimizer(Optimizer):
-    """Selection, clipping and state of rows; a subclass says how a row moves (`_update`)."""
+class RowOptimizer(Optimizer):
+    """Selection, clipping and state of rows; a subclass says how a row moves (`_update`).
+
+    Attributes:
+        selected: by layer, the rows of the last step, int64 on the CPU, ascending.
+        last_grad_norm: norm of these rows' gradients before clipping, a float32 scalar; None before a step.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         defaults: dict[str, Any],
         *,
+        rest_lr: float,
         top_t: int,
         rule: Rule,
         background: Background | None,
@@ -47,6 +56,7 @@ class _RowOptimizer(Optimizer):
     ) -> None:
         check_selection(top_t, rule)
         _positive("lr", defaults["lr"])
+        _positive("rest_lr", rest_lr)
         if max_grad_norm is not None:
             _positive("max_grad_norm", max_grad_norm)
         self.layers: dict[str, ProductKeyMemory] = memory_layers(model)
@@ -66,9 +76,11 @@ class _RowOptimizer(Optimizer):
         held = {id(table) for table in tables}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
         groups: list[dict[str, Any]] = [{"params": tables}]
-        self._rest = AdamW(rest, lr=defaults["lr"], weight_decay=0.0) if rest else None
+        self._rest = AdamW(rest, lr=rest_lr, weight_decay=0.0) if rest else None
         if self._rest is not None:
             groups.append({**self._rest.defaults, "params": rest})
+        self.selected: dict[str, Tensor] = {}
+        self.last_grad_norm: Tensor | None = None
         for memory in self.layers.values():
             memory.log = ReadLog()
         super().__init__(groups, defaults)
@@ -84,7 +96,7 @@ class _RowOptimizer(Optimizer):
         others = (
             [p.grad for p in self._rest.param_groups[0]["params"] if p.grad is not None] if self._rest else []
         )
-        self._clip([*(gradient for _, gradient in chosen.values()), *others])
+        self._clip([gradient for _, gradient in chosen.values()], others)
         group = self.param_groups[0]
         for name, memory in self.layers.items():
             rows, gradient = chosen[name]
@@ -141,13 +153,15 @@ class _RowOptimizer(Optimizer):
         assert memory.log is not None
         return memory.log
 
-    def _clip(self, gradients: list[Tensor]) -> None:
-        if self.max_grad_norm is None or not gradients:
+    def _clip(self, rows: list[Tensor], others: list[Tensor]) -> None:
+        """Clip by the norm over all of them, and keep the rows' own."""
+        self.last_grad_norm = _norm(rows)
+        if self.max_grad_norm is None:
             return
-        norm = torch.stack([g.float().norm() for g in gradients]).norm()
+        norm = _norm([self.last_grad_norm, *others])
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
-        for gradient in gradients:
-            gradient.mul_(scale)
+        for gradient in (*rows, *others):
+            gradient.mul_(scale.to(gradient.device))
 
     def _clear_logs(self) -> None:
         for memory in self.layers.values():
@@ -181,12 +195,13 @@ class _RowOptimizer(Optimizer):
         raise NotImplementedError
 
 
-class RowSGD(_RowOptimizer):
+class RowSGD(RowOptimizer):
     """SGD with momentum on the selected rows. A row's momentum rests while the row is not selected.
 
     Args:
         model: with memory layers; rows of the active adapter's tables train.
         lr, momentum, weight_decay: as torch.optim.SGD; decay and momentum act on selected rows only.
+        rest_lr: of what trains beside rows (alpha, keys, modules_to_save), by AdamW without weight decay.
         top_t, rule, background: see `select_rows`.
         max_grad_norm: clip by the norm over the selected rows and whatever else trains; None: no clipping.
         seed: of rule "random".
@@ -202,6 +217,7 @@ class RowSGD(_RowOptimizer):
         *,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        rest_lr: float = REST_LR,
         top_t: int = 512,
         rule: Rule = "kl",
         background: Background | None = None,
@@ -212,7 +228,8 @@ class RowSGD(_RowOptimizer):
         _not_negative("weight_decay", weight_decay)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         options: dict[str, Any] = {"top_t": top_t, "rule": rule, "background": background}
-        super().__init__(model, defaults, max_grad_norm=max_grad_norm, seed=seed, **options)
+        options |= {"rest_lr": rest_lr, "max_grad_norm": max_grad_norm, "seed": seed}
+        super().__init__(model, defaults, **options)
 
     def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         where = rows.to(table.device)
@@ -225,11 +242,11 @@ class RowSGD(_RowOptimizer):
         table[where] = (current - group["lr"] * gradient).to(table.dtype)
 
 
-class RowAdamW(_RowOptimizer):
+class RowAdamW(RowOptimizer):
     """AdamW on the selected rows; bias correction counts each row's own steps.
 
     Args:
-        model, top_t, rule, background, max_grad_norm, seed: as `RowSGD`.
+        model, rest_lr, top_t, rule, background, max_grad_norm, seed: as `RowSGD`.
         lr, betas, eps, weight_decay: as torch.optim.AdamW; decay acts on selected rows only.
         moments: "row": one second moment per row, of its mean squared gradient; "element": one per element;
             "table": one per value table, so that a step's rows keep the proportions of their gradients.
@@ -247,6 +264,7 @@ class RowAdamW(_RowOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         moments: str = "row",
+        rest_lr: float = REST_LR,
         top_t: int = 512,
         rule: Rule = "kl",
         background: Background | None = None,
@@ -261,7 +279,8 @@ class RowAdamW(_RowOptimizer):
         _not_negative("weight_decay", weight_decay)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "moments": moments}
         options: dict[str, Any] = {"top_t": top_t, "rule": rule, "background": background}
-        super().__init__(model, defaults, max_grad_norm=max_grad_norm, seed=seed, **options)
+        options |= {"rest_lr": rest_lr, "max_grad_norm": max_grad_norm, "seed": seed}
+        super().__init__(model, defaults, **options)
 
     def _shapes(self, table: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """Of each row's state."""
@@ -290,6 +309,11 @@ class RowAdamW(_RowOptimizer):
         table[where] = (current * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * step).to(
             table.dtype
         )
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """Over all of them, on the first one's device."""
+    return torch.stack([t.float().norm().to(tensors[0].device) for t in tensors]).norm()
 
 
 def _check(name: str, value: float, ok: bool, allowed: str) -> None:
