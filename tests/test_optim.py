@@ -4,7 +4,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from sparsemem import Background, RowAdamW, RowSGD, SparseMemoryConfig, count_accesses, memory_layers
+from fake_device import FakeDevice
+from sparsemem import Background, RowAdamW, RowSGD, SparseMemoryConfig, count_accesses, memory_layers, values
 
 OPTIMIZERS = [
     pytest.param(lambda m, **o: RowSGD(m, 0.1, momentum=0.9, weight_decay=0.01, **o), id="sgd"),
@@ -160,6 +161,28 @@ def test_clipping_is_by_the_norm_over_selected_rows(model):
     assert moved[None] > 1e-3
 
 
+def test_what_trains_beside_rows_has_its_own_rate(tiny_llama):
+    config = {"num_keys": 8, "num_heads": 2, "top_k": 3, "key_dim": 8, "init_weights": False}
+    config = SparseMemoryConfig(task_type="CAUSAL_LM", trainable="values+scale", **config)
+    for options, step in (({}, 1e-3), ({"rest_lr": 0.02}, 0.02)):
+        model = get_peft_model(tiny_llama(), config)
+        optimizer = RowAdamW(model, 0.8, top_t=5, rule="tf", **options)
+        _step(model, optimizer)
+        for memory in memory_layers(model).values():
+            # AdamW's first step has the length of its rate
+            assert abs(float(memory.scale.detach()) - 1) == pytest.approx(step, rel=1e-2)
+
+
+def test_the_rows_own_gradient_norm_is_kept(model):
+    optimizer = RowSGD(model, 1.0, top_t=5, rule="tf", max_grad_norm=1e-3)
+    assert optimizer.last_grad_norm is None
+    twin = copy.deepcopy(model)
+    _step(twin, RowSGD(twin, 1.0, top_t=5, rule="tf"))
+    _step(model, optimizer)
+    unclipped = torch.cat([m.values.flatten() for m in memory_layers(twin).values()]).norm()
+    torch.testing.assert_close(optimizer.last_grad_norm, unclipped)
+
+
 def test_alpha_and_saved_modules_train_with_adamw(tiny_llama):
     config = SparseMemoryConfig(
         task_type="CAUSAL_LM", num_keys=8, num_heads=2, top_k=3, key_dim=8, trainable="values+scale",
@@ -198,6 +221,7 @@ def test_a_step_without_reads_changes_nothing(model):
     ("options", "words"),
     [
         ({"lr": 0.0}, "lr=0.0"),
+        ({"rest_lr": 0.0}, "rest_lr=0.0"),
         ({"top_t": 0}, "top_t=0"),
         ({"rule": "best"}, "rule='best'"),
         ({"rule": "kl"}, "needs background="),
@@ -228,3 +252,49 @@ def test_background_of_another_addressing_is_refused(model):
 def test_a_model_without_memory_is_refused(tiny_llama):
     with pytest.raises(ValueError, match="no active sparse memory"):
         RowAdamW(tiny_llama(), 0.1)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+@pytest.mark.parametrize("rule", ["kl", "tfidf", "tf", "grad", "random"])
+@pytest.mark.parametrize("num_keys", [8, 32])
+def test_a_step_waits_for_the_device_once_a_layer(model, tiny_llama, make, rule, num_keys):
+    """Twice with "grad". No float64 gets there, and the rows are those of the CPU."""
+    config = SparseMemoryConfig(task_type="CAUSAL_LM", num_keys=num_keys, num_heads=2, top_k=3, key_dim=8)
+    model = get_peft_model(tiny_llama(), config)
+    background = count_accesses(model, [_batch(9)])
+    options = {"top_t": 5, "rule": rule, "background": background, "max_grad_norm": 0.5}
+    twin, device = copy.deepcopy(model), FakeDevice()
+    here = make(twin, **options)
+    layers = list(zip(memory_layers(model).values(), memory_layers(twin).values(), strict=True))
+    with device:
+        for memory, _ in layers:
+            memory.values = torch.nn.Parameter(device.put(memory.values.detach()))
+        there = make(model, **options)
+    for seed in range(3):
+        here.zero_grad()
+        twin(**_batch(seed)).loss.backward()
+        with device:
+            for memory, other in layers:
+                for entry in other.log.entries:
+                    memory.log.add(*(None if part is None else device.put(part) for part in entry))
+            device.syncs.clear()
+            there.step()
+            assert sum(device.syncs.values()) == len(layers) * (2 if rule == "grad" else 1), device.syncs
+        here.step()
+    for memory, other in layers:
+        assert other.values.any()
+        assert torch.equal(memory.values.held, other.values)
+
+
+def test_the_gradient_rule_computes_each_gradient_once(model, monkeypatch):
+    asked = []
+
+    def row_gradients(slots, *others):
+        asked.append(slots)
+        return original(slots, *others)
+
+    original = values.row_gradients
+    monkeypatch.setattr(values, "row_gradients", row_gradients)
+    optimizer = RowAdamW(model, 0.1, top_t=5, rule="grad")
+    _step(model, optimizer)
+    assert len(asked) == len(memory_layers(model))

@@ -60,31 +60,30 @@ def test_a_micro_batch_moves_no_row_for_another(model):
     parts, alone = micro_batches(0), {}
     for part in parts:
         model(**part).loss.backward()
-        rows = optimizer._select(name, memory)
-        gradient = optimizer._gradient(name, memory, rows)
+        rows, gradient = optimizer._choose(name, memory, memory.log)
         alone |= {(id(part), int(row)): own for row, own in zip(rows, gradient, strict=True)}
         optimizer.zero_grad()
     for part in parts:
         model(**part).loss.backward()
-    rows = optimizer._select(name, memory)
-    for row, gradient in zip(rows, optimizer._gradient(name, memory, rows), strict=True):
+    for row, gradient in zip(*optimizer._choose(name, memory, memory.log), strict=True):
         expected = sum(alone[key] for key in alone if key[1] == int(row))
         torch.testing.assert_close(gradient, expected)
 
 
 def test_padding_counts_as_reads(model):
-    optimizer = ReleaseAdamW(model, quirks=["padding"], **OPTIONS)
-    name, memory = next(iter(optimizer.layers.items()))
-    whole = batch(0)
-    counts = []
-    for quirks in ({"padding"}, set()):
-        optimizer.quirks = frozenset(quirks)
-        model(**whole).loss.backward()
-        optimizer._select(name, memory)
-        counts.append(int(memory.log.counts(memory.num_slots, torch.device("cpu")).sum()))
-        optimizer.zero_grad()
-    reads = memory.num_heads * memory.top_k
-    assert counts == [whole["input_ids"].numel() * reads, int(whole["attention_mask"].sum()) * reads]
+    """Each of 36 tokens reads a row of its own, and all but three are padding."""
+    options = {**OPTIONS, "top_t": 36}
+    moved = {}
+    for quirks in ((), ("padding",)):
+        optimizer = ReleaseAdamW(copy.deepcopy(model), quirks=quirks, **options)
+        for memory in optimizer.layers.values():
+            slots = torch.arange(36)[:, None]
+            counted = torch.arange(36) < 3
+            memory.log.add(slots, torch.ones(36, 1), torch.ones(36, memory.d_out), counted)
+        optimizer.step()
+        moved[quirks] = {name: len(rows) for name, rows in optimizer.selected.items()}
+    assert set(moved[()].values()) == {3}
+    assert set(moved["padding",].values()) == {36}
 
 
 def test_deselected_rows_go_on_moving(model):
@@ -102,7 +101,7 @@ def test_leaking_moments_are_a_dense_adamw_behind_a_gradient_mask(model):
     for seed in range(5):
         for part in micro_batches(seed):
             model(**part).loss.backward()
-        rows = optimizer._select(name, memory)
+        rows, _ = optimizer._choose(name, memory, memory.log)
         table.grad = torch.zeros_like(table)
         table.grad[rows] = memory.log.row_gradients(rows, memory.values)
         dense.step()

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from sparsemem import SparseMemoryConfig, calibrate, memory_layers, models, probes
+from sparsemem import RowAdamW, SparseMemoryConfig, calibrate, count_accesses, memory_layers, models, probes
 from sparsemem.data import batches, collate, encode
 from sparsemem.train import finetune
 from sparsemem.tuner import gated_layers
@@ -62,6 +63,37 @@ def test_the_patch_is_what_the_run_did(teach, tiny_llama):
     done.patch.revert(done.model)
     assert not any(memory.values.any() or memory.has_scope for memory in memory_layers(done.model).values())
     assert torch.equal(done.model(ids).logits, tiny_llama()(ids).logits)
+
+
+def test_rows_and_alpha_are_clipped_once_and_together(tiny_llama, tokenizer, tmp_path, monkeypatch):
+    """The first step of alpha's AdamW shows the gradient that it got."""
+    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
+    model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SIZES, trainable="values+scale"))
+    for memory in memory_layers(model).values():
+        torch.nn.init.normal_(memory.values, std=0.1)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(100)
+    folder = tmp_path / "run"
+    options = {"lr": 1e-9, "rest_lr": 1e-9, "max_steps": 1, "batch_size": 10, "top_t": 5, "rule": "tf"}
+    options |= {"tokenizer": tokenizer}
+    background = count_accesses(model, batches(encode(FACTS, tokenizer), 10, 0))
+    twin = copy.deepcopy(model)
+    finetune(model, FACTS, "smf-open", background=background, output_dir=folder, **options)
+
+    optimizer = RowAdamW(twin, 1e-9, top_t=5, rule="tf")
+    twin.train()
+    twin(**collate(encode(FACTS, tokenizer), 0)).loss.backward()
+    alphas = [memory.scale.grad.clone() for memory in memory_layers(twin).values()]
+    optimizer.step()
+    norm = optimizer.last_grad_norm
+    together = float(torch.stack([norm, *(alpha.norm() for alpha in alphas)]).norm())
+    assert together > 2
+    (state,) = folder.glob("checkpoint-*/optimizer.pt")
+    state = torch.load(state, weights_only=True)["state"]
+    for index, alpha in enumerate(alphas, start=len(alphas)):
+        torch.testing.assert_close(state[index]["exp_avg"], 0.1 * alpha / together, rtol=1e-3, atol=0)
+    logged = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert logged["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["smf", "lora", "full"])

@@ -14,7 +14,7 @@ def _case(tokens=7, reads=6, num_slots=11, width=5, dtype=torch.float32, seed=0)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1, 700])
-# spread over the table in both directions, in the backward pass alone, and in neither
+# gradients by a matrix product, and by embedding_bag; a bfloat16 table is cast, or gathered for few tokens
 @pytest.mark.parametrize(("num_slots", "reads"), [(11, 32), (1100, 32), (1100, 4)])
 def test_read_equals_naive_in_value_and_gradients(dtype, tokens, num_slots, reads):
     """Law 3: fp32 tolerance 1e-5; a bfloat16 table differs only in the rounding of its gradient."""

@@ -23,7 +23,7 @@ from .access import Background
 from .blocks import num_blocks
 from .calibration import calibrate
 from .config import SparseMemoryConfig
-from .optim import RowAdamW
+from .optim import REST_LR, RowAdamW
 from .patch import RowPatch
 from .quirks import ReleaseAdamW
 from .scoping import set_scope
@@ -34,6 +34,8 @@ LEARNING_RATES = {"smf": 0.8, "smf-open": 0.8, "lora": 2e-4, "full": 5e-5, "dens
 METHODS = ("smf", "smf-open", "lora", "full")
 # Rows that a step may change, of a table of NUM_KEYS ** 2.
 TOP_T, NUM_KEYS, TOP_K = 1024, 64, 64
+
+MAX_GRAD_NORM = 1.0
 
 Batches = Sequence[Mapping[str, Tensor]]
 
@@ -99,6 +101,7 @@ def prepare(
     batches: Batches,
     background: Background | Batches | None = None,
     lr: float | None = None,
+    rest_lr: float = REST_LR,
     top_t: int = TOP_T,
     rule: Rule = "grad",
     moments: str = "table",
@@ -115,6 +118,7 @@ def prepare(
         batches: the training data with labels; "smf" takes its scope from them.
         background: of sparse memory: the Background that `calibrate` returned, or batches of general text.
         lr: None: LEARNING_RATES.
+        rest_lr: of what trains beside rows, see `RowAdamW`; of sparse memory alone.
         top_t, rule: which rows a step may change, see `select_rows`; of sparse memory alone.
         moments: second moments, see `RowAdamW`; of sparse memory alone.
         quirks: of the authors' release, see `quirks`; of sparse memory alone.
@@ -150,7 +154,7 @@ def prepare(
     # One second moment per table: rows keep their gradients' proportions (dev/LOG.md, section 4).
     betas = (0.9, 0.95) if moments == "table" else (0.9, 0.999)
     options: dict[str, Any] = {"top_t": top_t, "rule": rule, "background": background, "moments": moments}
-    options |= {"betas": betas, "max_grad_norm": 1.0, "seed": seed}
+    options |= {"rest_lr": rest_lr, "betas": betas, "max_grad_norm": MAX_GRAD_NORM, "seed": seed}
     optimizer = (
         ReleaseAdamW(model, lr, quirks=quirks, **options) if quirks else RowAdamW(model, lr, **options)
     )

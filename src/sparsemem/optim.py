@@ -8,7 +8,8 @@ touched: law 2. The tables never get a `.grad`, so Trainer's own clipping and ze
 Several processes: counts are summed over processes before the selection, and the selected rows' gradients
 averaged, as DDP would; the model must not be wrapped in DDP when only value tables train.
 
-Whatever else is trainable (alpha, keys, modules_to_save) gets torch's plain AdamW inside the same optimizer.
+Whatever else is trainable (alpha, keys, modules_to_save) gets torch's plain AdamW inside the same optimizer,
+at a rate of its own: steps as large as the rows' would ruin weights.
 
 Reference: 2605.03229, stage 2. Deviation: moments belong to selected rows and rest with them; the authors'
 release masks gradients only, so that rows keep moving after they were deselected.
@@ -18,27 +19,35 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from .access import Background
 from .memory import ProductKeyMemory
+from .processes import averaged, summed
 from .selection import NEEDS_BACKGROUND, Rule, check_selection, select_rows
 from .tuner import memory_layers
 from .values import ReadLog
 
 MOMENTS = ("row", "element", "table")
+# Of what trains beside rows: alpha, keys, modules_to_save.
+REST_LR = 1e-3
 
 
-class _RowOptimizer(Optimizer):
-    """Selection, clipping and state of rows; a subclass says how a row moves (`_update`)."""
+class RowOptimizer(Optimizer):
+    """Selection, clipping and state of rows; a subclass says how a row moves (`_update`).
+
+    Attributes:
+        selected: by layer, the rows of the last step, int64 on the CPU, ascending.
+        last_grad_norm: norm of these rows' gradients before clipping, a float32 scalar; None before a step.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         defaults: dict[str, Any],
         *,
+        rest_lr: float,
         top_t: int,
         rule: Rule,
         background: Background | None,
@@ -47,6 +56,7 @@ class _RowOptimizer(Optimizer):
     ) -> None:
         check_selection(top_t, rule)
         _positive("lr", defaults["lr"])
+        _positive("rest_lr", rest_lr)
         if max_grad_norm is not None:
             _positive("max_grad_norm", max_grad_norm)
         self.layers: dict[str, ProductKeyMemory] = memory_layers(model)
@@ -66,9 +76,11 @@ class _RowOptimizer(Optimizer):
         held = {id(table) for table in tables}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
         groups: list[dict[str, Any]] = [{"params": tables}]
-        self._rest = AdamW(rest, lr=defaults["lr"], weight_decay=0.0) if rest else None
+        self._rest = AdamW(rest, lr=rest_lr, weight_decay=0.0) if rest else None
         if self._rest is not None:
             groups.append({**self._rest.defaults, "params": rest})
+        self.selected: dict[str, Tensor] = {}
+        self.last_grad_norm: Tensor | None = None
         for memory in self.layers.values():
             memory.log = ReadLog()
         super().__init__(groups, defaults)
@@ -80,25 +92,21 @@ class _RowOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        selected = {name: self._select(name, memory) for name, memory in self.layers.items()}
-        gradients = {
-            name: self._gradient(name, memory, selected[name]) if len(selected[name]) else None
-            for name, memory in self.layers.items()
-        }
+        chosen = {name: self._choose(name, memory, self._log(memory)) for name, memory in self.layers.items()}
         others = (
             [p.grad for p in self._rest.param_groups[0]["params"] if p.grad is not None] if self._rest else []
         )
-        self._clip([*(g for g in gradients.values() if g is not None), *others])
+        self._clip([gradient for _, gradient in chosen.values()], others)
         group = self.param_groups[0]
         for name, memory in self.layers.items():
-            gradient = gradients.get(name)
-            if gradient is not None:
-                self._update(memory.values, selected[name], gradient, group)
+            rows, gradient = chosen[name]
+            if len(rows):
+                self._update(memory.values, rows, gradient, group)
         if self._rest is not None:
             self._rest.state, self._rest.param_groups = self.state, self.param_groups[1:]
             self._rest.step()
         self._clear_logs()
-        self.selected = selected
+        self.selected = {name: rows for name, (rows, _) in chosen.items()}
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -115,42 +123,45 @@ class _RowOptimizer(Optimizer):
         for index, table in enumerate(tables):
             saved = state_dict["state"].get(index)
             if saved is not None:
-                self.state[table] = {key: value.to(table.device, copy=True) for key, value in saved.items()}
+                self.state[table] = {
+                    key: value.to("cpu" if key == "slots" else table.device, copy=True)
+                    for key, value in saved.items()
+                }
         self.generator.set_state(state_dict["generator"].cpu())
 
-    def _select(self, name: str, memory: ProductKeyMemory) -> Tensor:
-        """Rows of one layer that this step changes, ascending."""
-        assert memory.log is not None
-        counts = _summed(memory.log.counts(memory.num_slots, memory.values.device))
-        norms = None
-        if self.rule == "grad":
-            read = counts.nonzero().flatten()
-            norms = torch.zeros(memory.num_slots, device=counts.device)
-            if len(read):
-                norms[read] = _average(memory.log.row_gradients(read, memory.values)).norm(dim=-1)
+    def _choose(self, name: str, memory: ProductKeyMemory, log: ReadLog) -> tuple[Tensor, Tensor]:
+        """Rows of one layer that this step changes, ascending, on the CPU; and their gradient [t, d_out].
+
+        Which rows move is known on the CPU alone, so that a step waits for the device once per layer, and
+        once more with rule "grad".
+        """
+        values = memory.values
+        counts = summed(log.counts(memory.num_slots, values.device)).cpu()
         background = self.background[name] if self.background is not None else None
-        chosen = select_rows(
-            counts,
-            background,
-            top_t=self.top_t,
-            rule=self.rule,
-            gradient_norms=norms,
-            generator=self.generator,
-        )
-        return chosen.sort().values
+        options: dict[str, Any] = {"top_t": self.top_t, "rule": self.rule, "generator": self.generator}
+        if self.rule != "grad":
+            rows = select_rows(counts, background, **options).sort().values
+            return rows, averaged(log.row_gradients(rows.to(values.device), values))
+        read = counts.nonzero().flatten()
+        gradients = averaged(log.row_gradients(read.to(values.device), values))
+        norms = torch.zeros(memory.num_slots)
+        norms[read] = gradients.norm(dim=-1).cpu()
+        rows = select_rows(counts, background, gradient_norms=norms, **options).sort().values
+        return rows, gradients[torch.searchsorted(read, rows).to(values.device)]
 
-    def _gradient(self, name: str, memory: ProductKeyMemory, rows: Tensor) -> Tensor:
-        """Gradient [t, d_out] float32 of the selected rows of one layer."""
+    def _log(self, memory: ProductKeyMemory) -> ReadLog:
         assert memory.log is not None
-        return _average(memory.log.row_gradients(rows, memory.values))
+        return memory.log
 
-    def _clip(self, gradients: list[Tensor]) -> None:
-        if self.max_grad_norm is None or not gradients:
+    def _clip(self, rows: list[Tensor], others: list[Tensor]) -> None:
+        """Clip by the norm over all of them, and keep the rows' own."""
+        self.last_grad_norm = _norm(rows)
+        if self.max_grad_norm is None:
             return
-        norm = torch.stack([g.float().norm() for g in gradients]).norm()
+        norm = _norm([self.last_grad_norm, *others])
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
-        for gradient in gradients:
-            gradient.mul_(scale)
+        for gradient in (*rows, *others):
+            gradient.mul_(scale.to(gradient.device))
 
     def _clear_logs(self) -> None:
         for memory in self.layers.values():
@@ -162,7 +173,8 @@ class _RowOptimizer(Optimizer):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The table's state, grown to hold `rows`, and where these lie in it.
 
-        State: "slots" [n] ascending, the rows ever selected, and one tensor [n, ...] per entry of shapes.
+        State: "slots" [n] ascending on the CPU, the rows ever selected, and one tensor [n, ...] per entry of
+        shapes on the table's device.
         """
         state = self.state[table]
         if "slots" not in state:
@@ -170,31 +182,26 @@ class _RowOptimizer(Optimizer):
             for key, shape in shapes.items():
                 state[key] = torch.zeros(0, *shape, device=table.device)
         slots = state["slots"]
-        place = torch.searchsorted(slots, rows)
-        known = (
-            (slots[place.clamp(max=max(0, len(slots) - 1))] == rows)
-            if len(slots)
-            else rows.new_zeros(len(rows)).bool()
-        )
-        if not known.all():
-            merged, order = torch.cat([slots, rows[~known]]).sort()
+        fresh = rows[~torch.isin(rows, slots)]
+        if len(fresh):
+            state["slots"], order = torch.cat([slots, fresh]).sort()
+            order = order.to(table.device)
             for key in shapes:
-                fresh = state[key].new_zeros(int((~known).sum()), *state[key].shape[1:])
-                state[key] = torch.cat([state[key], fresh])[order]
-            state["slots"] = merged
-            place = torch.searchsorted(merged, rows)
-        return state, place
+                added = state[key].new_zeros(len(fresh), *state[key].shape[1:])
+                state[key] = torch.cat([state[key], added])[order]
+        return state, torch.searchsorted(state["slots"], rows).to(table.device)
 
     def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
 
-class RowSGD(_RowOptimizer):
+class RowSGD(RowOptimizer):
     """SGD with momentum on the selected rows. A row's momentum rests while the row is not selected.
 
     Args:
         model: with memory layers; rows of the active adapter's tables train.
         lr, momentum, weight_decay: as torch.optim.SGD; decay and momentum act on selected rows only.
+        rest_lr: of what trains beside rows (alpha, keys, modules_to_save), by AdamW without weight decay.
         top_t, rule, background: see `select_rows`.
         max_grad_norm: clip by the norm over the selected rows and whatever else trains; None: no clipping.
         seed: of rule "random".
@@ -210,6 +217,7 @@ class RowSGD(_RowOptimizer):
         *,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        rest_lr: float = REST_LR,
         top_t: int = 512,
         rule: Rule = "kl",
         background: Background | None = None,
@@ -220,23 +228,25 @@ class RowSGD(_RowOptimizer):
         _not_negative("weight_decay", weight_decay)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         options: dict[str, Any] = {"top_t": top_t, "rule": rule, "background": background}
-        super().__init__(model, defaults, max_grad_norm=max_grad_norm, seed=seed, **options)
+        options |= {"rest_lr": rest_lr, "max_grad_norm": max_grad_norm, "seed": seed}
+        super().__init__(model, defaults, **options)
 
     def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        current = table[rows].float()
+        where = rows.to(table.device)
+        current = table[where].float()
         gradient = gradient + group["weight_decay"] * current
         if group["momentum"]:
             state, place = self._rows_of(table, rows, {"momentum": (table.shape[1],)})
             gradient = group["momentum"] * state["momentum"][place] + gradient
             state["momentum"][place] = gradient
-        table[rows] = (current - group["lr"] * gradient).to(table.dtype)
+        table[where] = (current - group["lr"] * gradient).to(table.dtype)
 
 
-class RowAdamW(_RowOptimizer):
+class RowAdamW(RowOptimizer):
     """AdamW on the selected rows; bias correction counts each row's own steps.
 
     Args:
-        model, top_t, rule, background, max_grad_norm, seed: as `RowSGD`.
+        model, rest_lr, top_t, rule, background, max_grad_norm, seed: as `RowSGD`.
         lr, betas, eps, weight_decay: as torch.optim.AdamW; decay acts on selected rows only.
         moments: "row": one second moment per row, of its mean squared gradient; "element": one per element;
             "table": one per value table, so that a step's rows keep the proportions of their gradients.
@@ -254,6 +264,7 @@ class RowAdamW(_RowOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         moments: str = "row",
+        rest_lr: float = REST_LR,
         top_t: int = 512,
         rule: Rule = "kl",
         background: Background | None = None,
@@ -268,7 +279,8 @@ class RowAdamW(_RowOptimizer):
         _not_negative("weight_decay", weight_decay)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "moments": moments}
         options: dict[str, Any] = {"top_t": top_t, "rule": rule, "background": background}
-        super().__init__(model, defaults, max_grad_norm=max_grad_norm, seed=seed, **options)
+        options |= {"rest_lr": rest_lr, "max_grad_norm": max_grad_norm, "seed": seed}
+        super().__init__(model, defaults, **options)
 
     def _shapes(self, table: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """Of each row's state."""
@@ -292,23 +304,16 @@ class RowAdamW(_RowOptimizer):
             state["exp_avg_sq"][place] = torch.lerp(state["exp_avg_sq"][place], square, 1 - beta2)
             second_moment = state["exp_avg_sq"][place] / (1 - beta2**steps)
         step = first_moment / (1 - beta1**steps) / (second_moment.sqrt() + group["eps"])
-        current = table[rows].float()
-        table[rows] = (current * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * step).to(
+        where = rows.to(table.device)
+        current = table[where].float()
+        table[where] = (current * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * step).to(
             table.dtype
         )
 
 
-def _summed(counts: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(counts)
-    return counts
-
-
-def _average(gradient: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
-    return gradient
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """Over all of them, on the first one's device."""
+    return torch.stack([t.float().norm().to(tensors[0].device) for t in tensors]).norm()
 
 
 def _check(name: str, value: float, ok: bool, allowed: str) -> None:

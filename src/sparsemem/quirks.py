@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .memory import ProductKeyMemory
 from .optim import RowAdamW
+from .values import ReadLog
 
 QUIRKS = ("micro-batch", "padding", "moments")
 
@@ -41,30 +42,17 @@ class ReleaseAdamW(RowAdamW):
         self.quirks = frozenset(quirks)
         super().__init__(model, lr, **options)
 
-    def _select(self, name: str, memory: ProductKeyMemory) -> Tensor:
-        assert memory.log is not None
+    def _choose(self, name: str, memory: ProductKeyMemory, log: ReadLog) -> tuple[Tensor, Tensor]:
         if "padding" in self.quirks:
-            memory.log.entries = [(*entry[:3], None) for entry in memory.log.entries]
+            log = ReadLog([(*entry[:3], None) for entry in log.entries])
         if "micro-batch" not in self.quirks:
-            return super()._select(name, memory)
-        whole, rows = memory.log.entries, []
-        for entry in whole:
-            memory.log.entries = [entry]
-            rows.append(super()._select(name, memory))
-        memory.log.entries = whole
-        self._selections = {**getattr(self, "_selections", {}), name: rows}
-        return torch.cat(rows).unique() if rows else torch.zeros(0, dtype=torch.int64)
-
-    def _gradient(self, name: str, memory: ProductKeyMemory, rows: Tensor) -> Tensor:
-        assert memory.log is not None
-        if "micro-batch" not in self.quirks:
-            return super()._gradient(name, memory, rows)
-        whole, total = memory.log.entries, torch.zeros(len(rows), memory.d_out, device=rows.device)
-        for entry, chosen in zip(whole, self._selections[name], strict=True):
-            memory.log.entries = [entry]
-            total[torch.searchsorted(rows, chosen)] += super()._gradient(name, memory, chosen)
-        memory.log.entries = whole
-        return total
+            return super()._choose(name, memory, log)
+        parts = [super(ReleaseAdamW, self)._choose(name, memory, ReadLog([entry])) for entry in log.entries]
+        rows = torch.cat([rows for rows, _ in parts] or [torch.zeros(0, dtype=torch.int64)]).unique()
+        total = torch.zeros(len(rows), memory.d_out, device=memory.values.device)
+        for chosen, gradient in parts:
+            total[torch.searchsorted(rows, chosen).to(total.device)] += gradient
+        return rows, total
 
     def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         if "moments" in self.quirks:
@@ -73,6 +61,6 @@ class ReleaseAdamW(RowAdamW):
             state["steps"].fill_(state["steps"].max())
             ever = state["slots"]
             masked = gradient.new_zeros(len(ever), gradient.shape[1])
-            masked[torch.searchsorted(ever, rows)] = gradient
+            masked[torch.searchsorted(ever, rows).to(masked.device)] = gradient
             rows, gradient = ever, masked
         super()._update(table, rows, gradient, group)

@@ -10,7 +10,7 @@
 | callable | rule(counts, background) -> [num_slots]                                             |
 
 c: access counts of the step; bg, df, n_bg: of the background. Ties go to the lowest slot; unread slots are
-never taken.
+never taken. Scores are float64 on the CPU, which every machine has: equal counts give equal rows anywhere.
 
 Reference: Lin 2025 (2510.15103) for tfidf, Goyal 2026 (2604.05248) for kl; both as in 2605.03229.
 """
@@ -47,17 +47,18 @@ def select_rows(
         generator: for "random"; None: torch's default.
 
     Returns:
-        1-D int64, highest score first, at most top_t and never a slot with count 0.
+        1-D int64 on the device of `counts`, highest score first, at most top_t and never a slot with count 0.
 
     Raises:
         ValueError: an unknown rule, top_t < 1, or what the rule needs is missing.
     """
     check_selection(top_t, rule)
+    device, counts = counts.device, counts.cpu()
     scores = _scores(counts, background, rule, gradient_norms, generator)
     read = counts.nonzero().flatten()
     # A stable sort of candidates in slot order gives ties to the lowest slot, on any number of processes.
     order = scores[read].sort(descending=True, stable=True).indices
-    return read[order[:top_t]]
+    return read[order[:top_t]].to(device)
 
 
 def check_selection(top_t: int, rule: Rule) -> None:
@@ -78,20 +79,20 @@ def _scores(counts, background, rule, gradient_norms, generator) -> Tensor:
     c = counts.double()
     p = c / c.sum().clamp_min(1)
     if rule == "tfidf":
-        df = background.df.to(c.device)
+        df = background.df.cpu()
         return p * ((background.num_batches + 1) / (df + 1)).log()
     if rule == "kl":
-        bg = background.counts.to(c.device) + 1
+        bg = background.counts.cpu() + 1
         return p * ((p + 1e-8) / (bg / bg.sum() + 1e-8)).log()
     if rule == "tf":
         return c
     if rule == "grad":
         if gradient_norms is None:
             raise ValueError("rule='grad' needs gradient_norms=, the norm of every read row's gradient")
-        return gradient_norms
+        return gradient_norms.cpu()
     if rule == "random":
-        return torch.rand(len(c), generator=generator).to(c.device)
-    scores = rule(counts, background)
+        return torch.rand(len(c), generator=generator)
+    scores = rule(counts, background).cpu()
     if scores.shape != counts.shape:
         raise ValueError(
             f"rule: the callable returned shape {tuple(scores.shape)}, expected {tuple(counts.shape)}"

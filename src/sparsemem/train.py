@@ -37,8 +37,9 @@ from .callbacks import METRICS_FILE, MetricsFile, Progress, StopAtLoss, Stopwatc
 from .data import batches as batched
 from .data import collate, encode, read_records, truncate
 from .footprint import peak_memory
-from .methods import TOP_T, check_method, prepare
+from .methods import MAX_GRAD_NORM, TOP_T, check_method, prepare
 from .models import autocast, takes, tokenizer_of
+from .optim import REST_LR, RowOptimizer
 from .patch import RowPatch
 from .selection import Rule
 
@@ -88,6 +89,7 @@ def finetune(
     background: Background | Data | None = None,
     output_dir: str | Path | None = None,
     lr: float | None = None,
+    rest_lr: float = REST_LR,
     max_steps: int | None = None,
     epochs: int = 3,
     batch_size: int = 8,
@@ -116,6 +118,7 @@ def finetune(
             plain strings too) on which a new memory is calibrated.
         output_dir: where checkpoints and `metrics.jsonl`, one line per step, go; None: nowhere. The finished
             model is the caller's to save.
+        rest_lr: of what trains beside value rows (alpha, keys), see `RowAdamW`.
         max_steps: overrides epochs.
         max_length: None: the model's context.
         moments, quirks: of sparse memory, see `RowAdamW` and `quirks`.
@@ -165,7 +168,7 @@ def finetune(
             eval_on_start=validation is not None and checkpoint is None,
             per_device_eval_batch_size=batch_size,
             prediction_loss_only=True,
-            max_grad_norm=1.0,
+            max_grad_norm=MAX_GRAD_NORM,
             logging_steps=1,
             logging_nan_inf_filter=False,
             save_strategy="steps" if output_dir else "no",
@@ -186,12 +189,16 @@ def finetune(
             batches=batched(examples, batch_size, pad),
             background=general,
             lr=lr,
+            rest_lr=rest_lr,
             top_t=top_t,
             rule=rule,
             moments=moments,
             quirks=quirks,
             seed=seed,
         )
+        if isinstance(optimizer, RowOptimizer):
+            # it clips what it moves, once, and together
+            arguments.max_grad_norm = 0.0
         stack.enter_context(_without_cache(model))
         trainer = _Trainer(
             model=model,  # type: ignore[arg-type]
@@ -250,6 +257,13 @@ class _Trainer(Trainer):
             kept = (labels != -100).any(dim=0).nonzero().squeeze(1)
             inputs = {**inputs, "logits_to_keep": kept, "shift_labels": labels[:, kept].contiguous()}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, logs, start_time=None):
+        # Trainer's norm is that of `.grad`, which value rows do not have
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if "grad_norm" in logs and isinstance(optimizer, RowOptimizer):
+            logs = {**logs, "grad_norm": float(optimizer.last_grad_norm)}  # type: ignore[arg-type]
+        super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs):
         # reading data draws a random number, and a resumed run does not repeat what came before it

@@ -2,8 +2,11 @@
 
 `read_rows` equals `naive_read_rows` in value and in all gradients. With a `ReadLog`, the backward pass leaves
 the table's gradient in the log instead of `values.grad`: the reads and the output's gradient are kept, and
-the rows that an optimizer selects get theirs in `ReadLog.row_gradients`. No gradient of the size of the table
-is ever made.
+the rows that an optimizer asks for get theirs in `ReadLog.row_gradients`.
+
+Choices: rows are never gathered to a [tokens, reads, d] tensor, and nothing waits for the device. Reads are
+PyTorch's `embedding_bag`. Gradients are its backward pass, or one matrix product where a token reads at least
+one slot in _PRODUCT (measured, dev/LOG.md section 13).
 """
 
 from dataclasses import dataclass, field
@@ -11,14 +14,14 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-# Rows gathered at once: bounds the temporary at this many rows of width d.
-_CHUNK = 16_384
-# A matrix product moves a number so many times faster than a gather of rows does (measured, dev/LOG.md
-# section 13): a token's weights are spread over the rows where these are at most that many per read.
-_DENSE_READ, _DENSE_GRADIENT = 4, 64
-# Numbers of spread weights at once: bounds that temporary at 16 MB.
+# Gradients are matrix products where num_slots / reads is at most this.
+_PRODUCT = 8
+# Numbers of a product's temporary: 16 MB of float32.
 _SPREAD = 2**22
+# Rows of a bfloat16 table that are gathered at once.
+_CHUNK = 16_384
 
 
 def naive_read_rows(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
@@ -53,33 +56,49 @@ class _ReadRows(torch.autograd.Function):
     def forward(ctx, values, slots, weights, log, counted):
         ctx.save_for_backward(values, slots, weights)
         ctx.log, ctx.counted = log, counted
-        if len(values) <= _DENSE_READ * slots.shape[1]:
-            step = max(1, _SPREAD // len(values))
-            parts = zip(slots.split(step), weights.split(step), strict=True)
-            return torch.cat([_spread(s, w, len(values)) @ values.float() for s, w in parts])
-        # embedding_bag wants weights in the table's dtype; the twin sums bfloat16 rows in float32.
-        if values.dtype == torch.float32:
-            return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
-        return torch.cat([naive_read_rows(values, s, w) for s, w in _chunks(slots, weights)])
+        return _read(values, slots, weights)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grad_outputs):
         (grad_out,) = grad_outputs
         values, slots, weights = ctx.saved_tensors
         grad_values = grad_weights = None
         if ctx.needs_input_grad[2]:
-            grad_weights = torch.cat(
-                [torch.einsum("trd,td->tr", values[s].float(), g) for s, g in _chunks(slots, grad_out)]
-            )
+            grad_weights = weight_gradients(values, slots, grad_out)
         if ctx.needs_input_grad[0]:
             if ctx.log is not None:
                 ctx.log.add(slots, weights, grad_out, ctx.counted)
             else:
-                grad_values = values.new_zeros(values.shape, dtype=torch.float32)
-                rows = slots.unique()
-                grad_values[rows] = row_gradients(slots, weights, grad_out, rows, len(values))
+                product = _by_product(len(values), slots.shape[1])
+                grad_values = _table_gradient(slots, weights, grad_out, len(values), product)
                 grad_values = grad_values.to(values.dtype)
         return grad_values, None, grad_weights, None, None
+
+
+def _read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    # embedding_bag wants weights in the table's dtype, and rows are summed in float32
+    if values.dtype != torch.float32:
+        # one cast of the table costs less than one of each read, unless few tokens are read
+        if len(values) > slots.numel():
+            step = max(1, _CHUNK // slots.shape[1])
+            parts = zip(slots.split(step), weights.split(step), strict=True)
+            return torch.cat([naive_read_rows(values, s, w) for s, w in parts])
+        values = values.float()
+    return F.embedding_bag(slots, values, per_sample_weights=weights, mode="sum")
+
+
+def weight_gradients(values: Tensor, slots: Tensor, grad_out: Tensor) -> Tensor:
+    """Gradient [tokens, reads] of the weights: each read row's product with grad_out [tokens, d]."""
+    values = values.float()
+    if _by_product(len(values), slots.shape[1]):
+        step = max(1, _SPREAD // len(values))
+        parts = zip(slots.split(step), grad_out.split(step), strict=True)
+        return torch.cat([(g @ values.T).gather(1, s) for s, g in parts])
+    with torch.enable_grad():
+        weights = grad_out.new_zeros(slots.shape, requires_grad=True)
+        out = F.embedding_bag(slots, values.detach(), per_sample_weights=weights, mode="sum")
+        return torch.autograd.grad(out, weights, grad_out)[0]
 
 
 def row_gradients(slots: Tensor, weights: Tensor, grad_out: Tensor, rows: Tensor, num_slots: int) -> Tensor:
@@ -94,30 +113,37 @@ def row_gradients(slots: Tensor, weights: Tensor, grad_out: Tensor, rows: Tensor
     Returns:
         [t, d] float32.
     """
-    gradient = grad_out.new_zeros(len(rows), grad_out.shape[1])
     place = rows.new_full((num_slots,), len(rows))
     place[rows] = torch.arange(len(rows), device=rows.device)
-    if len(rows) <= _DENSE_GRADIENT * slots.shape[1]:
-        # one column more, for the reads of all other rows
-        step = max(1, _SPREAD // (len(rows) + 1))
+    # one row more, for the reads of all other rows
+    product = _by_product(num_slots, slots.shape[1])
+    return _table_gradient(place[slots], weights, grad_out, len(rows) + 1, product, others=len(rows))[:-1]
+
+
+def _by_product(num_slots: int, reads: int) -> bool:
+    return num_slots <= _PRODUCT * reads
+
+
+def _table_gradient(
+    slots: Tensor,
+    weights: Tensor,
+    grad_out: Tensor,
+    num_rows: int,
+    product: bool,
+    others: int | None = None,
+) -> Tensor:
+    """Gradient [num_rows, d] float32 of a table; that of row `others` is not looked at."""
+    gradient = grad_out.new_zeros(num_rows, grad_out.shape[1])
+    if product:
+        step = max(1, _SPREAD // num_rows)
         for s, w, g in zip(slots.split(step), weights.split(step), grad_out.split(step), strict=True):
-            gradient += _spread(place[s], w, len(rows) + 1)[:, :-1].T @ g
+            spread = w.new_zeros(len(s), num_rows).scatter_add_(1, s, w)
+            gradient.addmm_(spread.T, g)
         return gradient
-    position = place[slots]
-    token, read = (position < len(rows)).nonzero(as_tuple=True)
-    for t, r in zip(token.split(_CHUNK), read.split(_CHUNK), strict=True):
-        gradient.index_add_(0, position[t, r], weights[t, r, None] * grad_out[t])
-    return gradient
-
-
-def _spread(slots: Tensor, weights: Tensor, num_slots: int) -> Tensor:
-    """[tokens, num_slots]: each slot's weight, summed over the reads of it."""
-    return weights.new_zeros(len(slots), num_slots).scatter_add_(1, slots, weights)
-
-
-def _chunks(slots: Tensor, other: Tensor):
-    step = max(1, _CHUNK // max(1, slots.shape[1]))
-    return zip(slots.split(step), other.split(step), strict=True)
+    with torch.enable_grad():
+        table = gradient.requires_grad_()
+        out = F.embedding_bag(slots, table, per_sample_weights=weights, mode="sum", padding_idx=others)
+        return torch.autograd.grad(out, table, grad_out)[0]
 
 
 @dataclass
@@ -137,14 +163,16 @@ class ReadLog:
         """Access counts [num_slots] int64 of the tokens that count."""
         total = torch.zeros(num_slots, dtype=torch.int64, device=device)
         for slots, _, _, counted in self.entries:
-            total += torch.bincount(
-                (slots if counted is None else slots[counted]).flatten(), minlength=num_slots
-            )
+            # not bincount, which waits for the device to look at the largest id
+            once = torch.ones_like(slots) if counted is None else counted[:, None].expand_as(slots).long()
+            total.scatter_add_(0, slots.flatten(), once.flatten())
         return total
 
     def row_gradients(self, rows: Tensor, values: Tensor) -> Tensor:
         """Summed gradient [t, d] float32 of distinct rows of the table `values` [num_slots, d]."""
-        total = torch.zeros(len(rows), values.shape[1], device=rows.device)
+        total = torch.zeros(len(rows), values.shape[1], device=values.device)
+        if len(rows) == 0:
+            return total
         for slots, weights, grad_out, _ in self.entries:
             total += row_gradients(slots, weights, grad_out, rows, len(values))
         return total

@@ -96,6 +96,8 @@ def _taught(
         "smf-open" if arm is not None else method,
         tokenizer=tokenizer,
         lr=settings.lr["sparse" if arm is not None else method],
+        # the paper trains alpha at the rows' rate
+        rest_lr=settings.lr["sparse"],
         epochs=settings.epochs,
         max_steps=settings.max_steps,
         batch_size=settings.batch_size,
