@@ -32,6 +32,19 @@ def test_calibrate_is_deterministic_by_seed(tiny_llama):
     assert not any(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
 
 
+def test_written_rows_are_not_given_new_addresses(model, background):
+    memories = memory_layers(model)
+    list(memories.values())[-1].values.data[3, 0] = 1
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    logits = model(**batch(50)).logits
+    with pytest.raises(ValueError, match=r"has rows that are not zero.*revert its patches first"):
+        calibrate(model, [batch(7)], seed=5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(**batch(50)).logits, logits)
+    # counting, which keeps the addresses, goes on
+    count_accesses(model, [batch(7)])
+
+
 def test_a_corpus_too_large_to_keep_is_read_twice(tiny_llama, monkeypatch):
     made = []
     for kept_bytes in (calibration.KEPT_BYTES, 0):

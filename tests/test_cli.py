@@ -223,6 +223,19 @@ def test_patch_revert_and_apply_give_the_bytes_back(grafted, trained, tmp_path):
     assert again["layers"] == shown["layers"]
 
 
+def test_a_patch_takes_alpha_back_too(grafted, data, tmp_path):
+    options = ("--trainable", "values+scale", "--max-steps", 4)
+    done("train", grafted, "--data", data / "taught.jsonl", "--out", tmp_path / "taught", *options)
+    patch, back = tmp_path / "taught" / "patch.safetensors", tmp_path / "back"
+    shown = json.loads(done("patch", "show", patch, "--json"))
+    assert [name.rpartition(".")[2] for name in shown["tensors"]] == ["scale"] * len(shown["layers"])
+    assert "scale: whole, largest change" in done("patch", "show", patch)
+    done("patch", "revert", tmp_path / "taught", patch, "--out", back)
+    assert weights(back) == weights(grafted)
+    done("patch", "apply", back, patch)
+    assert weights(back) == weights(tmp_path / "taught")
+
+
 @pytest.mark.parametrize(
     ("task", "items", "metrics", "n"),
     [

@@ -15,6 +15,8 @@ from sparsemem import (
     memory_layers,
     set_scope,
 )
+from sparsemem.calibration import observe
+from sparsemem.patch_tensors import other_tensors
 from tiny import SMALL, batch
 
 
@@ -211,3 +213,105 @@ def test_contradictory_patches_are_refused(model, background, tmp_path, damage):
     with pytest.raises(ArtifactError):
         RowPatch.load(tmp_path / "patch.safetensors").revert(model)
     assert _same(model, before)
+
+
+OTHERS = {
+    "values+scale": {"trainable": "values+scale"},
+    "memory": {"trainable": "memory"},
+    "silu": {"trainable": "memory", "value_gate": "silu"},
+    "modules_to_save": {"modules_to_save": ["lm_head", "model.norm"]},
+}
+
+
+def _trained_beside(tiny_llama, changes, seed=0):
+    """A model whose memory trains more than rows, and its background."""
+    torch.manual_seed(seed)
+    model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL | changes))
+    return model, calibrate(model, [batch(seed) for seed in range(8)])
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_trains_beside_rows_comes_and_goes_to_the_byte(tiny_llama, tmp_path, kind):
+    """Law 6 for alpha, keys and saved modules."""
+    model, background = _trained_beside(tiny_llama, OTHERS[kind])
+    untouched = _bytes(model)
+    model.save_pretrained(tmp_path / "before")
+    patch = _teach(model, background, 50)
+    taught = _bytes(model)
+    changed = {name for name, tensor in taught.items() if not torch.equal(tensor, untouched[name])}
+    beside = {n for n in changed if not n.rpartition(".")[2].startswith(("values", "scope_"))}
+    assert len(patch.tensors) == len(beside) > 0
+    patch.save(tmp_path / "patch.safetensors")
+    for one in (RowPatch.load(tmp_path / "patch.safetensors"), RowPatch.diff(model, tmp_path / "before")):
+        one.revert(model)
+        assert _same(model, untouched)
+        one.apply(model)
+        assert _same(model, taught)
+    model.save_pretrained(tmp_path / "after")
+    assert patch.is_in(tmp_path / "after")
+    next(iter(patch.tensors.values())).after.view(-1)[0] += 1
+    assert not patch.is_in(tmp_path / "after")
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_patches_with_other_tensors_go_into_a_fresh_process(tiny_llama, tmp_path, kind):
+    model, background = _trained_beside(tiny_llama, OTHERS[kind])
+    model.save_pretrained(tmp_path / "empty")
+    _teach(model, background, 50).save(tmp_path / "one.safetensors")
+    background = observe(model, [batch(seed) for seed in range(8)])
+    _teach(model, background, 60).save(tmp_path / "two.safetensors")
+    expected = model(**batch(60)).logits
+    fresh = PeftModel.from_pretrained(tiny_llama(), tmp_path / "empty", is_trainable=True)
+    for name in ("one", "two"):
+        RowPatch.load(tmp_path / f"{name}.safetensors").apply(fresh)
+    assert torch.equal(fresh(**batch(60)).logits, expected)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_byte_in_another_tensor_refuses_the_patch(tiny_llama, kind):
+    model, background = _trained_beside(tiny_llama, OTHERS[kind])
+    patch = _teach(model, background, 50)
+    tensor = other_tensors(model)[list(patch.tensors)[-1]].view(-1)
+    for move in (patch.revert, patch.apply):
+        kept = tensor[0].clone()
+        tensor[0] = 0.123
+        before = _bytes(model)
+        with pytest.raises(ArtifactError):
+            move(model)
+        assert _same(model, before)
+        tensor[0] = kept
+        move(model)
+
+
+def test_an_adapter_without_the_tensor_refuses_the_patch(tiny_llama):
+    model, background = _trained_beside(tiny_llama, OTHERS["modules_to_save"])
+    patch = _teach(model, background, 50)
+    patch.revert(model)
+    other, _ = _trained_beside(tiny_llama, {})
+    before = _bytes(other)
+    with pytest.raises(ArtifactError, match=r"model\.norm\.weight.*does not have"):
+        patch.apply(other)
+    assert _same(other, before)
+
+
+def test_what_trains_must_be_known_from_before(tiny_llama):
+    model, _ = _trained_beside(tiny_llama, OTHERS["values+scale"])
+    tables = {name: memory.values.detach().clone() for name, memory in memory_layers(model).items()}
+    with pytest.raises(ValueError, match=r"holds no .*\.scale, which trains here"):
+        RowPatch.diff(model, since=tables)
+
+
+@pytest.mark.parametrize("damage", ["half", "nan", "form"])
+def test_other_tensors_that_are_damaged_are_refused(tiny_llama, tmp_path, damage):
+    model, background = _trained_beside(tiny_llama, OTHERS["values+scale"])
+    patch = _teach(model, background, 50)
+    name, tensor = next(iter(patch.tensors.items()))
+    if damage == "half":
+        tensor.after = tensor.before[:0]
+    elif damage == "nan":
+        tensor.after[0] = float("nan")
+    else:
+        tensor.after = tensor.after.double()
+    patch.save(tmp_path / "patch.safetensors")
+    with pytest.raises(ArtifactError, match=name):
+        RowPatch.load(tmp_path / "patch.safetensors")

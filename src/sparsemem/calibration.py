@@ -52,8 +52,9 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed
         The corpus's Background: counts, df, and each layer's mean, covariance and bounded sample of states.
 
     Raises:
-        ValueError: `batches` is an iterator, which can be read only once, or is empty.
+        ValueError: a row is written, `batches` is an iterator, which can be read only once, or is empty.
     """
+    _refuse_written(model)
     statistics, kept = _statistics(model, batches, seed, KEPT_BYTES)
     layers = memory_layers(model)
     with precise(model):
@@ -68,10 +69,10 @@ def observe(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed: 
 
     Args:
         model, batches, seed: as for `calibrate`. Counts are of what the model reads as it is, states are the
-            base model's.
+            base model's. Rows may be written.
 
     Raises:
-        ValueError: as `calibrate`.
+        ValueError: `batches` is an iterator or is empty.
     """
     statistics, _ = _statistics(model, batches, seed, 0)
     return _background(model, count_accesses(model, batches), statistics)
@@ -89,6 +90,16 @@ def addressing_report(layer: LayerBackground) -> dict[str, float]:
     entropy = -(p * p.clamp_min(1e-300).log()).sum() / torch.tensor(float(len(p))).log()
     top = p.sort(descending=True).values[: max(1, len(p) // 100)].sum()
     return {"used": float((counts > 0).double().mean()), "entropy": float(entropy), "top1": float(top)}
+
+
+def _refuse_written(model: nn.Module) -> None:
+    written = [name for name, memory in memory_layers(model).items() if memory.values.any()]
+    if written:
+        raise ValueError(
+            f"model: the memory of {written[0]} has rows that are not zero, and with new addresses other "
+            "tokens would read them; revert its patches first, or call count_accesses(model, batches), "
+            "which keeps the addresses"
+        )
 
 
 def _statistics(

@@ -73,6 +73,8 @@ def _show_patch(described: dict[str, Any], as_json: bool) -> None:
     for name, layer in described["layers"].items():
         change = f"{layer['rows']} rows, largest change {layer['largest_change']:.3g}"
         click.echo(f"{name}: {change}, {layer['centres']} centres of scope")
+    for name, change in described["tensors"].items():
+        click.echo(f"{name}: whole, largest change {change:.3g}")
     for key, value in described["info"].items():
         click.echo(f"{key}: {value}")
     for key in ("base", "out"):

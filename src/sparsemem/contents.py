@@ -101,7 +101,9 @@ def file_digest(path: Path) -> str:
 
 
 def describe_patch(patch: RowPatch) -> dict[str, Any]:
-    """What a row patch changes in each layer: rows, the largest change of a number, centres of scope."""
+    """What a row patch changes: in each layer rows, the largest change of a number, and centres of scope; of
+    each tensor that it changes whole the largest change.
+    """
     layers = {}
     for name, layer in patch.layers.items():
         change = (layer.after.float() - layer.before.float()).abs()
@@ -110,7 +112,11 @@ def describe_patch(patch: RowPatch) -> dict[str, Any]:
             "largest_change": float(change.max()) if change.numel() else 0.0,
             "centres": 0 if layer.scope is None else len(layer.scope.centres),
         }
-    return {"base": patch.base, "info": patch.info, "layers": layers}
+    tensors = {
+        name: float((whole.after.float() - whole.before.float()).abs().max())
+        for name, whole in patch.tensors.items()
+    }
+    return {"base": patch.base, "info": patch.info, "layers": layers, "tensors": tensors}
 
 
 def public_data(source: str) -> str:

@@ -1,8 +1,9 @@
 """RowPatch: what one finetuning run did to the memory, as a file that can be applied and taken back.
 
-Per memory layer: the slots that changed with their rows before and after, and the scope that the run added.
-Applying checks everything first, base, addressing and every row's present bytes, so that a refused patch
-changes nothing.
+Per memory layer: the slots that changed with their rows before and after, and the scope that the run added;
+and whole, before and after, whatever else of the adapter changed (alpha, keys, `modules_to_save`).
+Applying checks everything first, base, addressing and the present bytes of all that it will change, so that a
+refused patch changes nothing.
 """
 
 from collections.abc import Mapping
@@ -16,9 +17,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .access import addressing_fingerprint
 from .files import ArtifactError, fingerprint_base, load_artifact, save_artifact
 from .memory import ProductKeyMemory, scope_shapes
+from .patch_tensors import (
+    TensorPatch,
+    addressing_before,
+    are_after,
+    check_tensors,
+    diff_tensors,
+    other_tensors,
+    packed,
+    unpacked,
+    write_tensors,
+)
 from .relevance import Scope
 from .tuner import memory_layers
 
@@ -28,7 +39,10 @@ _SCOPE = tuple(field.name for field in fields(Scope))
 
 @dataclass
 class LayerPatch:
-    """One layer's share: slots [n] int64 ascending; before, after [n, d_out]; the scope added, if any."""
+    """One layer's share: slots [n] int64 ascending; before, after [n, d_out]; the scope added, if any.
+
+    `addressing` is the fingerprint of the addressing that the layer had before.
+    """
 
     slots: Tensor
     before: Tensor
@@ -45,46 +59,56 @@ class RowPatch:
         layers: by `memory_layers` name.
         base: fingerprint of the base model.
         info: provenance: whatever the maker of the patch wants to say, JSON.
+        tensors: other tensors of the adapter that changed, by name, whole.
     """
 
     layers: dict[str, LayerPatch]
     base: str
     info: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, TensorPatch] = field(default_factory=dict)
 
     @staticmethod
     @torch.no_grad()
     def snapshot(model: nn.Module) -> dict[str, Tensor]:
-        """Copies of all value tables and scopes, to be passed as `since=` to `diff` later."""
-        return {
-            f"{name}.{key}": tensor.detach().cpu().clone()
+        """Copies of the active adapter's tensors, to be passed as `since=` to `diff` later."""
+        held = {
+            f"{name}.{key}": tensor
             for name, memory in memory_layers(model).items()
             for key, tensor in memory.state_dict().items()
             if key == "values" or key.startswith("scope_")
         }
+        return {name: t.detach().cpu().clone() for name, t in (held | other_tensors(model)).items()}
 
     @classmethod
     @torch.no_grad()
     def diff(
         cls, model: nn.Module, since: Mapping[str, Tensor] | str | Path, *, info: dict[str, Any] | None = None
     ) -> "RowPatch":
-        """What changed in the active adapter's memory.
+        """What changed in the active adapter: rows, scopes, and other tensors whole.
 
         Args:
             model: as it is now.
             since: as it was: a `snapshot`, a dict of value tables by `memory_layers` name, an adapter's state
-                dict, or the folder of a saved adapter. Where it holds no scope, there was none.
+                dict, or the folder of a saved adapter. Where it holds no scope, there was none. A tensor that
+                does not train may be missing, and then counts as unchanged.
             info: provenance to keep in the patch.
 
         Raises:
-            ValueError: `since` lacks a layer or has another shape, or the scope was replaced, not extended.
+            ValueError: `since` lacks a layer or a tensor that trains, or has another shape, or the scope was
+                replaced, not extended.
         """
         before = _read_adapter(Path(since)) if isinstance(since, str | Path) else since
-        layers = {name: _diff_layer(name, memory, before) for name, memory in memory_layers(model).items()}
-        return cls(layers, fingerprint_base(model), dict(info or {}))
+        tensors = diff_tensors(model, before)
+        layers = {
+            name: _diff_layer(name, memory, before, addressing_before(name, memory, tensors))
+            for name, memory in memory_layers(model).items()
+        }
+        return cls(layers, fingerprint_base(model), dict(info or {}), tensors)
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, written atomically; rows before are left out where all of them are zero."""
-        tensors, header = {}, {"base": self.base, "info": self.info, "addressing": {}}
+        tensors = packed(self.tensors)
+        header = {"base": self.base, "info": self.info, "addressing": {}, "whole": sorted(self.tensors)}
         for name, layer in self.layers.items():
             held = {"slots": layer.slots, "after": layer.after}
             if layer.before.any():
@@ -112,27 +136,28 @@ class RowPatch:
             scope = Scope(*(held[f"scope_{key}"] for key in _SCOPE)) if "scope_mean" in held else None
             before = held.get("before", torch.zeros_like(held["after"]))
             layers[name] = LayerPatch(held["slots"], before, held["after"], addressing, scope)
-        return cls(layers, header["base"], header["info"])
+        others = unpacked(path, tensors, header.get("whole", []))
+        return cls(layers, header["base"], header["info"], others)
 
     def apply(self, model: nn.Module) -> None:
-        """Write the rows after and add the scope.
+        """Write the rows and tensors after and add the scope.
 
         Raises:
-            ArtifactError: another base, memory or addressing, a row that is not as `before`, a scope that
+            ArtifactError: another base, memory or addressing, a row or tensor not as `before`, a scope that
                 cannot be added, or a patch that is applied already; nothing is changed then.
         """
         self._move(model, forward=True)
 
     def revert(self, model: nn.Module) -> None:
-        """Write the rows before and take the scope away: `apply` undone to the byte.
+        """Write the rows and tensors before and take the scope away: `apply` undone to the byte.
 
         Raises:
-            ArtifactError: as `apply`, with rows that are not as `after`; nothing is changed then.
+            ArtifactError: as `apply`, with rows or tensors not as `after`; nothing is changed then.
         """
         self._move(model, forward=False)
 
     def is_in(self, adapter: str | Path) -> bool:
-        """Whether the rows of a saved adapter are as this patch leaves them; `adapter` is its folder.
+        """Whether a saved adapter's rows and tensors are as this patch leaves them; `adapter` is its folder.
 
         Raises:
             ArtifactError: the folder holds no adapter that can be read.
@@ -144,7 +169,7 @@ class RowPatch:
                 return False
             if not torch.equal(_as_ints(values[layer.slots]), _as_ints(layer.after.to(values.dtype))):
                 return False
-        return True
+        return are_after(tensors, self.tensors)
 
     @torch.no_grad()
     def _move(self, model: nn.Module, *, forward: bool) -> None:
@@ -159,15 +184,23 @@ class RowPatch:
                 raise ArtifactError(
                     f"patch: changes layer {name}, where this model has no memory ({sorted(memories)})"
                 )
+            if layer.addressing != addressing_before(name, memories[name], self.tensors):
+                raise ArtifactError(
+                    f"patch: was made on another addressing of {name}; calibrate with the same data and seed"
+                )
             scopes[name] = _checked_scope(name, memories[name], layer, forward=forward)
+        check_tensors(model, self.tensors, forward=forward)
         for name, layer in self.layers.items():
             memory = memories[name]
             rows = layer.after if forward else layer.before
             memory.values[layer.slots.to(memory.values.device)] = rows.to(memory.values)
             memory.scope = scopes[name]
+        write_tensors(model, self.tensors, forward=forward)
 
 
-def _diff_layer(name: str, memory: ProductKeyMemory, before: Mapping[str, Tensor]) -> LayerPatch:
+def _diff_layer(
+    name: str, memory: ProductKeyMemory, before: Mapping[str, Tensor], addressing: str
+) -> LayerPatch:
     old = _lookup(before, name, "values")
     if old is None:
         raise ValueError(
@@ -179,7 +212,7 @@ def _diff_layer(name: str, memory: ProductKeyMemory, before: Mapping[str, Tensor
     old = old.detach().cpu().to(new.dtype)
     # Bytes, not values: -0.0 and NaN payloads are differences too.
     slots = (_as_ints(old) != _as_ints(new)).any(1).nonzero().flatten()
-    patch = LayerPatch(slots, old[slots].clone(), new[slots].clone(), addressing_fingerprint(memory))
+    patch = LayerPatch(slots, old[slots].clone(), new[slots].clone(), addressing)
     first, last = _scope_in(before, name), None if memory.scope is None else memory.scope.copy()
     if last is not None:
         try:
@@ -196,10 +229,6 @@ _REPLACED = "since: the scope of {name} was replaced, not extended; use set_scop
 
 def _checked_scope(name: str, memory: ProductKeyMemory, layer: LayerPatch, *, forward: bool) -> Scope | None:
     """The layer's scope after the move; raises before anything is written."""
-    if layer.addressing != addressing_fingerprint(memory):
-        raise ArtifactError(
-            f"patch: was made on another addressing of {name}; calibrate with the same data and seed"
-        )
     if layer.after.shape[1] != memory.d_out or (
         len(layer.slots) and int(layer.slots[-1]) >= memory.num_slots
     ):

@@ -15,11 +15,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .access import layer_inputs
 from .data import choice_tokens, prompt_ids
-from .likelihood import by_length, device_of, log_probs, pad_left, read_beginning, rows_of
+from .generation import complete, complete_tokens
+from .likelihood import device_of, log_probs
+from .mentions import PROBE_FORMS, PROSE_FORMS, mention_texts
 from .models import autocast, tokenizer_of
 from .tuner import gated_layers, layer_gates, memory_layers
 
@@ -64,48 +66,6 @@ def recall(
     )
     pairs = zip(texts, items, strict=True)
     return Answers([is_right(text, item["answer"]) for text, item in pairs], texts)
-
-
-@torch.inference_mode()
-def complete(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    *,
-    max_new_tokens: int,
-    stop: str | None = None,
-    batch_size: int = 64,
-    exact: bool = False,
-) -> list[str]:
-    """Greedy continuations of token ids, as texts without white space around them; `stop` ends a text."""
-    model.eval()
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
-        pad_token_id=tokenizer.pad_token_id,
-        stop_strings=stop,
-    )
-    texts = [""] * len(prompts)
-    shared, read = read_beginning(model, prompts, exact=exact)
-    beginning = torch.tensor([prompts[0][:shared]], dtype=torch.int64, device=device_of(model))
-    for chosen in by_length(prompts, batch_size):
-        ids, mask = pad_left([prompts[index][shared:] for index in chosen], model)
-        ids = torch.cat([beginning.expand(len(ids), -1), ids], 1)
-        mask = functional.pad(mask, (shared, 0), value=1)
-        with autocast(model, exact=exact):
-            out = model.generate(  # type: ignore
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=rows_of(read, [0] * len(chosen)),
-                generation_config=config,
-                tokenizer=tokenizer,
-            )
-        answers = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        for index, answer in zip(chosen, answers, strict=True):
-            texts[index] = answer.split(stop)[0].strip() if stop else answer.strip()
-    return texts
 
 
 def is_right(text: str, answer: str | Sequence[str]) -> bool:
@@ -237,6 +197,101 @@ def drift(
     return total / len(input_ids)
 
 
+@dataclass(frozen=True)
+class BaseMentions:
+    """What `mentions` is measured against: the base's answers as token ids, and its perplexities."""
+
+    answers: list[list[int]]
+    perplexity: float
+    prose_perplexity: float
+
+
+@dataclass(frozen=True)
+class Mentions:
+    """What teaching did to texts that name a taught subject but do not ask what was taught.
+
+    Attributes:
+        changed: share of questions that are answered with other tokens than the base's.
+        base_perplexity, perplexity: of the base's own answers, under the base and under the taught model.
+        prose_base_perplexity, prose_perplexity: of prose that names the subjects, under both.
+    """
+
+    changed: float
+    base_perplexity: float
+    perplexity: float
+    prose_base_perplexity: float
+    prose_perplexity: float
+
+
+def mentions(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    subjects: Sequence[str],
+    *,
+    base: BaseMentions | None = None,
+    forms: Sequence[str] = PROBE_FORMS,
+    max_new_tokens: int = 24,
+    exact: bool = False,
+) -> Mentions:
+    """Compare answers and prose that name the subjects with the base's.
+
+    Args:
+        subjects: as `subjects_of` returns them.
+        base: what `base_mentions` returned with the same subjects, forms and precision; None: it is measured
+            here, on the model without its adapter.
+        forms: questions with a place for the subject.
+        exact: in the model's own precision, without autocast.
+
+    Raises:
+        ValueError: no subjects or forms, or `base=None` for a model without an adapter.
+    """
+    if base is None and not isinstance(model, PeftModel):
+        raise ValueError(
+            "base=None needs a model with an adapter; give what base_mentions(base, ...) returned"
+        )
+    options = {"forms": forms, "max_new_tokens": max_new_tokens, "exact": exact}
+    if base is None:
+        with model.disable_adapter():  # type: ignore[operator]
+            base = base_mentions(model, tokenizer, subjects, **options)
+    prompts = _mention_prompts(tokenizer, subjects, forms)
+    if len(base.answers) != len(prompts):
+        raise ValueError(
+            f"base: has {len(base.answers)} answers to {len(prompts)} questions; call base_mentions with the "
+            "same subjects and forms"
+        )
+    answers = complete_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, exact=exact)
+    return Mentions(
+        changed=sum(a != b for a, b in zip(answers, base.answers, strict=True)) / len(answers),
+        base_perplexity=base.perplexity,
+        perplexity=_perplexity_of(model, prompts, base.answers, exact=exact),
+        prose_base_perplexity=base.prose_perplexity,
+        prose_perplexity=_mention_prose(model, tokenizer, subjects, exact=exact),
+    )
+
+
+def base_mentions(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    subjects: Sequence[str],
+    *,
+    forms: Sequence[str] = PROBE_FORMS,
+    max_new_tokens: int = 24,
+    exact: bool = False,
+) -> BaseMentions:
+    """A model's own answers to questions that name the subjects, and its perplexities; see `mentions`.
+
+    Raises:
+        ValueError: no subjects or forms.
+    """
+    prompts = _mention_prompts(tokenizer, subjects, forms)
+    answers = complete_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, exact=exact)
+    return BaseMentions(
+        answers=answers,
+        perplexity=_perplexity_of(model, prompts, answers, exact=exact),
+        prose_perplexity=_mention_prose(model, tokenizer, subjects, exact=exact),
+    )
+
+
 def exposure(
     model: PeftModel, texts: str | Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> float:
@@ -280,6 +335,32 @@ def scope_gate(model: PeftModel, batch: Mapping[str, Tensor]) -> dict[str, Tenso
         gates[name] = torch.zeros(mask.shape, device=mask.device)
         gates[name][mask] = memory.relevance(states[name])
     return gates
+
+
+def _mention_prompts(
+    tokenizer: PreTrainedTokenizerBase, subjects: Sequence[str], forms: Sequence[str]
+) -> list[list[int]]:
+    if not subjects or not forms:
+        raise ValueError(
+            f"subjects and forms are {len(subjects)} and {len(forms)}; give at least one subject and one form"
+        )
+    return [prompt_ids(text, tokenizer) for subject in subjects for text in mention_texts(subject, forms)]
+
+
+def _mention_prose(
+    model: Any, tokenizer: PreTrainedTokenizerBase, subjects: Sequence[str], *, exact: bool
+) -> float:
+    """Perplexity of one short text for each subject, all but its first token."""
+    texts = [PROSE_FORMS[n % len(PROSE_FORMS)].format(subject) for n, subject in enumerate(subjects)]
+    ids = tokenizer(texts).input_ids
+    return _perplexity_of(model, [one[:1] for one in ids], [one[1:] for one in ids], exact=exact)
+
+
+def _perplexity_of(
+    model: Any, contexts: Sequence[list[int]], continuations: Sequence[list[int]], *, exact: bool
+) -> float:
+    scores = log_probs(model, contexts, [[one] for one in continuations], exact=exact)
+    return float(torch.cat([score for (score,) in scores]).double().mean().neg().exp())
 
 
 def _losses(model: Any, ids: Tensor, num_kept: int, *, exact: bool) -> Tensor:
