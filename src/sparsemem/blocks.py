@@ -134,8 +134,8 @@ def final_norm(model: nn.Module) -> tuple[str, nn.Module] | None:
     parent_name = blocks_name.rpartition(".")[0]
     found = None
     for name, child in model.get_submodule(parent_name).named_children():
-        vectors = list(child.parameters())
-        widths = {tuple(vector.shape) for vector in vectors}
-        if vectors and len(widths) == 1 and vectors[0].dim() == 1 and not list(child.children()):
+        # A wrapper of PEFT's (modules_to_save) holds the norm twice.
+        shapes = {tuple(vector.shape) for vector in child.parameters()}
+        if len(shapes) == 1 and len(shapes.pop()) == 1:
             found = (f"{parent_name}.{name}".lstrip("."), child)
     return found
