@@ -236,6 +236,8 @@ def test_a_file_that_groups_tasks(tiny_llama, plain_tokenizer, tmp_path):
 
 
 def test_bad_tasks(tmp_path, tiny_llama, plain_tokenizer, monkeypatch):
+    # a definition without data files makes `datasets` search the whole working folder for them
+    monkeypatch.chdir(tmp_path)
     broken = tmp_path / "broken.yaml"
     broken.write_text("task: broken\ndataset_path: json\n")
     for task, message in [

@@ -48,7 +48,6 @@ def test_every_method_learns_and_reports(teach, tiny_llama, method, capsys):
     assert more.loss < done.loss
     assert (done.method, done.steps, done.truncated) == (method, 6, 0)
     assert done.seconds > 0
-    assert done.peak_bytes >= 0
     assert done.trained_params == sum(p.numel() for p in done.model.parameters() if p.requires_grad) > 0
     assert not done.model.training
     assert done.model.config.use_cache
