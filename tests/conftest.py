@@ -14,7 +14,7 @@ from sparsemem import SparseMemoryConfig, calibrate
 from tiny import SMALL, batch
 
 # One thread, so that sums have one order on every machine. Set here, before any fixture runs: two test
-# workers of two threads each spend most of their time waiting for each other. Child processes read the variable.
+# workers of two threads each mostly wait for each other. Child processes read the variable.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 
 
 def pytest_collection_finish():
-    """Leave what the imports made out of garbage collection, which every training run asks for (.3 s each)."""
+    """Leave what the imports made out of garbage collection: each training run collects (.3 s)."""
     gc.collect()
     gc.freeze()
 

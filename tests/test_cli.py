@@ -101,6 +101,7 @@ def test_choices_are_those_of_the_library():
     assert set(SCHEDULES) == set(train.SCHEDULES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["additive", "replacement"])
 def test_the_papers_stages(tiny, data, tmp_path, mode, monkeypatch):
     """graft --retrofit dense, stopped and resumed, then rows and alpha by KL with element-wise AdamW."""
@@ -181,6 +182,7 @@ def test_train_a_raw_model(tiny, data, tmp_path, method):
     assert found == (expected | {"base": {"contains_acc": 0.0}} if method == "lora" else expected)
 
 
+@pytest.mark.slow
 def test_a_gguf_file_at_a_relative_path_is_a_base_like_any_other(data, tmp_path, tokenizer, monkeypatch):
     pytest.importorskip("gguf")
     monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "cache"))
@@ -282,6 +284,7 @@ def test_eval_asks_triviaqa_with_examples_or_through_the_chat_template(tiny, tmp
     assert json.loads(done(*ask, "--chat"))["n"] == 5
 
 
+@pytest.mark.slow
 def test_eval_runs_a_task_of_the_harness(trained, tmp_path, capfd):
     pytest.importorskip("lm_eval")
     definition = {
@@ -470,6 +473,7 @@ def wait_for(condition, running, seconds=120):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed(grafted, data, tmp_path):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     command = ("train", grafted, "--data", data / "taught.jsonl", "--out", out, "--epochs", 25)

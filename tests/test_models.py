@@ -80,6 +80,7 @@ def test_a_model_is_on_the_accelerator_where_there_is_one(folder, monkeypatch):
     assert {one.device.type for one in models.load_base(str(folder))[0].parameters()} == {"meta"}
 
 
+@pytest.mark.slow
 def test_a_configuration_is_read_without_dequantising(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "cache"))
     config = models.config_of("smollm2")
