@@ -1,5 +1,6 @@
 """A small byte-level tokenizer with a chat template, and tiny random models that go with it."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,10 +13,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from sparsemem import SparseMemoryConfig, calibrate
 from tiny import SMALL, batch
 
+# One thread, so that sums have one order on every machine. Set here, before any fixture runs: two test
+# workers of two threads each mostly wait for each other. Child processes read the variable.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_collection_finish():
+    """Leave what the imports made out of garbage collection: each training run collects (.3 s)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -78,15 +90,6 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}; set SPARSEMEM_SHARED_DATA to its folder")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Sums in one order, whatever the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_tokenizer(chat_template):

@@ -17,7 +17,6 @@ from sparsemem import (
     scoping,
     set_scope,
 )
-from sparsemem.access import layer_inputs
 from sparsemem.calibration import addressing_report
 from tiny import SMALL, batch
 
@@ -231,7 +230,7 @@ def test_scope_needs_labels_states_and_a_supervised_position(model, background):
         set_scope(model, [batch()], count_accesses(model, [batch()]))
 
 
-def test_background_saves_loads_and_merges(model, background, tmp_path):
+def test_background_saves_and_loads(model, background, tmp_path):
     background.save(tmp_path / "background.safetensors")
     loaded = Background.load(tmp_path / "background.safetensors")
     assert loaded.corpus == background.corpus
@@ -239,32 +238,3 @@ def test_background_saves_loads_and_merges(model, background, tmp_path):
         for key in ("counts", "df", "mean", "covariance", "sample", "starts", "answers"):
             assert torch.equal(getattr(layer, key), getattr(loaded[name], key))
         assert layer.addressing == loaded[name].addressing
-
-    other = count_accesses(model, [batch(99)])
-    merged = background.merge(other)
-    for name in background.layers:
-        assert torch.equal(merged[name].counts, background[name].counts + other[name].counts)
-        assert merged[name].num_batches == 9
-    calibrate(model, [batch(7)], seed=5)
-    with pytest.raises(ValueError, match="another addressing"):
-        background.merge(count_accesses(model, [batch(1)]))
-
-
-def test_merged_statistics_are_those_of_both_corpora(model, background):
-    # the addressing is the same, so that two halves can be merged
-    halves = []
-    for seeds in (range(4), range(4, 8)):
-        states = {name: [] for name in memory_layers(model)}
-        for _, inputs in layer_inputs(model, [batch(s) for s in seeds]):
-            for name, x in inputs.items():
-                states[name].append(x.double())
-        half = count_accesses(model, [batch(s) for s in seeds])
-        for name, x in states.items():
-            x = torch.cat(x)
-            half[name].mean, half[name].covariance, half[name].num_states = x.mean(0), x.T.cov(), len(x)
-            half[name].sample = half[name].starts = half[name].answers = x.float()
-        halves.append(half)
-    merged = halves[0].merge(halves[1])
-    for name, layer in background.layers.items():
-        torch.testing.assert_close(merged[name].mean, layer.mean, rtol=1e-6, atol=1e-9)
-        torch.testing.assert_close(merged[name].covariance, layer.covariance, rtol=1e-4, atol=1e-7)

@@ -1,5 +1,6 @@
 """The command line from outside: exit status, what is on stdout, and what lies in the folders afterwards."""
 
+import io
 import json
 import os
 import shutil
@@ -36,8 +37,8 @@ PROSE = [{"text": "A line of prose."}, {"text": " \n"}, {"text": "Another one."}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+def invoke(*arguments, stdin=None):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
 
 
 def done(*arguments):
@@ -84,6 +85,11 @@ def trained(grafted, data):
     return out
 
 
+def interrupt(*_args, **_kwargs):
+    """Ctrl-C at this moment; `test_an_interrupted_run_is_resumed` sends a real one to a real process."""
+    raise KeyboardInterrupt
+
+
 def test_choices_are_those_of_the_library():
     from sparsemem import config, optim, train
     from sparsemem.methods import METHODS as methods
@@ -95,21 +101,22 @@ def test_choices_are_those_of_the_library():
     assert set(SCHEDULES) == set(train.SCHEDULES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["additive", "replacement"])
-def test_the_papers_stages(tiny, data, tmp_path, mode):
-    """graft --retrofit dense, killed and resumed, then rows and alpha by KL with element-wise AdamW."""
+def test_the_papers_stages(tiny, data, tmp_path, mode, monkeypatch):
+    """graft --retrofit dense, stopped and resumed, then rows and alpha by KL with element-wise AdamW."""
     sizes = ("--num-keys", 6, "--num-heads", 2, "--top-k", 3, "--key-dim", 8, "--mode", mode)
     dense = ("graft", tiny, "--background", data / "general.jsonl", "--retrofit", "dense", *sizes)
-    dense = (*dense, "--batch-size", 2, "--epochs", 12)
+    dense = (*dense, "--batch-size", 2, "--epochs", 4)
     whole = json.loads(done(*dense, "--out", tmp_path / "whole", "--json"))
-    assert whole["steps"] == 36
+    assert whole["steps"] == 12
     assert whole["validation_loss"] < 5.7
     assert len(whole["layers"]) == 3
-    with process(*dense, "--out", tmp_path / "part", stderr=subprocess.PIPE) as running:
-        wait_for(lambda: list((tmp_path / "part.partial").glob("checkpoint-*/trainer_state.json")), running)
-        running.send_signal(signal.SIGINT)
-        said = running.communicate()[1]
-    assert (running.returncode, "--resume" in said) == (130, True)
+    with monkeypatch.context() as patched:
+        patched.setattr("sparsemem.callbacks.MetricsFile.on_save", interrupt)
+        stopped = invoke(*dense, "--out", tmp_path / "part")
+    assert (stopped.exit_code, "--resume" in stopped.stderr) == (130, True)
+    assert list((tmp_path / "part.partial").glob("checkpoint-*/trainer_state.json"))
     assert not (tmp_path / "part").exists()
     refused = invoke(*dense, "--out", tmp_path / "part")
     assert (refused.exit_code, "add --resume" in refused.stderr) == (2, True)
@@ -175,6 +182,7 @@ def test_train_a_raw_model(tiny, data, tmp_path, method):
     assert found == (expected | {"base": {"contains_acc": 0.0}} if method == "lora" else expected)
 
 
+@pytest.mark.slow
 def test_a_gguf_file_at_a_relative_path_is_a_base_like_any_other(data, tmp_path, tokenizer, monkeypatch):
     pytest.importorskip("gguf")
     monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "cache"))
@@ -276,7 +284,8 @@ def test_eval_asks_triviaqa_with_examples_or_through_the_chat_template(tiny, tmp
     assert json.loads(done(*ask, "--chat"))["n"] == 5
 
 
-def test_eval_runs_a_task_of_the_harness(trained, tmp_path):
+@pytest.mark.slow
+def test_eval_runs_a_task_of_the_harness(trained, tmp_path, capfd):
     pytest.importorskip("lm_eval")
     definition = {
         "task": "which",
@@ -291,21 +300,9 @@ def test_eval_runs_a_task_of_the_harness(trained, tmp_path):
     }
     task = tmp_path / "which.yaml"
     task.write_text(json.dumps(definition))
-    # in its own process: what the harness prints must not reach stdout
-    with process(
-        "eval",
-        trained,
-        "--task",
-        task,
-        "--limit",
-        2,
-        "--json",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as running:
-        text, errors = running.communicate()
-    assert running.returncode == 0, errors
-    found = json.loads(text)
+    found = json.loads(done("eval", trained, "--task", task, "--limit", 2, "--json"))
+    # what the harness prints must not reach stdout, by whatever way
+    assert capfd.readouterr().out == ""
     assert (found["task"], found["n"], set(found["metrics"])) == (str(task), 2, {"acc"})
     assert set(found["base"]) == {"acc"}
 
@@ -476,9 +473,10 @@ def wait_for(condition, running, seconds=120):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed(grafted, data, tmp_path):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    command = ("train", grafted, "--data", data / "taught.jsonl", "--out", out, "--epochs", 80)
+    command = ("train", grafted, "--data", data / "taught.jsonl", "--out", out, "--epochs", 25)
     with process(*command, "--gradient-accumulation-steps", 1, stderr=subprocess.PIPE) as running:
         wait_for(lambda: any(partial.glob("checkpoint-*/trainer_state.json")), running)
         running.send_signal(signal.SIGINT)
@@ -506,24 +504,19 @@ def test_an_interrupted_run_is_resumed(grafted, data, tmp_path):
 
 
 def test_chat_answers_piped_lines_and_shows_the_scope(trained):
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with process("chat", trained, "--show-scope", "--max-new-tokens", 4, **options) as running:
-        text = running.communicate("What is the capital of Velmora?\n\nAnd this?\n/exit\nnever asked\n")[0]
-    assert running.returncode == 0
-    assert text.count("[scope ") == 2
-    assert "[scope 1.00]" in text
+    lines = "What is the capital of Velmora?\n\nAnd this?\n/exit\nnever asked\n"
+    result = invoke("chat", trained, "--show-scope", "--max-new-tokens", 4, stdin=lines)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("[scope ") == 2
+    assert "[scope 1.00]" in result.stdout
 
 
 def test_chat_ends_cleanly_on_interrupt(tiny):
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with process("chat", tiny, "--max-new-tokens", 2, **options) as running:
-        running.stdin.write("hello\n")
-        running.stdin.flush()
-        assert running.stdout.read(1)
-        running.send_signal(signal.SIGINT)
-        stderr = running.communicate()[1]
-    assert running.returncode == 0
-    assert "Traceback" not in stderr
+    lines, typed = io.BytesIO(), iter([b"hello\n"])
+    lines.read1 = lambda _size: next(typed, None) or interrupt()
+    result = invoke("chat", tiny, "--max-new-tokens", 2, stdin=lines)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("\n\n")
 
 
 def test_chat_forgets_its_oldest_turns_when_the_context_is_full(tiny):

@@ -196,6 +196,7 @@ compare(recipe, out=sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_where_it_stopped(tmp_path):
     command = [sys.executable, "-c", STOPPED, str(tmp_path)]
     with subprocess.Popen([*command, "slow"]) as process:

@@ -17,6 +17,8 @@ from sparsemem.probes import perplexity
 from tiny import SMALL
 
 lm_eval = pytest.importorskip("lm_eval")
+
+pytestmark = pytest.mark.slow
 DEFINITIONS = Path(lm_eval.__file__).parent / "tasks"
 WORDS = ("fever", "of the left", "nerve", "acute", "is not", "renal", "a", "longest option of all")
 
@@ -236,6 +238,8 @@ def test_a_file_that_groups_tasks(tiny_llama, plain_tokenizer, tmp_path):
 
 
 def test_bad_tasks(tmp_path, tiny_llama, plain_tokenizer, monkeypatch):
+    # a definition without data files makes `datasets` search the whole working folder for them
+    monkeypatch.chdir(tmp_path)
     broken = tmp_path / "broken.yaml"
     broken.write_text("task: broken\ndataset_path: json\n")
     for task, message in [
@@ -252,7 +256,6 @@ def test_bad_tasks(tmp_path, tiny_llama, plain_tokenizer, monkeypatch):
         find_task(path)
 
 
-@pytest.mark.slow
 def test_smollm2_answers_medmcqa_as_in_the_harness(tmp_path, shared_data):
     model, tokenizer = models.load_base("smollm2")
     items = read_items("medmcqa", shared_data / "medmcqa_dev.jsonl", limit=8)

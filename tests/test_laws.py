@@ -190,6 +190,7 @@ def ddp_step(rank, world, out):
     torch.save({"selected": optimizer.selected, "tables": tables}, f"{out}.{rank}")
 
 
+@pytest.mark.slow
 def test_law_5_two_processes_are_one(tmp_path):
     script = tmp_path / "worker.py"
     path = [os.path.dirname(__file__)]
@@ -261,11 +262,20 @@ def test_law_10_reloaded_logits_are_bit_identical(tmp_path):
 
 
 _SAVER = """
-import sys, torch
+import os, sys, torch
 from sparsemem import Background, RowPatch
 from sparsemem.access import LayerBackground
 from sparsemem.patch import LayerPatch
 path, kind = sys.argv[1:]
+# a process to kill for each line, without the seconds that the imports take
+for _ in sys.stdin:
+    if not (child := os.fork()):
+        break
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("ended", flush=True)
+else:
+    sys.exit()
 for number in range(10**6):
     n = 200 + number % 2 * 2000
     rows = torch.full((n, 64), float(number))
@@ -275,27 +285,32 @@ for number in range(10**6):
         counts, df = torch.full((n,), number), torch.full((n,), number)
         artefact = Background({"l": LayerBackground(counts, df, number)})
     artefact.save(path)
-    if number == 0:
-        print("saved once", flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["patch", "background"])
 def test_law_10_a_killed_save_leaves_the_old_or_the_new_file(tmp_path, kind):
     from sparsemem import Background
 
     path = tmp_path / "artefact.safetensors"
-    for attempt in range(4):
-        process = subprocess.Popen([sys.executable, "-c", _SAVER, str(path), kind], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(0.15 + 0.11 * attempt)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        if kind == "patch":
-            layer = RowPatch.load(path).layers["l"]
-            assert torch.equal(layer.after, layer.before + 1)
-            assert len(layer.after.unique()) == 1
-        else:
-            layer = Background.load(path)["l"]
-            assert layer.counts.unique().item() == layer.df.unique().item() == layer.num_batches
+    command = [sys.executable, "-c", _SAVER, str(path), kind]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, bufsize=1, **pipes) as forker:
+        for attempt in range(8):
+            path.unlink(missing_ok=True)
+            forker.stdin.write("\n")
+            child = int(forker.stdout.readline())
+            while not path.exists():
+                time.sleep(0.001)
+            time.sleep(0.03 + 0.013 * attempt)
+            os.kill(child, signal.SIGKILL)
+            assert forker.stdout.readline() == "ended\n"
+            if kind == "patch":
+                layer = RowPatch.load(path).layers["l"]
+                assert torch.equal(layer.after, layer.before + 1)
+                assert len(layer.after.unique()) == 1
+            else:
+                layer = Background.load(path)["l"]
+                assert layer.counts.unique().item() == layer.df.unique().item() == layer.num_batches
+        forker.stdin.close()

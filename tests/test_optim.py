@@ -46,7 +46,7 @@ def test_only_selected_rows_and_their_state_ever_change(model, make, rule, dtype
     background = count_accesses(model, [_batch(9)])
     optimizer = make(model, top_t=5, rule=rule, background=background, max_grad_norm=0.5)
     everything = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ever = {name: set() for name in memory_layers(model)}
+    ever, moved = ({name: set() for name in memory_layers(model)} for _ in range(2))
     for seed in range(4):
         before = {name: memory.values.detach().clone() for name, memory in memory_layers(model).items()}
         states = {name: copy.deepcopy(optimizer.state[m.values]) for name, m in memory_layers(model).items()}
@@ -55,15 +55,16 @@ def test_only_selected_rows_and_their_state_ever_change(model, make, rule, dtype
             chosen = set(optimizer.selected[name].tolist())
             changed = set((memory.values != before[name]).any(1).nonzero().flatten().tolist())
             assert 0 < len(chosen) <= 5
-            # a row that only the last token reads has no gradient and may stay
+            # a row that only the last token reads has no gradient, and bfloat16 rounds small steps away
             assert changed <= chosen
-            assert changed or dtype == torch.bfloat16
+            moved[name] |= changed
             ever[name] |= chosen
             _assert_state_of_others_rests(states[name], optimizer.state[memory.values], chosen)
     for name, tensor in model.state_dict().items():
         if not name.endswith(".values"):
             assert torch.equal(tensor, everything[name]), name
     for name, memory in memory_layers(model).items():
+        assert moved[name]
         never = sorted(set(range(64)) - ever[name])
         key = f"base_model.model.{name}.sparse_memory_layers.default.values"
         assert torch.equal(memory.values[never], everything[key][never])

@@ -16,6 +16,8 @@ import sparsemem  # noqa: F401 (registers the adapter type)
 from sparsemem.cli import main
 from sparsemem.recipes.paper import ARMS, METHODS, SETTINGS, method_settings
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "max_steps": 2, "batch_size": 2, "accumulation": 2, "warmup_steps": 1, "max_length": 128, "limit": 4,
     "stage1_max_steps": 2, "stage1_batch_size": 2, "stage1_accumulation": 1, "top_t": 8, "smf_background": 4,
@@ -123,6 +125,9 @@ def test_another_data_file_is_another_config(compared, tiny, data, tmp_path):
 
 def test_a_killed_run_goes_on_where_it_was(compared, tiny, data, tmp_path):
     """SIGKILL in stage 2: the arm's figures are those of the run that nobody killed."""
+    for name in ("out", "whole"):
+        shutil.copytree(compared / "stage1" / "dense-additive", tmp_path / name / "stage1" / "dense-additive")
+        shutil.copytree(compared / "runs" / "base", tmp_path / name / "runs" / "base")
     options = ("--seeds", "1", "--methods", "base,additive-kl")
     arguments = command(tiny, data, tmp_path / "out", *options, max_steps=12)
     whole = command(tiny, data, tmp_path / "whole", *options, max_steps=12)

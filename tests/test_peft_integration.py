@@ -336,6 +336,7 @@ def test_trainer_moves_the_rows_alone(tmp_path):
     assert (tmp_path / "checkpoint-2/adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 @EVERYWHERE
 @pytest.mark.parametrize("packing", [True, False])
 def test_trl_sft_trainer(packing, architecture, tokenizer, tmp_path):

@@ -44,16 +44,35 @@ def same(first, second):
 @pytest.mark.parametrize("method", ["smf", "smf-open", "lora", "full"])
 def test_every_method_learns_and_reports(teach, tiny_llama, method, capsys):
     done = teach(method, max_steps=6)
-    more = teach(method, max_steps=25)
+    more = teach(method, max_steps=18)
     assert more.loss < done.loss
     assert (done.method, done.steps, done.truncated) == (method, 6, 0)
     assert done.seconds > 0
-    assert done.peak_bytes >= 0
     assert done.trained_params == sum(p.numel() for p in done.model.parameters() if p.requires_grad) > 0
     assert not done.model.training
     assert done.model.config.use_cache
     assert (done.patch is not None) == method.startswith("smf")
     assert capsys.readouterr().out == ""
+
+
+# Made on one thread with torch 2.13. A change that is meant to move them says so; a refactor must not.
+PINNED = {
+    "last": [5.48578, 5.527461, 5.258535, 5.22171, 5.24904, 5.175107],
+    "own": [5.48578, 5.527461, 5.333308, 5.262094, 5.307733, 5.220146],
+}
+
+
+@pytest.mark.parametrize("write", PINNED)
+def test_six_steps_have_the_losses_they_always_had(tiny_llama, tokenizer, tmp_path, monkeypatch, write):
+    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
+    config = SparseMemoryConfig(**SIZES, layers_to_transform=[1, 2], write=write)
+    finetune(
+        get_peft_model(tiny_llama(), config), FACTS, tokenizer=tokenizer, background=GENERAL, lr=0.3,
+        batch_size=4, max_steps=6, top_t=16, rule="tfidf", moments="row", output_dir=tmp_path,
+    )  # fmt: skip
+    log = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses == pytest.approx(PINNED[write], rel=0, abs=1e-4)
 
 
 def test_the_patch_is_what_the_run_did(teach, tiny_llama):
@@ -96,8 +115,10 @@ def test_rows_and_alpha_are_clipped_once_and_together(tiny_llama, tokenizer, tmp
     assert logged["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["smf", "lora", "full"])
-@pytest.mark.parametrize("stop", [2, 3])
+@pytest.mark.parametrize(
+    "method", ["smf", *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "full"))]
+)
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_stopped_and_resumed_is_never_stopped(teach, tmp_path, method, stop):
     options = {"gradient_accumulation_steps": 2, "batch_size": 2}
     whole = teach(method, max_steps=8, **options)
@@ -108,6 +129,7 @@ def test_stopped_and_resumed_is_never_stopped(teach, tmp_path, method, stop):
     assert resumed.loss == whole.loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["smf", "lora", "full"])
 def test_a_finished_run_is_not_trained_on(teach, tmp_path, method):
     """Three steps are an epoch, so that four and seven end within one."""
@@ -119,6 +141,7 @@ def test_a_finished_run_is_not_trained_on(teach, tmp_path, method):
         assert same(state(again.model), state(whole.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["random", "kl"])
 def test_resume_restores_what_the_selection_needs(teach, tmp_path, rule):
     options = {"rule": rule, "top_t": 4}
@@ -128,6 +151,7 @@ def test_resume_restores_what_the_selection_needs(teach, tmp_path, rule):
     assert same(state(resumed.model), state(whole.model))
 
 
+@pytest.mark.slow
 def test_a_killed_run_stops_at_the_same_loss(teach, tmp_path):
     target = (teach("full", max_steps=3).loss + teach("full", max_steps=15).loss) / 2
     whole = teach("full", epochs=5, stop_loss=target)
@@ -142,6 +166,7 @@ def test_a_killed_run_stops_at_the_same_loss(teach, tmp_path):
             assert same(state(resumed.model), state(whole.model))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_the_seconds_of_all_its_parts(teach, tmp_path):
     teach("lora", max_steps=3, output_dir=tmp_path)
     file = tmp_path / "checkpoint-3" / "trainer_state.json"
@@ -153,6 +178,7 @@ def test_a_resumed_run_counts_the_seconds_of_all_its_parts(teach, tmp_path):
     assert 1000 < teach("lora", max_steps=5, output_dir=tmp_path, resume=True).seconds < 1200
 
 
+@pytest.mark.slow
 def test_an_unfinished_checkpoint_is_passed_over(teach, tmp_path, caplog):
     whole = teach("lora", max_steps=5)
     teach("lora", max_steps=3, output_dir=tmp_path)
@@ -169,6 +195,7 @@ def test_an_unfinished_checkpoint_is_passed_over(teach, tmp_path, caplog):
     assert "begins from the start" in caplog.text
 
 
+@pytest.mark.slow
 def test_seeds_decide_the_order_and_nothing_else_does(teach):
     torch.manual_seed(3)
     first = teach("full", max_steps=2)
@@ -177,6 +204,7 @@ def test_seeds_decide_the_order_and_nothing_else_does(teach):
     assert not same(state(teach("full", max_steps=2, seed=1).model), state(first.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["smf", "full"])
 def test_accumulated_batches_are_one_batch(teach, method, monkeypatch):
     monkeypatch.setattr(models, "fast_bf16", lambda device: False)
@@ -194,6 +222,7 @@ def test_loss_is_the_models_own(teach, tiny_llama, tokenizer, monkeypatch):
     assert teach("full", max_steps=1, batch_size=10).loss == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_learns_facts_by_heart(teach, tokenizer):
     done = teach("full", epochs=60, stop_loss=0.02)
     items = [{"question": fact["prompt"], "answer": fact["completion"]} for fact in FACTS[:5]]
@@ -201,6 +230,7 @@ def test_learns_facts_by_heart(teach, tokenizer):
     assert probes.recall(done.model, tokenizer, items).share == 1
 
 
+@pytest.mark.slow
 def test_data_comes_in_every_form(teach, tmp_path, tokenizer):
     path = tmp_path / "facts.jsonl"
     path.write_text("\n".join(map(json.dumps, FACTS)))
@@ -254,6 +284,7 @@ def test_bad_options(tiny_llama, tokenizer, options, message):
         finetune(tiny_llama(), **options)
 
 
+@pytest.mark.slow
 def test_the_log_is_a_file_that_a_resumed_run_goes_on_with(teach, tmp_path):
     options = {"validation": FACTS[:2], "batch_size": 5}
     whole = teach("lora", epochs=4, output_dir=tmp_path / "whole", **options)

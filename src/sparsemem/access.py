@@ -94,20 +94,6 @@ class Background:
                     "make a new one with count_accesses(model, batches)"
                 )
 
-    def merge(self, other: "Background") -> "Background":
-        """The background of both corpora together.
-
-        Raises:
-            ValueError: the two have different layers or addressings.
-        """
-        if self.layers.keys() != other.layers.keys():
-            raise ValueError(
-                f"other: has layers {sorted(other.layers)}, this background has {sorted(self.layers)}"
-            )
-        merged = {name: _merge_layers(name, layer, other[name]) for name, layer in self.layers.items()}
-        corpus = hashlib.sha256(f"{self.corpus} {other.corpus}".encode()).hexdigest()
-        return Background(merged, corpus)
-
     def save(self, path: str | Path) -> None:
         """One safetensors file, written atomically."""
         tensors: dict[str, Tensor] = {}
@@ -276,43 +262,3 @@ def _module_of(model: nn.Module, memory: ProductKeyMemory) -> SparseMemoryLayer:
     return next(
         m for m in model.modules() if isinstance(m, SparseMemoryLayer) and memory in m.active_memories()
     )
-
-
-def _merge_layers(name: str, a: LayerBackground, b: LayerBackground) -> LayerBackground:
-    if len(a.counts) != len(b.counts) or (a.addressing and b.addressing and a.addressing != b.addressing):
-        raise ValueError(
-            f"other: was counted on another addressing of {name}; count both corpora on the same memory"
-        )
-    merged = LayerBackground(
-        a.counts + b.counts,
-        a.df + b.df,
-        a.num_batches + b.num_batches,
-        addressing=a.addressing or b.addressing,
-    )
-    parts = [layer for layer in (a, b) if layer.mean is not None]
-    if len(parts) == 1:
-        for key in ("mean", "covariance", "sample", "starts", "answers", "num_states"):
-            setattr(merged, key, getattr(parts[0], key))
-    elif len(parts) == 2:
-        assert a.mean is not None
-        assert b.mean is not None
-        assert a.covariance is not None
-        assert b.covariance is not None
-        assert a.sample is not None
-        assert b.sample is not None
-        assert a.starts is not None
-        assert b.starts is not None
-        assert a.answers is not None
-        assert b.answers is not None
-        n, gap = a.num_states + b.num_states, b.mean - a.mean
-        share = b.num_states / n
-        merged.num_states, merged.mean = n, a.mean + share * gap
-        scatter = (a.num_states - 1) * a.covariance + (b.num_states - 1) * b.covariance
-        merged.covariance = (scatter + a.num_states * share * torch.outer(gap, gap)) / (n - 1)
-        # Samples are in random order, so that the first states of each are a sample of it again.
-        quota = max(1, round(SAMPLE_SIZE * (1 - share)))
-        merged.sample = torch.cat([a.sample[:quota], b.sample[: SAMPLE_SIZE - min(quota, len(a.sample))]])
-        half = SAMPLE_SIZE // 2
-        merged.starts = torch.cat([a.starts[:half], b.starts[:half]])
-        merged.answers = torch.cat([a.answers[:half], b.answers[:half]])
-    return merged
