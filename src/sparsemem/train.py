@@ -232,6 +232,8 @@ def finetune(
         if held_out is not None and _last(history, "eval_loss")["step"] < trainer.state.global_step:
             trainer.evaluate()
         seconds = stopwatch.seconds
+        if isinstance(optimizer, RowOptimizer):
+            optimizer.release()
     return Finetuned(
         model=model.eval(),
         method=method,
