@@ -5,8 +5,8 @@ the accesses of the whole step, selects `top_t` rows per layer, computes the gra
 clips by the norm over them, and updates them. Every other row, and every other row's optimizer state, is not
 touched: law 2. The tables never get a `.grad`, so Trainer's own clipping and zeroing find nothing there.
 
-Several processes: counts are summed over processes before the selection, and the selected rows' gradients
-averaged, as DDP would; the model must not be wrapped in DDP when only value tables train.
+Several processes: counts are summed over processes, all take the first one's selection, and gradients are
+averaged, as DDP would; the model need not be wrapped in DDP, and must not be when only value tables train.
 
 Whatever else is trainable (alpha, keys, modules_to_save) gets torch's plain AdamW inside the same optimizer,
 at a rate of its own: steps as large as the rows' would ruin weights.
@@ -34,7 +34,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .access import Background
 from .memory import ProductKeyMemory
-from .processes import averaged, summed
+from .processes import averaged, num_processes, of_first, summed
 from .selection import NEEDS_BACKGROUND, Rule, check_selection, select_rows
 from .tuner import memory_layers
 from .values import ReadLog
@@ -129,9 +129,10 @@ class RowOptimizer(Optimizer):
         others = (
             [p.grad for p in self._rest.param_groups[0]["params"] if p.grad is not None] if self._rest else []
         )
-        if getattr(self, "grad_scale", None) is not None:
-            for gradient in others:
+        for gradient in others:
+            if getattr(self, "grad_scale", None) is not None:
                 gradient.div_(self.grad_scale.to(gradient.device))  # type: ignore[attr-defined]
+            averaged(gradient)
         self._clip([gradient for _, gradient in chosen.values()], others)
         group = self.param_groups[0]
         for name, memory in self.layers.items():
@@ -176,13 +177,14 @@ class RowOptimizer(Optimizer):
         background = self.background[name] if self.background is not None else None
         options: dict[str, Any] = {"top_t": self.top_t, "rule": self.rule, "generator": self.generator}
         if self.rule != "grad":
-            rows = select_rows(counts, background, **options).sort().values
+            rows = _agreed(select_rows(counts, background, **options).sort().values, values.device)
             return rows, self._gradients(log, rows, values)
         read = counts.nonzero().flatten()
         gradients = self._gradients(log, read, values)
         norms = torch.zeros(memory.num_slots)
         norms[read] = gradients.norm(dim=-1).cpu()
         rows = select_rows(counts, background, gradient_norms=norms, **options).sort().values
+        rows = _agreed(rows, values.device)
         return rows, gradients[torch.searchsorted(read, rows).to(values.device)]
 
     def _gradients(self, log: ReadLog, rows: Tensor, values: Tensor) -> Tensor:
@@ -402,6 +404,11 @@ def _let_go(memory: "weakref.ref[ProductKeyMemory]", log: ReadLog) -> None:
     layer = memory()
     if layer is not None and layer.log is log:
         layer.log = None
+
+
+def _agreed(rows: Tensor, device: torch.device) -> Tensor:
+    """The rows that the first process has chosen; their number is that of the summed counts everywhere."""
+    return rows if num_processes() == 1 else of_first(rows.to(device)).cpu()
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
