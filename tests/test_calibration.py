@@ -18,7 +18,7 @@ from sparsemem import (
     set_scope,
 )
 from sparsemem.calibration import addressing_report
-from tiny import SMALL, batch
+from tiny import SMALL, batch, tiny_model
 
 
 def test_calibrate_is_deterministic_by_seed(tiny_llama):
@@ -86,6 +86,27 @@ def test_counts_are_the_reads_of_unpadded_tokens(model, background):
         assert int(background[name].df.max()) <= background[name].num_batches == 8
         again = count_accesses(model, [batch(seed) for seed in range(8)])
         assert torch.equal(background[name].counts, again[name].counts)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_padding_on_the_left_changes_nothing(architecture):
+    """Law 5. GPT-2 learns absolute positions, and counts padding unless it is told where a text begins."""
+    model = get_peft_model(tiny_model(architecture), SparseMemoryConfig(**SMALL))
+    general = [batch(seed) for seed in range(6)]
+    background = calibrate(model, general)
+    right = batch(20)
+    left = {key: value.clone() for key, value in right.items()}
+    for value in left.values():
+        value[0] = value[0].roll(4)
+    sides = []
+    for part in (right, left):
+        counts = count_accesses(model, [part])
+        set_scope(model, [part], background)
+        gates = {name: memory.scope for name, memory in memory_layers(model).items()}
+        sides.append([(counts[name].counts, gates[name].copy()) for name in gates if gates[name] is not None])
+    for (counts, scope), (other_counts, other) in zip(*sides, strict=True):
+        assert torch.equal(counts, other_counts)
+        torch.testing.assert_close(scope.centres, other.centres, rtol=1e-3, atol=1e-4)
 
 
 def test_counting_ignores_left_padding_too(model, background):

@@ -156,9 +156,10 @@ def test_law_5_padding_never_counts(tiny_llama):
     counts = []
     for data in (short, padded):
         model = copy.deepcopy(base)
-        RowAdamW(model, 0.1, rule="tf")
+        optimizer = RowAdamW(model, 0.1, rule="tf")
         model(**data).loss.backward()
-        counts.append([m.log.counts(m.num_slots, m.values.device) for m in memory_layers(model).values()])
+        memories = optimizer.layers.values()
+        counts.append([m.log.counts(m.num_slots, m.values.device) for m in memories])
     assert all(torch.equal(a, b) for a, b in zip(*counts, strict=True))
 
 

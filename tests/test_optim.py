@@ -1,7 +1,11 @@
 import copy
+import math
+import pickle
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import get_peft_model
 
 from fake_device import FakeDevice
@@ -184,6 +188,98 @@ def test_the_rows_own_gradient_norm_is_kept(model):
     torch.testing.assert_close(optimizer.last_grad_norm, unclipped)
 
 
+def _moved_by_adamw(model):
+    """Rows moved by one step of plain AdamW, by layer."""
+    before = {name: memory.values.detach().clone() for name, memory in memory_layers(model).items()}
+    other = torch.optim.AdamW([memory.values for memory in memory_layers(model).values()], 0.1)
+    _step(model, other)
+    return {n: (m.values != before[n]).any(1).nonzero().flatten() for n, m in memory_layers(model).items()}
+
+
+@pytest.mark.parametrize("end", ["gone", "released", "kept"])
+def test_a_later_optimizer_of_another_kind_trains(model, end, caplog):
+    """As if there had been no row optimizer, whether that is gone or not."""
+    twin = copy.deepcopy(model)
+    optimizer = RowAdamW(model, 0.1, top_t=5, rule="tf")
+    model(**_batch(3)).loss.backward()
+    optimizer.zero_grad()
+    if end == "gone":
+        del optimizer
+    elif end == "released":
+        optimizer.release()
+    moved, expected = _moved_by_adamw(model), _moved_by_adamw(twin)
+    for name, memory in memory_layers(model).items():
+        assert len(moved[name]) > 5
+        assert torch.equal(moved[name], expected[name])
+        assert memory.log is None
+    assert ("belonged to a RowAdamW" in caplog.text) == (end == "kept")
+    if end == "kept":
+        with pytest.raises(ValueError, match="another optimizer has taken the rows"):
+            optimizer.step()
+
+
+def test_the_row_optimizer_made_last_has_the_rows(model):
+    first = RowAdamW(model, 0.1, top_t=5, rule="tf")
+    second = RowSGD(model, 0.1, top_t=5, rule="tf")
+    model(**_batch()).loss.backward()
+    with pytest.raises(ValueError, match="another optimizer has taken the rows"):
+        first.step()
+    del first
+    second.step()
+    assert all(memory.values.any() for memory in memory_layers(model).values())
+
+
+def test_a_copy_of_the_model_has_no_optimizer(model):
+    optimizer = RowAdamW(model, 0.1, top_t=5, rule="tf")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(memory.log is None for memory in memory_layers(twin).values())
+    assert all(memory.log is not None for memory in optimizer.layers.values())
+
+
+@pytest.mark.parametrize("trainable", ["values", "values+scale"])
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_gradient_scaler_changes_nothing_but_skips_infinite_steps(tiny_llama, trainable, unscale, wrapped):
+    config = {"num_keys": 8, "num_heads": 2, "top_k": 3, "key_dim": 8, "init_weights": False}
+    config = SparseMemoryConfig(task_type="CAUSAL_LM", trainable=trainable, **config)
+    model = get_peft_model(tiny_llama(), config)
+    twin = copy.deepcopy(model)
+    options = {"top_t": 5, "rule": "grad", "max_grad_norm": 1e-3}
+    ours, plain = RowSGD(model, 1.0, **options), RowSGD(twin, 1.0, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100)
+    # its optimizers ask for the state that it makes
+    Accelerator(cpu=True)
+    stepper = AcceleratedOptimizer(ours, device_placement=False, scaler=scaler) if wrapped else None
+
+    def scaled_step(seed, factor=1.0):
+        for _ in range(2):
+            (scaler.scale(model(**_batch(seed)).loss) * factor).backward()
+        if unscale:
+            scaler.unscale_(ours)
+        if stepper is not None:
+            stepper.step()
+        else:
+            scaler.step(ours)
+            scaler.update()
+        model.zero_grad()
+
+    for seed in range(3):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        scaled_step(seed, math.inf)
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        assert scaler.get_scale() == 1024 / 2 ** (seed + 1)
+        scaled_step(seed)
+        for _ in range(2):
+            twin(**_batch(seed)).loss.backward()
+        plain.step()
+        twin.zero_grad()
+    for (name, one), (_, other) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=name)
+    for name, memory in memory_layers(model).items():
+        assert len(ours.selected[name]) == 5
+        assert memory.log is not None
+
+
 def test_alpha_and_saved_modules_train_with_adamw(tiny_llama):
     config = SparseMemoryConfig(
         task_type="CAUSAL_LM", num_keys=8, num_heads=2, top_k=3, key_dim=8, trainable="values+scale",
@@ -277,7 +373,8 @@ def test_a_step_waits_for_the_device_once_a_layer(model, tiny_llama, make, rule,
         with device:
             for memory, other in layers:
                 for entry in other.log.entries:
-                    memory.log.add(*(None if part is None else device.put(part) for part in entry))
+                    parts = [None if part is None else device.put(part) for part in entry]
+                    memory.log.add(*parts, memory.num_slots)
             device.syncs.clear()
             there.step()
             assert sum(device.syncs.values()) == len(layers) * (2 if rule == "grad" else 1), device.syncs

@@ -284,12 +284,13 @@ def test_gradient_checkpointing_counts_each_token_once(use_reentrant):
     counts = []
     for checkpointing in (False, True):
         model = with_memory()
-        RowAdamW(model, lr=0.1, rule="tf")
+        optimizer = RowAdamW(model, lr=0.1, rule="tf")
         if checkpointing:
             model.enable_input_require_grads()
             model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
         gradients(model)
-        counts.append([m.log.counts(m.num_slots, m.values.device) for m in memory_layers(model).values()])
+        memories = optimizer.layers.values()
+        counts.append([m.log.counts(m.num_slots, m.values.device) for m in memories])
     for plain, checkpointed in zip(*counts, strict=True):
         assert torch.equal(plain, checkpointed)
         assert plain.sum() == batch["attention_mask"].sum() * 2 * 4

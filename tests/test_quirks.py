@@ -79,7 +79,7 @@ def test_padding_counts_as_reads(model):
         for memory in optimizer.layers.values():
             slots = torch.arange(36)[:, None]
             counted = torch.arange(36) < 3
-            memory.log.add(slots, torch.ones(36, 1), torch.ones(36, memory.d_out), counted)
+            memory.log.add(slots, torch.ones(36, 1), torch.ones(36, memory.d_out), counted, 36)
         optimizer.step()
         moved[quirks] = {name: len(rows) for name, rows in optimizer.selected.items()}
     assert set(moved[()].values()) == {3}

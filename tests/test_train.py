@@ -109,7 +109,7 @@ def test_rows_and_alpha_are_clipped_once_and_together(tiny_llama, tokenizer, tmp
     assert together > 2
     (state,) = folder.glob("checkpoint-*/optimizer.pt")
     state = torch.load(state, weights_only=True)["state"]
-    for index, alpha in enumerate(alphas, start=len(alphas)):
+    for index, alpha in enumerate(alphas, start=len(alphas) + 1):
         torch.testing.assert_close(state[index]["exp_avg"], 0.1 * alpha / together, rtol=1e-3, atol=0)
     logged = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     assert logged["grad_norm"] == pytest.approx(float(norm), rel=1e-3)

@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsemem import ProductKeyMemory, SparseMemoryConfig, memory_layers
 from sparsemem.blocks import default_targets
-from sparsemem.tuner import SparseMemoryLayer
+from sparsemem.tuner import SparseMemoryLayer, _hand_out_mask
 from tiny import ARCHITECTURES, HIDDEN, tiny_batch, tiny_model
 
 SMALL = {"num_keys": 8, "num_heads": 2, "top_k": 4, "key_dim": 8, "task_type": "CAUSAL_LM"}
@@ -32,6 +32,14 @@ def with_memory(model=None, **fields):
     return get_peft_model(
         tiny_model() if model is None else model, SparseMemoryConfig(**{**RANDOM, **fields})
     )
+
+
+def masks_of_calls(model):
+    """The masks that the memories know at the end of each later call."""
+    seen, memories = [], list(memory_layers(model).values())
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda *_: seen.append([memory.token_mask for memory in memories]))
+    return seen
 
 
 @torch.no_grad()
@@ -388,8 +396,9 @@ def test_a_copy_is_whole_and_independent(duplicate):
     for memory in memory_layers(twin).values():
         memory.values.data.zero_()
     assert torch.equal(logits(model), before)
+    seen = masks_of_calls(twin)
     logits(twin, tiny_batch(length=5))
-    assert [m.token_mask.shape[1] for m in memory_layers(twin).values()] == [5, 5]
+    assert [mask.shape[1] for mask in seen[-1]] == [5, 5]
     assert torch.equal(logits(twin.unload()), logits(tiny_model()))
     assert torch.equal(logits(model), before)
 
@@ -448,18 +457,34 @@ def test_a_forward_in_inference_mode_does_not_hinder_training():
 
 def test_the_mask_of_a_call_reaches_the_memories_for_that_call():
     model = with_memory()
-    memories = list(memory_layers(model).values())
-    batch = tiny_batch()
+    seen, batch = masks_of_calls(model), tiny_batch()
     logits(model, batch)
-    assert all(torch.equal(m.token_mask, batch["attention_mask"].bool()) for m in memories)
     logits(model, {"input_ids": batch["input_ids"]})
-    assert all(m.token_mask is None for m in memories)
     with torch.no_grad():
         model.base_model.model(batch["input_ids"], batch["attention_mask"])
-    assert all(torch.equal(m.token_mask, batch["attention_mask"].bool()) for m in memories)
-    with torch.no_grad():
         model.base_model.model(batch["input_ids"], torch.zeros(2, 1, 7, 7))
-    assert all(m.token_mask is None for m in memories)
+    for masks, known in zip(seen, (True, False, True, False), strict=True):
+        for mask in masks:
+            assert torch.equal(mask, batch["attention_mask"].bool()) if known else mask is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_part_of_the_model_finds_no_mask_of_an_earlier_call(fails):
+    model, batch = with_memory(), tiny_batch()
+    if fails:
+        with pytest.raises(IndexError):
+            model(input_ids=batch["input_ids"] + 1000, attention_mask=batch["attention_mask"])
+    else:
+        logits(model, batch)
+    assert all(memory.token_mask is None for memory in memory_layers(model).values())
+
+
+def test_masks_follow_the_memories_of_a_model_in_parts():
+    model, batch = with_memory(), tiny_batch()
+    first, second = memory_layers(model).values()
+    second.to("meta")
+    _hand_out_mask(model.base_model.model, (), batch)
+    assert [memory.token_mask.device.type for memory in (first, second)] == ["cpu", "meta"]
 
 
 def test_memories_are_product_key_memories():

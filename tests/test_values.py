@@ -34,6 +34,34 @@ def test_read_equals_naive_in_value_and_gradients(dtype, tokens, num_slots, read
     torch.testing.assert_close(dv.float(), dv_n, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-3)
 
 
+def test_a_second_derivative_is_refused():
+    values, slots, weights = _case()
+    weights.requires_grad_()
+    (first,) = torch.autograd.grad(
+        read_rows(values, slots, weights).square().sum(), weights, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("counted", [None, torch.arange(70) % 3 > 0])
+def test_a_log_that_nobody_reads_is_bounded_and_loses_nothing(counted):
+    values, slots, weights = _case(tokens=70, num_slots=40)
+    values.requires_grad_()
+    log, kept, sizes = ReadLog(), ReadLog(apart=True), []
+    for number in range(20):
+        for one in (log, kept):
+            (read_rows(values, slots, weights, one, counted) * number).sum().backward()
+        sizes.append(len(log.entries))
+    assert max(sizes) < 3
+    assert len(kept.entries) == 20
+    assert torch.equal(log.counts(40, values.device), kept.counts(40, values.device))
+    torch.testing.assert_close(log.table_gradient(values), kept.table_gradient(values))
+    log.clear()
+    assert not log.counts(40, values.device).any()
+    assert not log.table_gradient(values).any()
+
+
 def test_log_holds_the_gradient_that_the_table_does_not_get():
     values, slots, weights = _case()
     dense = values.clone().requires_grad_()

@@ -200,8 +200,12 @@ def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, m
                 ids = batch["input_ids"].to(device)
                 mask = batch.get("attention_mask")
                 mask = torch.ones_like(ids) if mask is None else mask.to(device)
+                places = {}
+                if takes(model, "position_ids") and not mask[:, 0].all():
+                    # as generation counts them: the first token behind padding on the left is at 0
+                    places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
                 with autocast(model):
-                    model(input_ids=ids, attention_mask=mask, **least)
+                    model(input_ids=ids, attention_mask=mask, **least, **places)
                 yield batch, {n: seen[n].reshape(*mask.shape, -1)[mask.bool()] for n in modules}
     finally:
         for handle in handles:

@@ -30,16 +30,23 @@ class StopAtLoss(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Trainer's log as JSON lines; a resumed run begins with the lines that its checkpoint knows."""
+    """Trainer's log as JSON lines; a resumed run begins with the lines that its checkpoint knows.
+
+    Of several processes the first one writes.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(f"{json.dumps(entry)}\n" for entry in state.log_history))
 
     def on_log(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
         with self.path.open("a") as file:
             file.write(f"{json.dumps(state.log_history[-1])}\n")
 

@@ -24,6 +24,7 @@ from .contents import (
     weights_digest,
 )  # fmt: skip
 from .files import read_json, write_atomically, write_json
+from .processes import is_first
 from .provenance import differences, environment
 from .staging import checkpoints_of, new_folder, refuse_existing, refuse_other_settings
 
@@ -100,7 +101,7 @@ def graft(
             write_json(part / METRICS_FILE, {**made, **about})
             write_card(part, out.name)
         if checkpoints is not None:
-            shutil.rmtree(checkpoints)
+            shutil.rmtree(checkpoints, ignore_errors=not is_first())
     return {"out": str(out), **made}
 
 
@@ -163,7 +164,7 @@ def train(
                 done.patch.save(part / PATCH_FILE)
             write_json(part / METRICS_FILE, metrics)
             write_card(part, out.name)
-        shutil.rmtree(checkpoints)
+        shutil.rmtree(checkpoints, ignore_errors=not is_first())
     return metrics
 
 

@@ -25,6 +25,7 @@ from .calibration import calibrate
 from .config import SparseMemoryConfig
 from .optim import REST_LR, RowAdamW
 from .patch import RowPatch
+from .processes import num_processes, object_of_first, of_first
 from .quirks import ReleaseAdamW
 from .scoping import set_scope
 from .selection import Rule, check_selection
@@ -140,6 +141,8 @@ def prepare(
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return Prepared(model, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True), None)
     model, background = _with_memory(model, background, seed)
+    background = object_of_first(background)
+    _take_memories_of_first(model)
     before = RowPatch.snapshot(model)
     if method == "smf":
         if background is None:
@@ -147,6 +150,7 @@ def prepare(
                 "method='smf' needs background=, general text that the new knowledge is told apart from"
             )
         set_scope(model, batches, background, extend=True)
+        _take_memories_of_first(model)
     elif any(memory.has_scope for memory in memory_layers(model).values()):
         raise ValueError(
             "method='smf-open' writes without a scope and the model has one; call clear_scope(model)"
@@ -184,6 +188,18 @@ def _with_memory(
         )
     model = get_peft_model(model, memory_config())  # type: ignore[arg-type,assignment]
     return model, calibrate(model, background, seed=seed)  # type: ignore[return-value]
+
+
+def _take_memories_of_first(model: PeftModel) -> None:
+    """Memories as the first process has them: statistics of other machines may round otherwise."""
+    if num_processes() == 1:
+        return
+    for memory in memory_layers(model).values():
+        scope = memory.scope
+        memory.scope = object_of_first(None if scope is None else scope.copy())
+        for tensor in memory.state_dict(keep_vars=False).values():
+            if tensor.numel():
+                of_first(tensor)
 
 
 def _lora(model: PreTrainedModel | PeftModel) -> PeftModel:

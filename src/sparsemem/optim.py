@@ -5,29 +5,41 @@ the accesses of the whole step, selects `top_t` rows per layer, computes the gra
 clips by the norm over them, and updates them. Every other row, and every other row's optimizer state, is not
 touched: law 2. The tables never get a `.grad`, so Trainer's own clipping and zeroing find nothing there.
 
-Several processes: counts are summed over processes before the selection, and the selected rows' gradients
-averaged, as DDP would; the model must not be wrapped in DDP when only value tables train.
+Several processes: counts are summed over processes, all take the first one's selection, and gradients are
+averaged, as DDP would; the model need not be wrapped in DDP, and must not be when only value tables train.
 
 Whatever else is trainable (alpha, keys, modules_to_save) gets torch's plain AdamW inside the same optimizer,
 at a rate of its own: steps as large as the rows' would ruin weights.
+
+A table's gradient goes to the optimizer that was made last. It is an ordinary gradient again when that
+optimizer is gone, or when another kind of optimizer steps on the table.
+
+fp16: rows' gradients are not in `.grad`, where `torch.amp.GradScaler` looks. So the optimizer holds a probe,
+a parameter of one number that is in no model: its `.grad` tells the scaler of infinite gradients, and tells
+the optimizer by how much the scaler divides. A step with infinite gradients is skipped.
 
 Reference: 2605.03229, stage 2. Deviation: moments belong to selected rows and rest with them; the authors'
 release masks gradients only, so that rows keep moving after they were deselected.
 """
 
+import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .access import Background
 from .memory import ProductKeyMemory
-from .processes import averaged, summed
+from .processes import averaged, num_processes, of_first, summed
 from .selection import NEEDS_BACKGROUND, Rule, check_selection, select_rows
 from .tuner import memory_layers
 from .values import ReadLog
+
+logger = logging.getLogger(__name__)
 
 MOMENTS = ("row", "element", "table")
 # Of what trains beside rows: alpha, keys, modules_to_save.
@@ -38,6 +50,7 @@ class RowOptimizer(Optimizer):
     """Selection, clipping and state of rows; a subclass says how a row moves (`_update`).
 
     Attributes:
+        layers: the memory layers, by `memory_layers` name.
         selected: by layer, the rows of the last step, int64 on the CPU, ascending.
         last_grad_norm: norm of these rows' gradients before clipping, a float32 scalar; None before a step.
     """
@@ -73,17 +86,32 @@ class RowOptimizer(Optimizer):
         self.top_t, self.rule, self.background, self.max_grad_norm = top_t, rule, background, max_grad_norm
         self.generator = torch.Generator().manual_seed(seed)
         tables = [memory.values for memory in self.layers.values()]
+        self._probe = nn.Parameter(torch.zeros(1, device=tables[0].device))
         held = {id(table) for table in tables}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
-        groups: list[dict[str, Any]] = [{"params": tables}]
+        groups: list[dict[str, Any]] = [{"params": [*tables, self._probe]}]
         self._rest = AdamW(rest, lr=rest_lr, weight_decay=0.0) if rest else None
         if self._rest is not None:
             groups.append({**self._rest.defaults, "params": rest})
         self.selected: dict[str, Tensor] = {}
         self.last_grad_norm: Tensor | None = None
-        for memory in self.layers.values():
-            memory.log = ReadLog()
         super().__init__(groups, defaults)
+        self._logs: dict[str, ReadLog] = {}
+        for name, memory in self.layers.items():
+            log = self._logs[name] = memory.log = ReadLog(apart=self._apart, probe=self._probe)
+            weakref.finalize(self, _let_go, weakref.ref(memory), log)
+        _row_optimizers.add(self)
+        _watch_other_optimizers()
+
+    # Whether the micro-batches of a step are looked at one by one.
+    _apart = False
+    # A GradScaler then calls every step, and says in `grad_scale` and `found_inf` what it knows.
+    _step_supports_amp_scaling = True
+
+    def release(self) -> None:
+        """Leave the tables to other optimizers: their gradients are ordinary ones again."""
+        for name, memory in self.layers.items():
+            _let_go(weakref.ref(memory), self._logs[name])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -92,10 +120,19 @@ class RowOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        chosen = {name: self._choose(name, memory, self._log(memory)) for name, memory in self.layers.items()}
+        if self._overflowed():
+            self._clear_logs()
+            return loss
+        chosen = {
+            name: self._choose(name, memory, self._log(name, memory)) for name, memory in self.layers.items()
+        }
         others = (
             [p.grad for p in self._rest.param_groups[0]["params"] if p.grad is not None] if self._rest else []
         )
+        for gradient in others:
+            if getattr(self, "grad_scale", None) is not None:
+                gradient.div_(self.grad_scale.to(gradient.device))  # type: ignore[attr-defined]
+            averaged(gradient)
         self._clip([gradient for _, gradient in chosen.values()], others)
         group = self.param_groups[0]
         for name, memory in self.layers.items():
@@ -119,7 +156,7 @@ class RowOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         # torch casts state to the parameter's dtype: in bfloat16, slot ids and moments would be destroyed.
-        tables = self.param_groups[0]["params"]
+        tables = self.param_groups[0]["params"][:-1]
         for index, table in enumerate(tables):
             saved = state_dict["state"].get(index)
             if saved is not None:
@@ -140,18 +177,41 @@ class RowOptimizer(Optimizer):
         background = self.background[name] if self.background is not None else None
         options: dict[str, Any] = {"top_t": self.top_t, "rule": self.rule, "generator": self.generator}
         if self.rule != "grad":
-            rows = select_rows(counts, background, **options).sort().values
-            return rows, averaged(log.row_gradients(rows.to(values.device), values))
+            rows = _agreed(select_rows(counts, background, **options).sort().values, values.device)
+            return rows, self._gradients(log, rows, values)
         read = counts.nonzero().flatten()
-        gradients = averaged(log.row_gradients(read.to(values.device), values))
+        gradients = self._gradients(log, read, values)
         norms = torch.zeros(memory.num_slots)
         norms[read] = gradients.norm(dim=-1).cpu()
         rows = select_rows(counts, background, gradient_norms=norms, **options).sort().values
+        rows = _agreed(rows, values.device)
         return rows, gradients[torch.searchsorted(read, rows).to(values.device)]
 
-    def _log(self, memory: ProductKeyMemory) -> ReadLog:
-        assert memory.log is not None
-        return memory.log
+    def _gradients(self, log: ReadLog, rows: Tensor, values: Tensor) -> Tensor:
+        """Gradient [t, d_out] of rows, without a scaler's factor, averaged over processes."""
+        gradient = log.row_gradients(rows.to(values.device), values)
+        if self._probe.grad is not None:
+            # a scaler's unscale_ has divided the probe's gradient, 1; without a scaler it may be infinite
+            factor = self._probe.grad.where(self._probe.grad.isfinite(), 1.0)
+            if getattr(self, "grad_scale", None) is not None:
+                factor = factor / self.grad_scale.to(factor.device)  # type: ignore[attr-defined]
+            gradient.mul_(factor.to(gradient.device))
+        return averaged(gradient)
+
+    def _overflowed(self) -> bool:
+        """Whether a GradScaler has found an infinite gradient, in any process."""
+        if not hasattr(self, "found_inf"):
+            return False
+        found = torch.as_tensor(self.found_inf, dtype=torch.float32).clone()  # type: ignore[attr-defined]
+        return bool(summed(found) > 0)
+
+    def _log(self, name: str, memory: ProductKeyMemory) -> ReadLog:
+        if memory.log is not self._logs[name]:
+            raise ValueError(
+                f"{type(self).__name__}: another optimizer has taken the rows of {name}; "
+                "step that one, or make a new row optimizer"
+            )
+        return self._logs[name]
 
     def _clip(self, rows: list[Tensor], others: list[Tensor]) -> None:
         """Clip by the norm over all of them, and keep the rows' own."""
@@ -164,9 +224,9 @@ class RowOptimizer(Optimizer):
             gradient.mul_(scale.to(gradient.device))
 
     def _clear_logs(self) -> None:
-        for memory in self.layers.values():
-            if memory.log is not None:
-                memory.log.clear()
+        self._probe.grad = None
+        for log in self._logs.values():
+            log.clear()
 
     def _rows_of(
         self, table: Tensor, rows: Tensor, shapes: dict[str, tuple[int, ...]]
@@ -309,6 +369,46 @@ class RowAdamW(RowOptimizer):
         table[where] = (current * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * step).to(
             table.dtype
         )
+
+
+# Those that may hold tables, and whether other optimizers are watched for taking these.
+_row_optimizers: weakref.WeakSet[RowOptimizer] = weakref.WeakSet()
+_watching: list[Any] = []
+
+
+def _watch_other_optimizers() -> None:
+    if not _watching:
+        _watching.append(register_optimizer_step_pre_hook(_hand_over))
+
+
+def _hand_over(optimizer: Optimizer, _args: tuple, _kwargs: dict) -> None:
+    """Before another optimizer's step on a table: the table's gradient is where that one looks for it."""
+    if isinstance(optimizer, RowOptimizer) or not _row_optimizers:
+        return
+    wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for rows in list(_row_optimizers):
+        for name, memory in rows.layers.items():
+            log = rows._logs[name]
+            if id(memory.values) in wanted and memory.log is log:
+                logger.warning(
+                    "%s steps on the rows of %s, which belonged to a %s; from now on they are its alone",
+                    type(optimizer).__name__, name, type(rows).__name__,
+                )  # fmt: skip
+                memory.values.grad = log.table_gradient(memory.values.detach())
+                _let_go(weakref.ref(memory), log)
+
+
+def _let_go(memory: "weakref.ref[ProductKeyMemory]", log: ReadLog) -> None:
+    """A memory whose log has nobody to read it any more keeps none."""
+    log.clear()
+    layer = memory()
+    if layer is not None and layer.log is log:
+        layer.log = None
+
+
+def _agreed(rows: Tensor, device: torch.device) -> Tensor:
+    """The rows that the first process has chosen; their number is that of the summed counts everywhere."""
+    return rows if num_processes() == 1 else of_first(rows.to(device)).cpu()
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

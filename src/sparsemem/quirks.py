@@ -40,6 +40,7 @@ class ReleaseAdamW(RowAdamW):
         if unknown:
             raise ValueError(f"quirks={list(quirks)} must be of {', '.join(map(repr, QUIRKS))}")
         self.quirks = frozenset(quirks)
+        self._apart = bool(self.quirks & {"micro-batch", "padding"})
         super().__init__(model, lr, **options)
 
     def _choose(self, name: str, memory: ProductKeyMemory, log: ReadLog) -> tuple[Tensor, Tensor]:

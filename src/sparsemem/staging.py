@@ -1,7 +1,8 @@
 """How a folder comes to be: whole or not at all, and never over another.
 
 Choices: a folder is made under a hidden name beside its own and renamed when whole, so that nobody finds half
-of one; what an interrupted training run needs to go on lies in `OUT.partial` until it is finished.
+of one; what an interrupted training run needs to go on lies in `OUT.partial` until it is finished. Of several
+processes (torchrun) the first one writes, and what the others fill vanishes.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import read_json, write_json
+from .processes import is_first
 from .provenance import differences
 
 
@@ -23,6 +25,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: `path` is a file or a folder with something in it.
     """
+    if not is_first():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -50,6 +56,9 @@ def checkpoints_of(out: Path, settings: dict[str, Any], resume: bool) -> Iterato
         ValueError: a run that is not to be resumed, or one of other settings.
     """
     folder = out.with_name(f"{out.name}.partial")
+    if not is_first():
+        yield folder
+        return
     held = folder / "settings.json"
     if held.exists() and not resume:
         raise ValueError(

@@ -127,6 +127,9 @@ def finetune(
         stop_loss: stop as soon as the mean loss of the last epoch's worth of steps is below.
         resume: take up the last whole checkpoint in output_dir, or begin where there is none.
 
+    Under torchrun the processes share each step: a step's batch is `batch_size` times their number. The first
+    one decides (calibration, scope, selection) and writes.
+
     Raises:
         ValueError: bad data or an option out of range, or a loss that is no longer finite.
     """
@@ -153,7 +156,6 @@ def finetune(
 
     with ExitStack() as stack:
         checkpoints = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        steps_per_epoch = math.ceil(math.ceil(len(examples) / batch_size) / gradient_accumulation_steps)
         checkpoint = _last_checkpoint(checkpoints) if resume else None
         arguments = TrainingArguments(
             output_dir=str(checkpoints),
@@ -164,7 +166,6 @@ def finetune(
             lr_scheduler_type=SCHEDULES[schedule],
             warmup_steps=warmup_steps,
             eval_strategy="no" if validation is None else "steps",
-            eval_steps=steps_per_epoch,
             eval_on_start=validation is not None and checkpoint is None,
             per_device_eval_batch_size=batch_size,
             prediction_loss_only=True,
@@ -172,7 +173,6 @@ def finetune(
             logging_steps=1,
             logging_nan_inf_filter=False,
             save_strategy="steps" if output_dir else "no",
-            save_steps=min(steps_per_epoch, SAVE_STEPS),
             save_total_limit=2,
             seed=seed,
             data_seed=seed,
@@ -180,6 +180,12 @@ def finetune(
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
+        num_batches = math.ceil(math.ceil(len(examples) / batch_size) / arguments.world_size)
+        steps_per_epoch = math.ceil(num_batches / gradient_accumulation_steps)
+        arguments.eval_steps = steps_per_epoch
+        arguments.save_steps = min(steps_per_epoch, SAVE_STEPS)
+        # several devices are for torchrun: within one process Trainer would copy the model in every step
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         memory = stack.enter_context(peak_memory(model.to(arguments.device)))  # type: ignore[arg-type]
         stopwatch = Stopwatch()
         set_seed(seed)
@@ -218,6 +224,10 @@ def finetune(
         if not arguments.disable_tqdm:
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(Progress)
+        if isinstance(optimizer, RowOptimizer):
+            # it averages over processes itself, and DDP refuses a model where rows alone train
+            prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
+            trainer.accelerator.prepare_model = prepare_model
         reached = None
         if checkpoint is not None:
             reached = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
@@ -232,6 +242,8 @@ def finetune(
         if held_out is not None and _last(history, "eval_loss")["step"] < trainer.state.global_step:
             trainer.evaluate()
         seconds = stopwatch.seconds
+        if isinstance(optimizer, RowOptimizer):
+            optimizer.release()
     return Finetuned(
         model=model.eval(),
         method=method,

@@ -73,7 +73,7 @@ class SparseMemoryModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config, adapter_name: str) -> None:
         if _MASK_HOOK not in vars(model):
-            vars(model)[_MASK_HOOK] = model.register_forward_pre_hook(_hand_out_mask, with_kwargs=True)
+            vars(model)[_MASK_HOOK] = _MaskHooks(model)
         model.register_state_dict_pre_hook(partial(_note_scope_sizes, config, adapter_name))
         if config.write == "last":
             tail = vars(model).get(TAIL)
@@ -190,6 +190,29 @@ def set_trainable(model: nn.Module, trainable: str) -> None:
     model.peft_config[model.active_adapter].trainable = trainable  # type: ignore[index,union-attr]
 
 
+class _MaskHooks:
+    """Around each call of the model: its memory layers know the call's attention mask."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = model.register_forward_pre_hook(_hand_out_mask, with_kwargs=True)
+        self._after = model.register_forward_hook(_take_back_mask, always_call=True)
+
+    def remove(self) -> None:
+        self._before.remove()
+        self._after.remove()
+
+
+def _take_back_mask(model: nn.Module, *_: Any) -> None:
+    """After each call: a part of the model that is called alone must not find another call's mask."""
+    modules = list(model.modules())
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in modules):
+        # the backward pass may run the layers again, and count then
+        return
+    for module in modules:
+        if isinstance(module, ProductKeyMemory):
+            module.token_mask = None
+
+
 def _hand_out_mask(model: nn.Module, args: tuple, kwargs: dict) -> None:
     """Before each call of the model: give every memory layer the call's 2-D attention mask, or none."""
     mask = kwargs.get("attention_mask")
@@ -202,7 +225,8 @@ def _hand_out_mask(model: nn.Module, args: tuple, kwargs: dict) -> None:
     mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
     for module in model.modules():
         if isinstance(module, ProductKeyMemory):
-            module.token_mask = mask
+            # a model in parts over several devices
+            module.token_mask = None if mask is None else mask.to(module.values.device)
 
 
 def _note_scope_sizes(config: SparseMemoryConfig, adapter: str, model: nn.Module, *_: Any) -> None:

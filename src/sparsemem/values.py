@@ -68,7 +68,7 @@ class _ReadRows(torch.autograd.Function):
             grad_weights = weight_gradients(values, slots, grad_out)
         if ctx.needs_input_grad[0]:
             if ctx.log is not None:
-                ctx.log.add(slots, weights, grad_out, ctx.counted)
+                ctx.log.add(slots, weights, grad_out, ctx.counted, len(values))
             else:
                 product = _by_product(len(values), slots.shape[1])
                 grad_values = _table_gradient(slots, weights, grad_out, len(values), product)
@@ -151,17 +151,38 @@ class ReadLog:
     """What one memory layer read since the last optimizer step, one entry per backward pass.
 
     Filled by the backward pass of `read_rows`, so evaluation, `no_grad` and the recomputation of gradient
-    checkpointing never count, and a micro-batch counts once.
+    checkpointing never count, and a micro-batch counts once. When several entries take more room than the
+    table's gradient does, they are summed to that, so that the log is bounded however long nobody steps.
+
+    Attributes:
+        entries: slots, weights, grad_out and counted, as `read_rows` and its backward pass had them.
+        apart: never sum entries.
+        probe: a parameter whose `.grad` is 1, or infinite where a gradient of the output is not finite; what
+            a GradScaler does to gradients it does to this one.
     """
 
     entries: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+    apart: bool = False
+    probe: torch.nn.Parameter | None = None
+    _counts: Tensor | None = None
+    _gradient: Tensor | None = None
 
-    def add(self, slots: Tensor, weights: Tensor, grad_out: Tensor, counted: Tensor | None) -> None:
+    def add(
+        self, slots: Tensor, weights: Tensor, grad_out: Tensor, counted: Tensor | None, num_slots: int
+    ) -> None:
         self.entries.append((slots, weights.detach(), grad_out.detach(), counted))
+        if self.probe is not None:
+            finite = grad_out.isfinite().all().to(self.probe.device)
+            seen = torch.where(finite, 1.0, torch.inf).expand_as(self.probe)
+            self.probe.grad = seen.clone() if self.probe.grad is None else self.probe.grad.maximum(seen)
+        if not self.apart and len(self.entries) > 1 and self._num_held() > num_slots * grad_out.shape[1]:
+            self._sum_up(num_slots)
 
     def counts(self, num_slots: int, device: torch.device) -> Tensor:
         """Access counts [num_slots] int64 of the tokens that count."""
         total = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        if self._counts is not None:
+            total += self._counts
         for slots, _, _, counted in self.entries:
             # not bincount, which waits for the device to look at the largest id
             once = torch.ones_like(slots) if counted is None else counted[:, None].expand_as(slots).long()
@@ -173,9 +194,33 @@ class ReadLog:
         total = torch.zeros(len(rows), values.shape[1], device=values.device)
         if len(rows) == 0:
             return total
+        if self._gradient is not None:
+            total += self._gradient[rows]
         for slots, weights, grad_out, _ in self.entries:
             total += row_gradients(slots, weights, grad_out, rows, len(values))
         return total
 
+    def table_gradient(self, values: Tensor) -> Tensor:
+        """Summed gradient of the table `values` [num_slots, d], in its dtype."""
+        return self.row_gradients(torch.arange(len(values), device=values.device), values).to(values.dtype)
+
     def clear(self) -> None:
         self.entries.clear()
+        self._counts = self._gradient = None
+
+    def _num_held(self) -> int:
+        return sum(2 * slots.numel() + weights.numel() + g.numel() for slots, weights, g, _ in self.entries)
+
+    def _sum_up(self, num_slots: int) -> None:
+        counts = self.counts(num_slots, self.entries[0][0].device)
+        gradient = self._gradient
+        for slots, weights, grad_out, _ in self.entries:
+            product = _by_product(num_slots, slots.shape[1])
+            more = _table_gradient(slots, weights, grad_out, num_slots, product)
+            gradient = more if gradient is None else gradient + more
+        self.entries.clear()
+        self._counts, self._gradient = counts, gradient
+
+    def __reduce__(self):
+        # a copy of the model has no optimizer that would read its log
+        return type(None), ()
