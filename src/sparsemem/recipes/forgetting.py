@@ -3,7 +3,8 @@
 from typing import Any
 
 from ..compare import BASE
-from .questions import background_records, prose
+from ..general import prose
+from .questions import background_records
 from .runs import MEMORY_METHODS
 
 
