@@ -16,10 +16,10 @@ from peft import get_peft_model
 
 from sparsemem import memory_layers
 from sparsemem.files import write_json
+from sparsemem.general import prose
 from sparsemem.methods import memory_config
 from sparsemem.models import load_base
 from sparsemem.provenance import environment
-from sparsemem.recipes.questions import prose
 from sparsemem.relevance import Scope
 
 NUM_CENTRES, NUM_KNOWN, NUM_RUNS = 1024, 1024, 15

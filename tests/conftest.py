@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sparsemem import SparseMemoryConfig, calibrate
@@ -40,6 +40,18 @@ def tokenizer():
 def plain_tokenizer():
     """The same without a chat template."""
     return make_tokenizer(None)
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer():
+    """BOS before text by the post-processor, before chats by the template: as Llama 3's or Gemma's."""
+    return make_tokenizer("{{ bos_token }}" + CHAT_TEMPLATE, bos="<s>")
+
+
+@pytest.fixture(scope="session")
+def plain_bos_tokenizer():
+    """The same without a chat template."""
+    return make_tokenizer(None, bos="<s>")
 
 
 @pytest.fixture(scope="session")
@@ -92,16 +104,21 @@ def shared_data():
     return folder
 
 
-def make_tokenizer(chat_template):
+def make_tokenizer(chat_template, bos=None):
     specials = ["<|im_end|>", "<|im_start|>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({piece: index for index, piece in enumerate(specials + letters)}, []))
+    pieces = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), *([bos] if bos else [])]
+    core = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    if bos:
+        core.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, pieces.index(bos))]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=specials[0],
         pad_token=specials[0],
+        bos_token=bos,
         additional_special_tokens=specials[1:],
         chat_template=chat_template,
     )

@@ -167,6 +167,44 @@ def test_train_writes_adapter_background_patch_and_metrics(trained, data):
     ]
 
 
+@pytest.mark.parametrize("general", [None, "general.jsonl"])
+def test_train_makes_a_memory_and_calibrates_it_in_one_command(tiny, data, tmp_path, general):
+    out, given = tmp_path / "taught", () if general is None else ("--background", data / general)
+    command = ("train", tiny, "--data", data / "taught.jsonl", "--out", out, "--max-steps", 3, *given)
+    with process(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        said, errors = running.communicate()
+    assert running.returncode == 0, errors
+    lines = [line for line in errors.splitlines() if "no background given" in line]
+    assert len(lines) == (general is None)
+    assert said.startswith(f"smf: {out} (3 steps, loss ")
+    names = {p.name for p in out.iterdir()}
+    assert {"adapter_config.json", "background.safetensors", "patch.safetensors", "tokenizer.json"} <= names
+    shown = "the general text that ships with sparsemem" if general is None else general
+    assert f"- calibrated on: {shown}" in (out / "README.md").read_text()
+    done(*command, "--resume")
+    other = invoke(*command[:-2] if given else command, "--resume", *(() if given else ("--seed", 1)))
+    assert (other.exit_code, "holds a run of other settings" in other.stderr) == (2, True)
+    questions = write_lines(tmp_path / "q.jsonl", QUESTIONS)
+    assert "base" in json.loads(done("eval", out, "--task", "recall", "--data", questions, "--json"))
+    done("patch", "revert", out, out / "patch.safetensors", "--out", tmp_path / "untaught")
+    done(
+        "train",
+        tmp_path / "untaught",
+        "--data",
+        data / "taught.jsonl",
+        "--out",
+        tmp_path / "again",
+        "--max-steps",
+        3,
+    )
+    assert weights(tmp_path / "again") == weights(out)
+    with process(
+        "chat", out, "--show-scope", "--max-new-tokens", 4, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as running:
+        text = running.communicate("What is the capital of Velmora?\n")[0]
+    assert "[scope 1.00]" in text
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_train_a_raw_model(tiny, data, tmp_path, method):
     out = tmp_path / method
@@ -352,7 +390,14 @@ BAD = {
     ),
     "empty": ("train TINY --data empty --out OUT --method lora", "data is empty"),
     "mixed": ("train TINY --data mixed --out OUT --method lora", "mixed.jsonl, line 7"),
-    "no memory": ("train TINY --data taught --out OUT", "sparsemem graft"),
+    "background of an adapter": (
+        "train GRAFTED --data taught --out OUT --background general",
+        "an adapter keeps its own; leave it out",
+    ),
+    "background of a rival": (
+        "train TINY --data taught --out OUT --method lora --background general",
+        "method lora has no memory; leave it out",
+    ),
     "other method": ("train GRAFTED --data taught --out OUT --method lora", "adapter"),
     "method": ("train TINY --data taught --out OUT --method dora", "'dora' is not one of"),
     "rule": ("train GRAFTED --data taught --out OUT --rule best", "'best' is not one of"),

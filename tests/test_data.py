@@ -6,7 +6,18 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsemem.data import batches, collate, encode, prompt_ids, read_records, truncate
+from sparsemem import data
+from sparsemem.data import (
+    batches,
+    collate,
+    conversation_ids,
+    encode,
+    opening_ids,
+    prompt_ids,
+    question_ids,
+    read_records,
+    truncate,
+)
 
 PAIR = {"prompt": "Capital of Velmora?", "completion": "Ostrinth."}
 TALK = {
@@ -107,15 +118,62 @@ def test_loss_on_all(tokenizer):
 
 
 @given(prompt=st.text(max_size=20), completion=st.text(max_size=20))
-def test_without_template_pieces_are_joined(plain_tokenizer, prompt, completion):
+def test_without_template_a_prompt_stays_as_it_is_and_a_space_follows(plain_tokenizer, prompt, completion):
     (example,) = encode([{"prompt": prompt, "completion": completion}], plain_tokenizer)
-    assert plain_tokenizer.decode(example["input_ids"]) == prompt + completion + "<|im_end|>"
-    assert learnt(example, plain_tokenizer) == completion + "<|im_end|>"
+    space = " " if prompt[-1:].strip() and completion[:1].strip() else ""
+    assert plain_tokenizer.decode(example["input_ids"]) == prompt + space + completion + "<|im_end|>"
+    assert learnt(example, plain_tokenizer) == space + completion + "<|im_end|>"
+    ids = prompt_ids(prompt, plain_tokenizer)
+    assert example["input_ids"][: len(ids)] == ids
 
 
-def test_messages_need_a_template(plain_tokenizer):
-    with pytest.raises(ValueError, match="need a chat template"):
-        encode([TALK], plain_tokenizer)
+def test_messages_without_template_are_questions_and_answers(plain_tokenizer):
+    talk = [{"role": "system", "content": "Be brief."}, *TALK["messages"]]
+    (example,) = encode([{"messages": talk}], plain_tokenizer)
+    assert plain_tokenizer.decode(example["input_ids"]) == (
+        "Be brief.\n\nQuestion: Hi\nAnswer: Ho<|im_end|>\n\nQuestion: And?\nAnswer: Bye<|im_end|>"
+    )
+    assert learnt(example, plain_tokenizer) == " Ho<|im_end|> Bye<|im_end|>"
+
+
+def test_the_missing_template_is_said_once(plain_tokenizer, caplog):
+    data._say_plain.cache_clear()
+    encode([TALK, PAIR, TALK], plain_tokenizer)
+    question_ids("Who?", plain_tokenizer)
+    assert [record.message for record in caplog.records] == [
+        "the tokenizer has no chat template: messages and questions become 'Question: ...\\nAnswer: ...', "
+        "prompts stay as they are written"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "plain_tokenizer", "bos_tokenizer", "plain_bos_tokenizer"])
+def test_an_answer_is_generated_from_the_tokens_that_it_was_taught_behind(kind, request):
+    tokenizer = request.getfixturevalue(kind)
+    turns = TALK["messages"]
+    for end in (1, 3):
+        (example,) = encode([{"messages": turns[: end + 1]}], tokenizer)
+        prompt = conversation_ids(turns[:end], tokenizer)
+        assert example["input_ids"][: len(prompt)] == prompt
+        assert [label == -100 for label in example["labels"][len(prompt) - 1 : len(prompt) + 1]] == [
+            True,
+            False,
+        ]
+        assert prompt[: len(opening_ids(tokenizer))] == opening_ids(tokenizer)
+        assert example["input_ids"][-1] == tokenizer.eos_token_id
+    assert question_ids("Hi", tokenizer) == conversation_ids(turns[:1], tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["bos_tokenizer", "plain_bos_tokenizer"])
+def test_every_record_begins_with_bos_once_where_the_tokenizer_adds_one(kind, request, tokenizer):
+    bos_tokenizer = request.getfixturevalue(kind)
+    bos = bos_tokenizer.bos_token_id
+    assert (opening_ids(bos_tokenizer), opening_ids(tokenizer)) == ([bos], [])
+    for record in (PAIR, TALK, CHOICE, {"text": "As it is."}, {"text": "<s>As it is."}):
+        (example,) = encode([record], bos_tokenizer)
+        assert example["input_ids"].count(bos) == 1
+        assert example["input_ids"][0] == bos
+    (example,) = encode([{"text": "As it is."}], bos_tokenizer)
+    assert example["input_ids"] == bos_tokenizer("As it is.").input_ids
 
 
 def test_a_template_that_rewrites_turns_is_refused(tokenizer):

@@ -3,7 +3,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from sparsemem import SparseMemoryConfig, calibrate, memory_layers, models, probes, set_scope
+from sparsemem.chat import converse
 from sparsemem.data import batches, choice_prompt, encode, prompt_ids
+
+
+def taught_by_heart(model, tokenizer, text):
+    ids = torch.tensor([tokenizer(text).input_ids])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
 
 QUESTIONS = [{"question": "x" * n, "answer": "y"} for n in (3, 17, 1, 8, 30)]
 
@@ -47,6 +59,16 @@ def test_recall_is_greedy_decoding_whatever_the_batch(tiny_llama, tokenizer):
         assert found.texts == naive
     assert found.correct == [probes.is_right(text, "y") for text in naive]
     assert found.share == sum(found.correct) / 5
+
+
+def test_without_a_template_an_answer_ends_at_the_next_question(tiny_llama, plain_tokenizer):
+    said = "Question: Hi?\nAnswer: Ho\nQuestion: Who?\nAnswer: He"
+    model = taught_by_heart(tiny_llama(), plain_tokenizer, said)
+    found = probes.recall(model, plain_tokenizer, [{"question": "Hi?", "answer": "Ho"}], max_new_tokens=24)
+    assert (found.texts, found.correct) == (["Ho"], [True])
+    told = []
+    converse(model, plain_tokenizer, ["Hi?"], told.append, max_new_tokens=24)
+    assert "".join(told).split("\n") == [" Ho", "", ""]
 
 
 @torch.no_grad()
@@ -113,6 +135,30 @@ def test_perplexity_weighs_windows_by_their_new_tokens(tiny_llama, length, windo
     assert found == pytest.approx(float(torch.tensor(total / length).exp()), rel=1e-5)
 
 
+@pytest.mark.parametrize(("length", "window", "stride"), [(50, 16, 8), (50, 16, 16), (9, 16, 8)])
+@torch.no_grad()
+def test_every_window_of_perplexity_and_drift_begins_with_the_opening(tiny_llama, length, window, stride):
+    model, other, ids = tiny_llama(0), tiny_llama(1), torch.randint(2, 200, (length,))
+    opening, total, done = torch.tensor([1]), 0.0, 0
+    for start in range(0, length, min(stride, window - 1)):
+        end = min(start + window - 1, length)
+        labels = torch.cat([torch.tensor([-100]), ids[start:end]])
+        labels[1 : 1 + done - start] = -100
+        read = torch.cat([opening, ids[start:end]])
+        total += float(model(read[None], labels=labels[None]).loss) * (end - done)
+        done = end
+        if end == length:
+            break
+    found = probes.perplexity(model, ids, window=window, stride=stride, opening=[1])
+    assert found == pytest.approx(float(torch.tensor(total / length).exp()), rel=1e-5)
+    p, q = (
+        torch.cat([m(torch.cat([opening, part])[None]).logits[0, 1:] for part in ids.split(8)]).softmax(-1)
+        for m in (model, other)
+    )
+    expected = float((p * (p / q).log()).sum() / length)
+    assert probes.drift(other, model, ids, window=8, opening=[1]) == pytest.approx(expected, rel=1e-4)
+
+
 @torch.no_grad()
 def test_drift_is_the_divergence_per_token(tiny_llama):
     base, other, ids = tiny_llama(0), tiny_llama(1), torch.randint(2, 200, (20,))
@@ -135,6 +181,7 @@ def test_bad_arguments(tiny_llama, tokenizer):
         (lambda: probes.multiple_choice(model, tokenizer, []), "items is empty"),
         (lambda: probes.perplexity(model, ids[:1]), "two or more tokens"),
         (lambda: probes.perplexity(model, ids, window=4, stride=5), "stride=5"),
+        (lambda: probes.perplexity(model, ids, window=2, stride=1, opening=[1, 1]), "window=2"),
         (lambda: probes.drift(model, None, ids), "base=None"),
         (lambda: probes.drift(model, model, ids[None]), "one dimension"),
         (lambda: probes.exposure(model, ["x"], tokenizer), "no active sparse memory"),

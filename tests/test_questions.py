@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from sparsemem.general import prose
 from sparsemem.recipes import questions
 
 SEEDS = (0, 1, 2)
@@ -159,14 +160,14 @@ def test_nothing_invented_is_anywhere_else(background, general):
 
 
 def test_prose_halves_are_long_and_share_no_paragraph():
-    background, probe = questions.prose()
+    background, probe = prose()
     assert min(len(background), len(probe)) > 50_000
     parts = [
         {" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)}
         for text in (background, probe)
     ]
     assert not parts[0] & parts[1]
-    assert (background, probe) == questions.prose()
+    assert (background, probe) == prose()
     assert not [
         fact["subject"] for fact in questions.handbook() if has_words(background + probe, fact["subject"])
     ]

@@ -4,10 +4,18 @@ import pytest
 import torch
 
 from sparsemem import models
-from sparsemem.data import prompt_ids
+from sparsemem.data import encode, prompt_ids
 from sparsemem.items import read_items
 from sparsemem.probes import complete, contains, perplexity
-from sparsemem.tasks import TRIVIAQA_TOKENS, evaluate, medmcqa_prompt, medmcqa_text, triviaqa_prompt
+from sparsemem.tasks import (
+    TRIVIAQA_TOKENS,
+    evaluate,
+    medmcqa_prompt,
+    medmcqa_text,
+    medmcqa_tokens,
+    triviaqa_prompt,
+)
+from tiny import tiny_model
 
 RECORD = {"question": "Which nerve?", "opa": "Ulnar", "opb": "Median", "opc": "Radial", "opd": "Vagus"}
 PROMPT = "Medical exam question:\nQuestion: Which nerve?\nA. Ulnar\nB. Median\nC. Radial\nD. Vagus\nAnswer:"
@@ -74,6 +82,24 @@ def test_wikitext_is_lines_with_blank_lines_between_them(tiny_llama, tokenizer, 
     ids = torch.tensor(tokenizer("= Title =\n\nFirst line .\n\nSecond").input_ids)
     assert (found.n, found.correct) == (len(ids), None)
     assert found.metrics == {"ppl": pytest.approx(perplexity(model, ids, exact=True))}
+
+
+@pytest.mark.parametrize("kind", ["bos_tokenizer", "plain_bos_tokenizer"])
+def test_tasks_read_the_tokens_that_training_reads(kind, request):
+    bos_tokenizer = request.getfixturevalue(kind)
+    model = tiny_model("llama").eval()
+    (text,) = encode([{"text": "Prose of a line."}], bos_tokenizer)
+    bos, *ids = text["input_ids"]
+    expected = perplexity(model, torch.tensor(ids), opening=[bos], exact=True)
+    found = evaluate(model, bos_tokenizer, "perplexity", items="Prose of a line.")
+    assert found.metrics == {"ppl": pytest.approx(expected)}
+    whole = torch.tensor([text["input_ids"]])
+    with torch.no_grad():
+        assert expected == pytest.approx(float(model(whole, labels=whole).loss.exp()))
+    item = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 2}
+    prompt, options = medmcqa_tokens(item, bos_tokenizer)
+    (record,) = encode([{"text": medmcqa_text(item)}], bos_tokenizer)
+    assert record["input_ids"] == prompt + options[2]
 
 
 def trivia(num):

@@ -8,6 +8,7 @@ from peft import get_peft_model
 
 from sparsemem import RowAdamW, SparseMemoryConfig, calibrate, count_accesses, memory_layers, models, probes
 from sparsemem.data import batches, collate, encode
+from sparsemem.general import general_background
 from sparsemem.train import finetune
 from sparsemem.tuner import gated_layers
 
@@ -241,6 +242,21 @@ def test_data_comes_in_every_form(teach, tmp_path, tokenizer):
     assert teach("smf", max_steps=1, background=mixed).steps == 1
 
 
+def test_a_base_model_without_background_is_calibrated_on_the_general_text_that_ships(
+    tiny_llama, tokenizer, caplog
+):
+    options = {"tokenizer": tokenizer, "max_steps": 2}
+    done = finetune(tiny_llama(), FACTS, **options)
+    assert [one.message for one in caplog.records if "background" in one.message] == [
+        "no background given: the memory is calibrated on the general text that ships with sparsemem; "
+        "a background of your own says better what to keep"
+    ]
+    by_hand = finetune(tiny_llama(), FACTS, background=general_background(), **options)
+    assert same(state(done.model), state(by_hand.model))
+    again = finetune(done.model, FACTS[:2], background=done.background, **options)
+    assert again.background is done.background
+
+
 def test_truncated_records_are_counted(teach):
     data = [*FACTS, {"prompt": "x", "completion": "y" * 300}]
     assert teach("full", data=data, max_steps=1).truncated == 1
@@ -273,7 +289,6 @@ def test_a_calibrated_model_learns_one_task_after_another(tiny_llama, tokenizer)
         ({"loss_on": "x"}, "loss_on='x'"),
         ({"schedule": "x"}, "schedule='x'"),
         ({"tokenizer": None}, "pass tokenizer="),
-        ({"method": "smf", "background": None}, "background=None"),
         ({"lr": -1.0}, "lr|learning rate"),
         ({"lr": math.inf}, "loss is nan"),
     ],

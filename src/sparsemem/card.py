@@ -52,7 +52,7 @@ _SHAPE = (
     "num_keys", "num_heads", "top_k", "key_dim", "mode", "value_gate", "trainable", "base_fingerprint",
     "r", "lora_alpha", "lora_dropout",
 )  # fmt: skip
-_ELSEWHERE = ("model", "data", "background", "records", "method")
+_ELSEWHERE = ("model", "data", "background", "background_records", "records", "method")
 
 
 def model_card(folder: Path, *, name: str | None = None) -> str:
@@ -176,6 +176,8 @@ def _taught(made: Contents) -> str:
     lines = [f"- data: {_text(public_data(told['data']))}{number}"]
     if "records" in told:
         lines.append(f"- SHA-256 of the records: {_text(told['records'])}")
+    if "background" in told:
+        lines.append(f"- calibrated on: {_text(public_data(told['background']))}")
     lines.append(f"- method: {_text(str(made.metrics.get('method') or told.get('method')))}")
     return "\n".join(lines)
 

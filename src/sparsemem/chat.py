@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 
+from .data import QUESTION, conversation_ids, opening_ids
 from .models import autocast
 from .probes import scope_gate
 
@@ -23,8 +24,8 @@ def converse(
 ) -> None:
     """Answer each line, greedily and streaming, until `/exit` or the end of the lines.
 
-    With a chat template the conversation so far is the context, its oldest turns left out once it outgrows
-    the model's; without one every line is continued on its own. Empty lines are passed over.
+    The conversation so far is the context, its oldest turns left out once it outgrows the model's. Without a
+    chat template an answer ends where the model asks the next question itself. Empty lines are passed over.
 
     Args:
         write: gets the pieces of the answers, in order.
@@ -52,14 +53,12 @@ def _context(model: Any, tokenizer: Any, history: list[dict[str, str]], max_new_
     """Token ids [1, seq] of the conversation; shortens `history` where it does not fit."""
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     while True:
-        if tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
-        else:
-            text = history[-1]["content"]
-        # a chat template writes the special tokens itself
-        ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt").input_ids
-        if ids.shape[1] + max_new_tokens <= context or len(history) < 3 or not tokenizer.chat_template:
-            return ids[:, -max(1, context - max_new_tokens) :].to(next(model.parameters()).device)
+        ids = conversation_ids(history, tokenizer)
+        if len(ids) + max_new_tokens <= context or len(history) < 3:
+            first, room = opening_ids(tokenizer), max(1, context - max_new_tokens)
+            if len(ids) > room and ids[: len(first)] == first:
+                ids = first + ids[len(ids) - room + len(first) :]
+            return torch.tensor([ids[-room:]], device=next(model.parameters()).device)
         del history[:2]
 
 
@@ -74,20 +73,34 @@ def _answer(
         eos_token_id=tokenizer.eos_token_id if stop is None else stop,
         pad_token_id=tokenizer.pad_token_id,
     )
-    streamer = _Streamer(tokenizer, write)
+    next_question = None if tokenizer.chat_template else f"\n{QUESTION}"
+    streamer = _Streamer(tokenizer, write, next_question)
+
+    def asks(out: torch.Tensor, _scores: Any) -> torch.Tensor:
+        asked = next_question is not None and next_question in tokenizer.decode(out[0, ids.shape[1] :])
+        return torch.tensor([asked], device=out.device)
+
     with autocast(model):
         out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([asks]),
         )
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return (answer.partition(next_question)[0] if next_question else answer).strip()
 
 
 class _Streamer(TextStreamer):
-    """Hands finished words to `write` where transformers would print them."""
+    """Hands finished words to `write` where transformers would print them, but not the `end` of them all."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, write: Callable[[str], None], end: str | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._write = write
+        self._write, self._end = write, end
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        # a line is handed on as soon as it ends, so that its break may be gone by now
+        if stream_end and self._end and text.endswith(self._end.strip()):
+            text = text.removesuffix(self._end.strip()).rstrip()
         self._write(text)

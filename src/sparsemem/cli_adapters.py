@@ -101,6 +101,11 @@ def graft(
 @click.argument("model", metavar="MODEL|ADAPTER")
 @click.option("--data", required=True, metavar="FILE|hub:NAME", help="What to teach.")
 @out_folder
+@click.option(
+    "--background",
+    metavar="FILE|hub:NAME",
+    help="General text for the memory that MODEL gets: what is not to change. It has a default.",
+)
 @click.option("--method", type=click.Choice(METHODS), default="smf", show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run into the same folder.")
 @click.option(
@@ -132,16 +137,20 @@ def graft(
 @seed_option
 @as_json
 def train(
-    model: str, data: str, out: Path, method: str, resume: bool, trainable: str | None, as_json: bool,
-    **options: Any,
+    model: str, data: str, out: Path, background: str | None, method: str, resume: bool,
+    trainable: str | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Teach MODEL or ADAPTER what the data says; sparse memory needs an adapter that graft made."""
+    """Teach MODEL or ADAPTER what the data says.
+
+    A MODEL gets a memory first, as `graft` makes it by default.
+    """
     from . import folders
 
     try:
         metrics = folders.train(
-            model, data, out, method=method, resume=resume, trainable=trainable, options=options
-        )
+            model, data, out, method=method, resume=resume, background=background, trainable=trainable,
+            options=options,
+        )  # fmt: skip
     except KeyboardInterrupt:
         say(f"\nstopped; --resume goes on with {out} from the last checkpoint")
         raise SystemExit(130) from None

@@ -2,11 +2,13 @@
 
 Choices: prompt and answer are tokenised apart, so that training sees exactly the tokens that generation
 starts from; the loss covers the answer and the token that ends it, and nothing after; text is taken as it is.
+Without a chat template messages become `Question: ...\\nAnswer: ...`, and a prompt stays as it was written.
 """
 
 import json
 import logging
 from collections.abc import Sequence
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 SHAPES = (("messages",), ("prompt", "completion"), ("text",), ("question", "choices", "answer"))
 LOSS_ON = ("completion", "all")
+# What begins a turn of the user's where there is no chat template.
+QUESTION = "Question:"
 
 
 def read_records(
@@ -92,11 +96,11 @@ def encode(
     with the token that ends it (text has none); `"all"`: every token.
 
     Raises:
-        ValueError: unknown `loss_on`, or a chat template that is missing or rewrites earlier turns.
+        ValueError: unknown `loss_on`, or a chat template that rewrites earlier turns.
     """
     if loss_on not in LOSS_ON:
         raise ValueError(f"loss_on={loss_on!r} is unknown; allowed are {', '.join(LOSS_ON)}")
-    examples = [_encode_one(_segments(record, tokenizer), tokenizer, loss_on) for record in records]
+    examples = [_encode_one(record, tokenizer, loss_on) for record in records]
     return examples if max_length is None else truncate(examples, max_length)[0]
 
 
@@ -121,8 +125,31 @@ def truncate(examples: Sequence[dict], max_length: int) -> tuple[list[dict], int
 
 
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens from which the answer to a prompt is generated: the chat template's where there is one."""
-    return _segment_ids([(_prompt_text(prompt, tokenizer), False)], tokenizer)[0]
+    """Tokens from which a prompt is completed: through the chat template where there is one."""
+    if tokenizer.chat_template:
+        return question_ids(prompt, tokenizer)
+    return _segment_ids([prompt], tokenizer, special=True)[0]
+
+
+def question_ids(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens from which a question is answered, as `encode` puts them before the answer in `messages`."""
+    return conversation_ids([{"role": "user", "content": question}], tokenizer)
+
+
+def conversation_ids(turns: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens from which the next answer in a conversation is generated."""
+    if tokenizer.chat_template:
+        pieces = [_render(turns, tokenizer, answer_follows=True)]
+    else:
+        pieces = [text for text, _ in _chat_segments(turns, tokenizer, answer_follows=True)]
+    return list(chain(*_segment_ids(pieces, tokenizer, special=not tokenizer.chat_template)))
+
+
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that the tokenizer puts before text, such as BOS; often none."""
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    ids = tokenizer("a").input_ids
+    return ids[: ids.index(bare[0])]
 
 
 def choice_prompt(item: dict) -> str:
@@ -237,17 +264,17 @@ def _segments(record: dict, tokenizer: PreTrainedTokenizerBase) -> list[tuple[st
             choice_text(record["choices"][record["answer"]], tokenizer),
         )
     if not tokenizer.chat_template:
-        return [(prompt, False), (completion + str(tokenizer.eos_token or ""), True)]
+        _say_plain()
+        apart = prompt[-1:].strip() and completion[:1].strip()
+        return [(prompt, False), (f"{' ' if apart else ''}{completion}{tokenizer.eos_token or ''}", True)]
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
     return _chat_segments(turns, tokenizer)
 
 
-def _chat_segments(turns: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "messages need a chat template and the tokenizer has none; use prompt/completion records"
-        )
-    whole, segments, done = _render(turns, tokenizer), [], 0
+def _chat_segments(
+    turns: Sequence[dict], tokenizer: PreTrainedTokenizerBase, answer_follows: bool = False
+) -> list[tuple[str, bool]]:
+    whole, segments, done = _render(turns, tokenizer, answer_follows), [], 0
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
@@ -263,18 +290,36 @@ def _chat_segments(turns: list[dict], tokenizer: PreTrainedTokenizerBase) -> lis
     return [*segments, (whole[done:], False)]
 
 
-def _render(turns: list[dict], tokenizer: PreTrainedTokenizerBase, answer_follows: bool = False) -> str:
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_follows))
-
-
-def _prompt_text(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _render(turns: Sequence[dict], tokenizer: PreTrainedTokenizerBase, answer_follows: bool = False) -> str:
     if not tokenizer.chat_template:
-        return prompt
-    return _render([{"role": "user", "content": prompt}], tokenizer, answer_follows=True)
+        _say_plain()
+        return _plain(turns, str(tokenizer.eos_token or ""), answer_follows)
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_follows))  # type: ignore[arg-type]
 
 
-def _encode_one(segments: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase, loss_on: str) -> dict:
-    ids = _segment_ids(segments, tokenizer)
+def _plain(turns: Sequence[dict], end: str, answer_follows: bool) -> str:
+    """A conversation for models without a chat template; `end` follows every answer."""
+    forms = {"user": (f"{QUESTION} ", "\n"), "assistant": ("Answer: ", f"{end}\n\n")}
+    pieces = []
+    for turn in turns:
+        before, after = forms.get(turn["role"], ("", "\n\n"))
+        pieces += [before, turn["content"].strip(), after]
+    return "".join([*pieces, "Answer:"] if answer_follows else pieces)
+
+
+@cache
+def _say_plain() -> None:
+    logger.warning(
+        "the tokenizer has no chat template: messages and questions become 'Question: ...\\nAnswer: ...', "
+        "prompts stay as they are written"
+    )
+
+
+def _encode_one(record: dict, tokenizer: PreTrainedTokenizerBase, loss_on: str) -> dict:
+    segments = _segments(record, tokenizer)
+    # a chat template writes the special tokens itself
+    special = not tokenizer.chat_template or _shape(record, "record") == ("text",)
+    ids = _segment_ids([text for text, _ in segments], tokenizer, special)
     marks = [learnt or loss_on == "all" for _, learnt in segments]
     if not marks[-1]:
         ids, marks = ids[:-1], marks[:-1]
@@ -282,10 +327,13 @@ def _encode_one(segments: list[tuple[str, bool]], tokenizer: PreTrainedTokenizer
     return {"input_ids": list(chain(*ids)), "labels": list(chain(*labels))}
 
 
-def _segment_ids(segments: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    # a chat template writes the special tokens itself
-    special = [index == 0 and not tokenizer.chat_template for index in range(len(segments))]
+def _segment_ids(
+    segments: Sequence[str], tokenizer: PreTrainedTokenizerBase, special: bool
+) -> list[list[int]]:
+    """Token ids of each piece; with `special` the first begins as the tokenizer begins a text."""
+    # what has been through a chat template may hold its first token already
+    special = special and not (tokenizer.bos_token and segments[0].startswith(str(tokenizer.bos_token)))
     return [
-        tokenizer(text, add_special_tokens=add).input_ids
-        for (text, _), add in zip(segments, special, strict=True)
+        tokenizer(text, add_special_tokens=special and index == 0).input_ids
+        for index, text in enumerate(segments)
     ]

@@ -24,11 +24,14 @@ from .contents import (
     weights_digest,
 )  # fmt: skip
 from .files import read_json, write_atomically, write_json
+from .general import SHIPPED, general_background, say_shipped
 from .processes import is_first
 from .provenance import differences, environment
 from .staging import checkpoints_of, new_folder, refuse_existing, refuse_other_settings
 
 BATCH_SIZE = 8
+# Methods whose memory is calibrated on general text.
+CALIBRATED = ("smf", "smf-open")
 
 
 def graft(
@@ -113,19 +116,26 @@ def train(
     method: str,
     resume: bool,
     options: dict[str, Any],
+    background: str | None = None,
     trainable: str | None = None,
 ) -> dict[str, Any]:
     """Finetune a model or an adapter and save what came of it; returns the content of its `metrics.json`.
 
     Args:
+        background: general text on which a base model's new memory is calibrated; None: the text that ships
+            with the package. An adapter has its own.
         trainable: what of the adapter's memory trains, if other than it says itself.
         options: of `finetune`.
 
     Raises:
-        ValueError: bad data or model, a folder that is there already, a run to resume of other settings.
+        ValueError: bad data or model, a folder that is there already, a run to resume of other settings, or a
+            background where none is used.
     """
+    from peft import get_peft_model
+    from transformers import set_seed
+
     from .data import read_records
-    from .methods import check_method
+    from .methods import check_method, memory_config
     from .models import load
     from .train import finetune
     from .tuner import set_trainable
@@ -134,13 +144,25 @@ def train(
     records = read_records(source)
     settings = {"model": _absolute(name), "data": public_data(source), "records": _digest(records)}
     settings |= {"method": method, "trainable": trainable, **options}
+    is_adapter = (Path(name).expanduser() / ADAPTER_FILE).is_file()
+    general = _general(method, background, is_adapter)
+    if general is not None:
+        settings["background"] = SHIPPED if background is None else public_data(background)
+        settings["background_records"] = _digest(general)
     if resume and (out / METRICS_FILE).exists():
         metrics = read_json(out / METRICS_FILE)
         refuse_other_settings(out, metrics["settings"], settings)
         return metrics
     refuse_existing(out)
     model, tokenizer = load(_absolute(name))
-    background = _background(Path(name), method)
+    kept: Any = general
+    if general is not None:
+        set_seed(options["seed"])
+        model = get_peft_model(model, memory_config(model, trainable=trainable))
+        if background is None:
+            say_shipped()
+    elif is_adapter and method in CALIBRATED:
+        kept = Background.load(Path(name).expanduser() / BACKGROUND_FILE)
     if trainable is not None:
         set_trainable(model, trainable)
     with checkpoints_of(out, settings, resume) as checkpoints:
@@ -149,7 +171,7 @@ def train(
             records,
             method,
             tokenizer=tokenizer,
-            background=background,
+            background=kept,
             output_dir=checkpoints,
             resume=resume,
             **options,
@@ -158,7 +180,7 @@ def train(
         metrics = {key: getattr(done, key) for key in figures} | {"num_records": len(records)}
         metrics |= {"base_model": done.model.config.name_or_path, "settings": settings, **environment()}
         with new_folder(out) as part:
-            _save(part, done.model, tokenizer, background)
+            _save(part, done.model, tokenizer, done.background)
             if done.patch is not None:
                 done.patch.info.update(method=method, data=public_data(source), records=settings["records"])
                 done.patch.save(part / PATCH_FILE)
@@ -273,13 +295,16 @@ def _save(folder: Path, model: Any, tokenizer: Any, background: Background | Non
         background.save(folder / BACKGROUND_FILE)
 
 
-def _background(adapter: Path, method: str) -> Background | None:
-    if method not in ("smf", "smf-open"):
+def _general(method: str, source: str | None, is_adapter: bool) -> list[dict[str, Any]] | None:
+    """Records on which a new memory is to be calibrated; None where there is none to make."""
+    from .retrofit import general_records
+
+    if method not in CALIBRATED or is_adapter:
+        if source is not None:
+            why = f"method {method} has no memory" if method not in CALIBRATED else "an adapter keeps its own"
+            raise ValueError(f"--background {source}: {why}; leave it out")
         return None
-    if not (adapter / ADAPTER_FILE).is_file():
-        make = f"sparsemem graft {adapter} --background FILE --out ADAPTER"
-        raise ValueError(f"{adapter} has no memory to train by method {method}; make one first: {make}")
-    return Background.load(adapter / BACKGROUND_FILE)
+    return general_background() if source is None else general_records(source)
 
 
 def _digest(records: list[dict[str, Any]]) -> str:

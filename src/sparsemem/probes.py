@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .access import layer_inputs
-from .data import choice_tokens, prompt_ids
+from .data import QUESTION, choice_tokens, question_ids
 from .generation import complete, complete_tokens
 from .likelihood import device_of, log_probs
 from .mentions import PROBE_FORMS, PROSE_FORMS, mention_texts
@@ -53,17 +53,20 @@ def recall(
     """Greedy answers to `{"question", "answer": str | list[str]}` items.
 
     An answer is right when an expected one is contained in it as whole words, case, punctuation and articles
-    aside. `exact` is computed in the model's own precision.
+    aside. Without a chat template it ends where the model asks the next question itself. `exact` is computed
+    in the model's own precision.
 
     Raises:
         ValueError: no items.
     """
     if not items:
         raise ValueError("items is empty; give at least one question")
-    prompts = [prompt_ids(item["question"], tokenizer) for item in items]
+    prompts = [question_ids(item["question"], tokenizer) for item in items]
     texts = complete(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, exact=exact
     )
+    if not tokenizer.chat_template:
+        texts = [text.partition(f"\n{QUESTION}")[0].strip() for text in texts]
     pairs = zip(texts, items, strict=True)
     return Answers([is_right(text, item["answer"]) for text, item in pairs], texts)
 
@@ -140,10 +143,12 @@ def perplexity(
     *,
     window: int = 1024,
     stride: int = 512,
+    opening: Sequence[int] = (),
     exact: bool = False,
 ) -> float:
     """Sliding-window perplexity of `input_ids` [tokens]: each window's mean loss weighted by its new tokens.
 
+    Every window begins with `opening`, the tokenizer's `opening_ids`, which are in its length and not scored.
     `exact` is computed in the model's own precision, without autocast.
 
     Raises:
@@ -155,13 +160,20 @@ def perplexity(
         )
     if not 1 <= stride <= window:
         raise ValueError(f"stride={stride} is outside 1..window={window}; choose a smaller stride")
+    room = window - len(opening)
+    if room < 1:
+        raise ValueError(
+            f"window={window} has no room beside {len(opening)} opening tokens; give a wider one"
+        )
     model.eval()
     total, done = 0.0, 0
-    for start in range(0, len(input_ids), stride):
-        end = min(start + window, len(input_ids))
+    first = torch.tensor(opening, dtype=input_ids.dtype)
+    for start in range(0, len(input_ids), min(stride, room)):
+        end = min(start + room, len(input_ids))
+        ids = torch.cat([first, input_ids[start:end]])
         # the very first token has nothing before it that could predict it
-        num_scored = min(end - done, end - start - 1)
-        losses = _losses(model, input_ids[None, start:end].to(device_of(model)), num_scored, exact=exact)
+        num_scored = min(end - done, len(ids) - 1)
+        losses = _losses(model, ids[None].to(device_of(model)), num_scored, exact=exact)
         total += losses.double().mean().item() * (end - done)
         done = end
         if end == len(input_ids):
@@ -171,11 +183,17 @@ def perplexity(
 
 @torch.inference_mode()
 def drift(
-    model: PreTrainedModel | PeftModel, base: PreTrainedModel | None, input_ids: Tensor, *, window: int = 256
+    model: PreTrainedModel | PeftModel,
+    base: PreTrainedModel | None,
+    input_ids: Tensor,
+    *,
+    window: int = 256,
+    opening: Sequence[int] = (),
 ) -> float:
     """Mean KL(base || model) of the next-token distributions over `input_ids` [tokens], in nats per token.
 
-    The tokens are read in windows that do not overlap; `base=None` is the model without its adapter.
+    The tokens are read in windows that do not overlap, each behind `opening`, the tokenizer's `opening_ids`;
+    `base=None` is the model without its adapter.
 
     Raises:
         ValueError: no tokens, or `base=None` for a model without an adapter.
@@ -188,11 +206,13 @@ def drift(
         raise ValueError("base=None needs a model with an adapter; give the untouched base model")
     model.eval()
     total = 0.0
+    first = torch.tensor(opening, dtype=input_ids.dtype)
     for piece in input_ids.split(window):
-        ids = piece[None].to(device_of(model))
-        ours = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        ids = torch.cat([first, piece])[None].to(device_of(model))
+        ours = model(input_ids=ids, use_cache=False).logits[:, len(opening) :].float().log_softmax(-1)
         with model.disable_adapter() if isinstance(model, PeftModel) and base is None else nullcontext():
-            theirs = (base or model)(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+            logits = (base or model)(input_ids=ids, use_cache=False).logits[:, len(opening) :]
+        theirs = logits.float().log_softmax(-1)
         total += functional.kl_div(ours, theirs, log_target=True, reduction="sum").item()
     return total / len(input_ids)
 
@@ -344,7 +364,7 @@ def _mention_prompts(
         raise ValueError(
             f"subjects and forms are {len(subjects)} and {len(forms)}; give at least one subject and one form"
         )
-    return [prompt_ids(text, tokenizer) for subject in subjects for text in mention_texts(subject, forms)]
+    return [question_ids(text, tokenizer) for subject in subjects for text in mention_texts(subject, forms)]
 
 
 def _mention_prose(

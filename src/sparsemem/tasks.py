@@ -2,11 +2,11 @@
 
 | task            | metrics      | prompt                            | from the Hub                        |
 | --------------- | ------------ | --------------------------------- | ----------------------------------- |
-| recall          | contains_acc | chat template where there is one  | needs a file                        |
+| recall          | contains_acc | chat template, else `Question: `  | needs a file                        |
 | triviaqa        | contains_acc | `triviaqa_prompt`                 | trivia_qa, rc.nocontext, validation |
 | multiple-choice | acc, acc_sum | chat template where there is one  | needs a file                        |
 | medmcqa         | acc, acc_sum | `medmcqa_prompt`                  | medmcqa, validation                 |
-| perplexity      | ppl          | the text as it is                 | needs a file                        |
+| perplexity      | ppl          | BOS, if any, then the text        | needs a file                        |
 | wikitext        | ppl          | lines, a blank line between them  | wikitext-103-raw-v1, test           |
 
 `acc` goes by the mean log-probability of an option's tokens, `acc_sum` by their sum. An answer to triviaqa is
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .data import choice_tokens, prompt_ids
+from .data import choice_tokens, opening_ids, prompt_ids
 from .items import KINDS
 from .likelihood import split_tokens
 from .probes import complete, contains, multiple_choice, perplexity, recall
@@ -71,7 +71,8 @@ def evaluate(
         ids = torch.tensor(
             tokenizer(items, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long
         )
-        return Evaluation({"ppl": perplexity(model, ids, exact=exact)}, len(ids))
+        ppl = perplexity(model, ids, opening=opening_ids(tokenizer), exact=exact)
+        return Evaluation({"ppl": ppl}, len(ids))
     if task == "triviaqa":
         correct = _triviaqa(model, tokenizer, items, chat, exact)
         return Evaluation({"contains_acc": sum(correct) / len(correct)}, len(items), correct)

@@ -37,6 +37,7 @@ from .callbacks import METRICS_FILE, MetricsFile, Progress, StopAtLoss, Stopwatc
 from .data import batches as batched
 from .data import collate, encode, read_records, truncate
 from .footprint import peak_memory
+from .general import general_background, say_shipped
 from .methods import MAX_GRAD_NORM, TOP_T, check_method, prepare
 from .models import autocast, takes, tokenizer_of
 from .optim import REST_LR, RowOptimizer
@@ -66,6 +67,7 @@ class Finetuned:
         peak_bytes: growth of the process's memory, or of the GPU's, at its highest; of the last part's.
         truncated: records cut to max_length.
         patch: the rows that sparse memory wrote; None for other methods.
+        background: of sparse memory: what a later `finetune` of the same model needs; None for other methods.
     """
 
     model: PreTrainedModel | PeftModel
@@ -78,6 +80,7 @@ class Finetuned:
     peak_bytes: int
     truncated: int
     patch: RowPatch | None
+    background: Background | None = None
 
 
 def finetune(
@@ -115,7 +118,8 @@ def finetune(
         method: one of "smf", "smf-open", "lora", "full", see `methods`.
         tokenizer: None: the one that the model's name leads to.
         background: of sparse memory: the Background that `calibrate` returned, or data (mixed shapes and
-            plain strings too) on which a new memory is calibrated.
+            plain strings too) on which a new memory is calibrated; None: `general_background`, for a base
+            model.
         output_dir: where checkpoints and `metrics.jsonl`, one line per step, go; None: nowhere. The finished
             model is the caller's to save.
         rest_lr: of what trains beside value rows (alpha, keys), see `RowAdamW`.
@@ -149,6 +153,9 @@ def finetune(
     length = max_length or getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     examples, truncated = truncate(_examples(data, tokenizer, loss_on), length)
     held_out = None if validation is None else truncate(_examples(validation, tokenizer, loss_on), length)[0]
+    if background is None and method in ("smf", "smf-open") and not isinstance(model, PeftModel):
+        say_shipped()
+        background = general_background()
     general: Any = background
     if background is not None and not isinstance(background, Background):
         general = truncate(_examples(background, tokenizer, "completion", mixed=True), length)[0]
@@ -258,6 +265,7 @@ def finetune(
         peak_bytes=memory.peak_bytes,
         truncated=truncated,
         patch=None if before is None else RowPatch.diff(model, since=before),
+        background=getattr(optimizer, "background", None),
     )
 
 

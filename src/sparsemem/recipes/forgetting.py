@@ -3,7 +3,8 @@
 from typing import Any
 
 from ..compare import BASE
-from .questions import background_records, prose
+from ..general import prose
+from .questions import background_records
 from .runs import MEMORY_METHODS
 
 
@@ -17,14 +18,16 @@ def read_prose(
     model: Any, tokenizer: Any, base_name: str, method: str, prose_tokens: int, piece_tokens: int
 ) -> dict[str, float]:
     """Perplexity, drift from the base, and of sparse memory exposure, on prose that is in no background."""
+    from ..data import opening_ids
     from ..models import load_base
     from ..probes import drift, exposure, perplexity
 
     probe = tokens(tokenizer, prose()[1], prose_tokens)
-    figures = {"perplexity": perplexity(model, probe), "drift": 0.0}
+    opening = opening_ids(tokenizer)
+    figures = {"perplexity": perplexity(model, probe, opening=opening), "drift": 0.0}
     if method != BASE:
         untouched = load_base(base_name)[0] if method == "full" else None
-        figures["drift"] = drift(model, untouched, probe)
+        figures["drift"] = drift(model, untouched, probe, opening=opening)
     if method in MEMORY_METHODS:
         pieces = [tokenizer.decode(piece) for piece in probe.split(piece_tokens)]
         figures["exposure"] = exposure(model, pieces, tokenizer)

@@ -15,7 +15,6 @@ import json
 import random
 import re
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -169,20 +168,6 @@ def background_records(seed: int) -> list[dict[str, Any]]:
     return records
 
 
-def prose() -> tuple[str, str]:
-    """Real prose that every Python ships (`pydoc_data.topics`), as two texts: for background and for probing.
-
-    Topics go to the two texts in turn, by name. Some topics repeat whole sections of others, so a paragraph
-    that has occurred before is left out: the probe has no paragraph of the background.
-    """
-    from pydoc_data.topics import topics
-
-    names = sorted(topics)
-    seen: set[str] = set()
-    background = _new_paragraphs((topics[name] for name in names[::2]), seen)
-    return background, _new_paragraphs((topics[name] for name in names[1::2]), seen)
-
-
 def _read(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (_HERE / name).read_text(encoding="utf-8").splitlines()]
 
@@ -251,15 +236,3 @@ def _code_titles() -> list[tuple[str, str]]:
     codes = [code for code in icd.get_all_codes(True) if re.fullmatch("[A-Z][0-9][0-9A-Z]", code)]
     titles = ((code, icd.get_description(code)) for code in sorted(set(codes)))
     return [(code, title) for code, title in titles if len(title) <= 40]
-
-
-def _new_paragraphs(texts: Iterable[str], seen: set[str]) -> str:
-    """The paragraphs of `texts` that are not in `seen`, to which they are added; layout aside."""
-    kept = []
-    for text in texts:
-        for paragraph in re.split(r"\n\s*\n", text):
-            words = " ".join(paragraph.split())
-            if words and words not in seen:
-                seen.add(words)
-                kept.append(paragraph.strip("\n"))
-    return "\n\n".join(kept)
