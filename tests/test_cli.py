@@ -305,6 +305,20 @@ def test_eval_prints_one_json_object(tiny, trained, tmp_path, task, items, metri
     assert alone["metrics"] == pytest.approx(result["base"], rel=1e-6)
 
 
+def test_eval_compares_mentions_with_the_base(tiny, grafted, trained, data):
+    ask = ("--task", "mentions", "--data", data / "taught.jsonl", "--limit", 2)
+    result = json.loads(done("eval", trained, *ask, "--json"))
+    assert list(result) == ["task", "metrics", "n", "model", "base"]
+    assert set(result["metrics"]) == set(result["base"]) == {"changed", "perplexity", "prose_perplexity"}
+    assert result["n"] in (4, 8)
+    assert result["base"]["changed"] == 0
+    empty = json.loads(done("eval", grafted, *ask, "--json"))
+    assert empty["metrics"] == empty["base"] == result["base"]
+    refused = invoke("eval", tiny, *ask)
+    assert refused.exit_code == 2
+    assert "this model has no adapter" in refused.stderr
+
+
 def test_eval_in_another_precision_is_another_number(tiny, tmp_path):
     file = write_lines(tmp_path / "items.jsonl", PROSE)
     exact, rounded = (

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 METHODS = ("smf", "smf-open", "lora", "full")
-TASKS = ("recall", "multiple-choice", "perplexity", "medmcqa", "wikitext", "triviaqa")
+TASKS = ("recall", "multiple-choice", "perplexity", "medmcqa", "wikitext", "triviaqa", "mentions")
 DTYPES = ("float32", "bfloat16", "autocast")
 MODES = ("additive", "replacement")
 TRAINABLE = ("values", "values+scale", "memory")

@@ -49,7 +49,9 @@ def evaluate_named(
     loaded, tokenizer = load(model, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     result = run(loaded, tokenizer)
     found = {"task": task, "metrics": result.metrics, "n": result.n, "model": model}
-    if isinstance(loaded, PeftModel):
+    if result.base is not None:
+        found["base"] = result.base
+    elif isinstance(loaded, PeftModel):
         with loaded.disable_adapter():
             found["base"] = run(loaded, tokenizer).metrics
     return found

@@ -2,7 +2,7 @@
 
 Files: JSONL of `{"question", "answer"}` (`answer` one text, a list of texts, or TriviaQA's aliases; a list
 may also be called `answers`), JSONL of `{"question", "choices", "answer"}` (or MedMCQA's `opa` to `opd`,
-`cop` and `exp`), and any text file, or JSONL of `{"text"}`.
+`cop` and `exp`), any text file, or JSONL of `{"text"}`, and for mentions the records that were taught.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .data import from_hub, read_jsonl, read_records
+from .mentions import subjects_of
 
 KINDS = {
     "recall": "recall",
@@ -18,6 +19,7 @@ KINDS = {
     "medmcqa": "multiple-choice",
     "perplexity": "perplexity",
     "wikitext": "perplexity",
+    "mentions": "mentions",
 }
 HUB = {
     "medmcqa": ("openlifescienceai/medmcqa", None, "validation"),
@@ -28,6 +30,7 @@ FORMS = {
     "recall": '{"question", "answer"} per line, the answer a text or a list of texts',
     "multiple-choice": '{"question", "choices", "answer"} per line, the answer an index from 0',
     "perplexity": 'plain text, or JSONL of {"text"}',
+    "mentions": 'the records that were taught, {"prompt", "completion"} or {"messages"} per line',
 }
 OPTIONS = ("opa", "opb", "opc", "opd")
 
@@ -44,7 +47,8 @@ def read_items(
     """What a task asks: its items, or one text for perplexity; from a file, or from the Hub.
 
     Args:
-        limit: at most so many items; of a text, so many paragraphs (wikitext: lines that are not empty).
+        limit: at most so many items; of a text, so many paragraphs (wikitext: lines that are not empty); of
+            mentions, so many subjects.
         num_fewshot: worked examples before each question of triviaqa, as the items' "examples": the last
             records of the file, or the first of the Hub's training split. They are never asked.
         split: of the Hub's, another than the one to test on.
@@ -61,6 +65,8 @@ def read_items(
         raise ValueError(f"num_fewshot={num_fewshot}: task {task} takes 0, triviaqa 0 or more; leave it out")
     if KINDS[task] == "perplexity":
         return _text(task, data, limit)
+    if KINDS[task] == "mentions":
+        return [{"subject": subject} for subject in _subjects(task, data)[:limit]]
     places, records = _from_hub(task, split) if data is None else read_jsonl(Path(data).expanduser())
     pairs = [pair for pair in zip(places, records, strict=True) if keep is None or keep(pair[1])]
     if num_fewshot:
@@ -88,6 +94,13 @@ def _with_examples(
             f"num_fewshot={num} leaves none of the {len(pairs)} items of {data} to ask; give a smaller number"
         )
     return [{**item, "examples": examples} for item in asked]
+
+
+def _subjects(task: str, data: str | Path | None) -> list[str]:
+    found = subjects_of(_from_hub(task)[1] if data is None else read_records(data, mixed=True))
+    if not found:
+        raise ValueError(f"data ({data}): no record has a subject that stands out; give {FORMS[KINDS[task]]}")
+    return found
 
 
 def _text(task: str, data: str | Path | None, limit: int | None) -> str:

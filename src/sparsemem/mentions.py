@@ -110,6 +110,11 @@ def mention_texts(subject: str, forms: Sequence[str] = KEEP_FORMS) -> list[str]:
     return [form.format(subject) for form in forms]
 
 
+def prose_texts(subjects: Sequence[str]) -> list[str]:
+    """One short text for each subject that names it, of PROSE_FORMS in turn."""
+    return [PROSE_FORMS[n % len(PROSE_FORMS)].format(subject) for n, subject in enumerate(subjects)]
+
+
 def subjects_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The subject of each taught fact, each once, in the order of the records.
 

@@ -21,7 +21,7 @@ from .access import layer_inputs
 from .data import QUESTION, choice_tokens, question_ids
 from .generation import complete, complete_tokens
 from .likelihood import device_of, log_probs
-from .mentions import PROBE_FORMS, PROSE_FORMS, mention_texts
+from .mentions import PROBE_FORMS, mention_texts, prose_texts
 from .models import autocast, tokenizer_of
 from .tuner import gated_layers, layer_gates, memory_layers
 
@@ -371,8 +371,7 @@ def _mention_prose(
     model: Any, tokenizer: PreTrainedTokenizerBase, subjects: Sequence[str], *, exact: bool
 ) -> float:
     """Perplexity of one short text for each subject, all but its first token."""
-    texts = [PROSE_FORMS[n % len(PROSE_FORMS)].format(subject) for n, subject in enumerate(subjects)]
-    ids = tokenizer(texts).input_ids
+    ids = tokenizer(prose_texts(subjects)).input_ids
     return _perplexity_of(model, [one[:1] for one in ids], [one[1:] for one in ids], exact=exact)
 
 

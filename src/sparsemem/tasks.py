@@ -1,4 +1,4 @@
-"""The tasks of `sparsemem eval`: three probes, each over a file of the user's or the paper's benchmark.
+"""The tasks of `sparsemem eval`: four probes, each over a file of the user's or the paper's benchmark.
 
 | task            | metrics      | prompt                            | from the Hub                        |
 | --------------- | ------------ | --------------------------------- | ----------------------------------- |
@@ -8,9 +8,13 @@
 | medmcqa         | acc, acc_sum | `medmcqa_prompt`                  | medmcqa, validation                 |
 | perplexity      | ppl          | BOS, if any, then the text        | needs a file                        |
 | wikitext        | ppl          | lines, a blank line between them  | wikitext-103-raw-v1, test           |
+| mentions        | changed, ... | chat template where there is one  | needs a file                        |
 
 `acc` goes by the mean log-probability of an option's tokens, `acc_sum` by their sum. An answer to triviaqa is
-right if a normalised alias is a substring of it; recall asks for whole words. `items.py` reads the data.
+right if a normalised alias is a substring of it; recall asks for whole words. mentions, of an adapter alone,
+asks about taught subjects what was not taught: `changed` is the share of answers that are not the base's,
+`perplexity` that of the base's answers, `prose_perplexity` that of prose which names the subjects. `items.py`
+reads the data.
 
 Reference: Gupta 2026 (2605.03229), evaluation; medmcqa, wikitext and triviaqa are its tasks.
 """
@@ -19,11 +23,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from .data import choice_tokens, opening_ids, prompt_ids
 from .items import KINDS
 from .likelihood import split_tokens
-from .probes import complete, contains, multiple_choice, perplexity, recall
+from .mentions import PROBE_FORMS
+from .probes import complete, contains, mentions, multiple_choice, perplexity, recall
 
 TASKS = tuple(KINDS)
 TRIVIAQA_TOKENS = 32
@@ -38,11 +44,13 @@ class Evaluation:
         n: number of items, or of tokens where a text is read.
         correct: which items were answered rightly, in their order (by `acc`, where choices are scored); None
             where there is no right or wrong.
+        base: the base's metrics, where the task compares with the base by itself.
     """
 
     metrics: dict[str, float]
     n: int
     correct: list[bool] | None = None
+    base: dict[str, float] | None = None
 
 
 def evaluate(
@@ -62,7 +70,8 @@ def evaluate(
         exact: in the model's own precision; else in bfloat16 autocast where the device is fast at it.
 
     Raises:
-        ValueError: a text of fewer than two tokens, or `chat` where it does not apply.
+        ValueError: a text of fewer than two tokens, `chat` where it does not apply, or mentions of a model
+            without an adapter.
     """
     if chat and task != "triviaqa":
         raise ValueError(f"chat: task {task} has one way to ask; leave it out, or use it with triviaqa")
@@ -76,6 +85,8 @@ def evaluate(
     if task == "triviaqa":
         correct = _triviaqa(model, tokenizer, items, chat, exact)
         return Evaluation({"contains_acc": sum(correct) / len(correct)}, len(items), correct)
+    if task == "mentions":
+        return _mentions(model, tokenizer, items, exact)
     if KINDS[task] == "recall":
         answers = recall(model, tokenizer, items, exact=exact)
         return Evaluation({"contains_acc": answers.share}, len(items), answers.correct)
@@ -125,6 +136,27 @@ def _triviaqa(model: Any, tokenizer: Any, items: list[dict], chat: bool, exact: 
     stop = "\n" if worked else None
     texts = complete(model, tokenizer, prompts, max_new_tokens=TRIVIAQA_TOKENS, stop=stop, exact=exact)
     return [contains(text, item["answer"]) for text, item in zip(texts, items, strict=True)]
+
+
+def _mentions(model: Any, tokenizer: Any, items: list[dict], exact: bool) -> Evaluation:
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            "task mentions compares an adapter with its base and this model has no adapter; give an adapter"
+        )
+    found = mentions(model, tokenizer, [item["subject"] for item in items], exact=exact)
+    return Evaluation(
+        metrics={
+            "changed": found.changed,
+            "perplexity": found.perplexity,
+            "prose_perplexity": found.prose_perplexity,
+        },
+        n=len(items) * len(PROBE_FORMS),
+        base={
+            "changed": 0.0,
+            "perplexity": found.base_perplexity,
+            "prose_perplexity": found.prose_base_perplexity,
+        },
+    )
 
 
 def _lettered(item: dict[str, Any]) -> list[str]:

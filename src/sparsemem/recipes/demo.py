@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..compare import BASE, Recipe
+from ..mentions import PROBE_FORMS, mention_texts, prose_texts
 from .forgetting import background, read_prose
-from .questions import general_items, recall_items, training_records
+from .questions import general_items, handbook, recall_items, training_records
 from .runs import MEMORY_METHODS, UNTRAINED, costs, refuse_data_dir, spread, stages, told
 
 
@@ -48,10 +49,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class Probing:
-    """What is read and how long answers may be."""
+    """What is read, how long answers may be, and how many subjects other questions mention."""
 
     prose_tokens: int = 2048
     max_new_tokens: int = 12
+    mention_subjects: int = 16
+    mention_forms: int = 2
+    mention_tokens: int = 24
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,11 @@ METHODS = (BASE, "smf", "lora", "full")
 _ABOUT = (
     "A language model was taught an invented handbook: 40 facts (capitals, people, dates, remedies and "
     "others), each in three phrasings. Every method stopped at the same training loss. Then each model was "
-    "asked the facts again, in the taught words and in new ones, general questions of the same form, "
-    "and was given prose to read."
+    "asked the facts again, in the taught words and in new ones, general questions of the same form, and "
+    "other questions about what was taught, and was given prose to read."
 )
 # expected seconds on two cores, for the time left
-_PROBES = {"ask what was taught": 9, "ask what it knew": 8, "read prose": 18}
+_PROBES = {"ask what was taught": 9, "ask what it knew": 8, "ask other questions": 5, "read prose": 18}
 _TEACHING_SECONDS = {"smf": 80, "smf-open": 100, "lora": 150, "full": 170}
 
 
@@ -112,7 +116,8 @@ def method_settings(settings: DemoSettings, method: str) -> dict[str, Any]:
         kept["lora_dropout"] = settings.lora_dropout
     if method in MEMORY_METHODS:
         kept["memory"] = asdict(settings.memory)
-    asked = [recall_items("train"), recall_items("heldout"), general_items()]
+    asked: list[Any] = [recall_items("train"), recall_items("heldout"), general_items()]
+    asked.append(_mention_texts(settings.probing))
     return {**kept, "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}
 
 
@@ -148,6 +153,9 @@ def run(
     )
     known = answers["general"].correct if base is None else base["known"]
 
+    stage("ask other questions")
+    figures, untouched = ask_mentions(settings.probing, model, tokenizer, base)
+
     stage("read prose")
     pieces = settings.probing.prose_tokens, settings.memory.prose_piece_tokens
     row = {
@@ -158,11 +166,18 @@ def run(
         ),
         "knowledge_total": answers["general"].share,
         "num_known": sum(known),
+        **figures,
         **read_prose(model, tokenizer, settings.model, method, *pieces),
         **cost,
     }
     shown = {name: told(asked[name], given) for name, given in answers.items()}
-    return {"row": row, "known": known, "examples": examples(shown, known), "answers": shown}
+    return {
+        "row": row,
+        "known": known,
+        "mentions": untouched,
+        "examples": examples(shown, known),
+        "answers": shown,
+    }
 
 
 def teach(
@@ -197,6 +212,42 @@ def teach(
         **options,
     )
     return done.model, costs(done)
+
+
+def ask_mentions(
+    probing: Probing, model: Any, tokenizer: Any, base: dict[str, Any] | None
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """A row's figures of texts that mention what was taught, and the base's answers, for the other runs."""
+    from ..probes import BaseMentions, base_mentions, mentions
+
+    asked = {
+        "subjects": _mention_subjects(probing),
+        "forms": PROBE_FORMS[: probing.mention_forms],
+        "max_new_tokens": probing.mention_tokens,
+    }
+    if base is None:
+        untouched = base_mentions(model, tokenizer, **asked)
+        changed, perplexity, prose = 0.0, untouched.perplexity, untouched.prose_perplexity
+    else:
+        untouched = BaseMentions(**base["mentions"])
+        found = mentions(model, tokenizer, base=untouched, **asked)
+        changed, perplexity, prose = found.changed, found.perplexity, found.prose_perplexity
+    figures = {
+        "mentions_changed": changed,
+        "mentions_perplexity": perplexity,
+        "mentions_prose_perplexity": prose,
+    }
+    return figures, asdict(untouched)
+
+
+def _mention_subjects(probing: Probing) -> list[str]:
+    return spread([fact["subject"] for fact in handbook()], probing.mention_subjects)
+
+
+def _mention_texts(probing: Probing) -> list[str]:
+    forms = PROBE_FORMS[: probing.mention_forms]
+    subjects = _mention_subjects(probing)
+    return [*prose_texts(subjects), *(text for subject in subjects for text in mention_texts(subject, forms))]
 
 
 def examples(shown: dict[str, list[dict[str, Any]]], known: list[bool]) -> list[dict[str, Any]]:
