@@ -32,7 +32,7 @@ def trained_names(model):
 
 
 def test_lora_trains_all_seven_projections(tiny_llama, taught):
-    model, optimizer, before = prepare(tiny_llama(), "lora", batches=taught)
+    model, optimizer, before, _ = prepare(tiny_llama(), "lora", batches=taught)
     names = trained_names(model)
     assert len(names) == 4 * 7 * 2
     assert all("lora_" in name for name in names)
@@ -43,7 +43,7 @@ def test_lora_trains_all_seven_projections(tiny_llama, taught):
 
 def test_full_trains_everything(tiny_llama, taught):
     base = tiny_llama().requires_grad_(False)
-    model, optimizer, _ = prepare(base, "full", batches=taught, lr=1e-3)
+    model, optimizer, _, _ = prepare(base, "full", batches=taught, lr=1e-3)
     assert model is base
     assert trained_names(model) == dict(model.named_parameters()).keys()
     assert optimizer.defaults["lr"] == 1e-3
@@ -64,7 +64,7 @@ def test_the_memory_reads_late_layers_but_for_what_is_chosen(tiny_llama):
 
 @pytest.mark.parametrize("method", ["smf", "smf-open"])
 def test_sparse_memory_trains_value_rows(tiny_llama, taught, general, method):
-    model, optimizer, before = prepare(tiny_llama(), method, batches=taught, background=general)
+    model, optimizer, before, _ = prepare(tiny_llama(), method, batches=taught, background=general)
     assert isinstance(optimizer, RowAdamW)
     assert all(name.endswith("values") for name in trained_names(model))
     assert [memory.has_scope for memory in gated_layers(memory_layers(model)).values()] == [method == "smf"]
@@ -79,7 +79,7 @@ def test_a_model_with_a_memory_trains_on_and_its_scope_grows(tiny_llama, taught,
     background = calibrate(model, general)
     prepare(model, "smf", batches=taught, background=background)
     sizes = [len(memory.scope_centres) for memory in memory_layers(model).values()]
-    again, _, before = prepare(model, "smf", batches=taught, background=background)
+    again, _, before, _ = prepare(model, "smf", batches=taught, background=background)
     assert again is model
     assert [len(memory.scope_centres) for memory in memory_layers(model).values()] == [
         2 * size for size in sizes
@@ -127,7 +127,7 @@ def test_the_papers_two_stages(tiny_llama, taught, general, mode):
     """Stage 1 trains all of the memory by dense gradients, stage 2 value rows alone."""
     model = get_peft_model(tiny_llama(), retrofit_config(tiny_llama(), mode=mode, **PAPER))
     assert list(memory_layers(model)) == [f"model.layers.{index}.mlp" for index in (1, 2, 3)]
-    _, dense, before = prepare(model, "dense", batches=general)
+    _, dense, before, _ = prepare(model, "dense", batches=general)
     assert before is None
     assert dense.defaults["lr"] == 5e-4
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -142,7 +142,7 @@ def test_the_papers_two_stages(tiny_llama, taught, general, mode):
 
     set_trainable(model, "values")
     background = observe(model, general)
-    rows, optimizer, snapshot = prepare(model, "smf-open", batches=taught, background=background, rule="kl")
+    rows, optimizer, snapshot, _ = prepare(model, "smf-open", batches=taught, background=background, rule="kl")
     assert rows is model
     assert snapshot is not None
     assert all(name.endswith("values") for name in trained_names(model))

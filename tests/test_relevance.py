@@ -21,7 +21,9 @@ def _scope(centres, lo, hi, known=None):
     d = centres.shape[1]
     known = torch.zeros(0, d) if known is None else known
     thresholds = torch.as_tensor(lo), torch.as_tensor(hi)
-    return Scope(torch.zeros(d), torch.eye(d), known, torch.tensor([KNOWN_WEIGHT]), centres, *thresholds)
+    return Scope(
+        torch.zeros(d), torch.eye(d), known, torch.tensor([KNOWN_WEIGHT]), known[:0], centres, *thresholds
+    )
 
 
 def test_gate_is_exactly_zero_below_lo_and_one_above_hi():
@@ -60,10 +62,14 @@ def _around(axis, number, noise, seed=0):
     return torch.nn.functional.normalize(torch.eye(16)[axis] + spread, dim=-1)
 
 
+def _fitted(taught, example, known, general, width=1.0):
+    return thresholds(taught, example, taught, known, torch.ones(len(known)).bool(), general, 0.98, width)
+
+
 def test_thresholds_lie_between_what_is_known_and_what_is_taught():
     taught, known, general = _around(0, 30, 0.1), _around(1, 50, 0.3, seed=1), _around(2, 200, 0.3, seed=2)
     example = torch.arange(30)
-    lo, hi, separable = thresholds(taught, example, taught, [known], general, 0.98)
+    lo, hi, separable = _fitted(taught, example, known, general)
     assert separable
     assert lo < hi < 1
     scope = _scope(taught, [lo] * 30, [hi] * 30, known)
@@ -72,13 +78,13 @@ def test_thresholds_lie_between_what_is_known_and_what_is_taught():
     assert (scope.gate(general) > 0).sum() <= 1
 
     mixed = torch.nn.functional.normalize(torch.randn(30, 16), dim=-1)
-    assert not thresholds(mixed, example, mixed, [mixed + 0.0], general, 0.98)[2]
+    assert not _fitted(mixed, example, mixed + 0.0, general)[2]
 
 
 def test_text_outside_of_answers_raises_lo():
     taught, known = _around(0, 30, 0.1), _around(1, 50, 0.1)
     example, near = torch.arange(30), _around(0, 100, 0.9, seed=2)
-    far, close = (thresholds(taught, example, taught, [known], text, 0.98)[0] for text in (known, near))
+    far, close = (_fitted(taught, example, known, text)[0] for text in (known, near))
     assert close > far
     scope = _scope(taught, [close] * 30, [2.0] * 30, known)
     assert (scope.gate(near) > 0).sum() <= 1
@@ -87,7 +93,7 @@ def test_text_outside_of_answers_raises_lo():
 def test_one_example_is_no_reason_to_warn():
     """Without a second example nothing says how near an unseen wording lies."""
     taught, known = _around(0, 3, 0.05), _around(1, 50, 0.3, seed=1)
-    lo, hi, separable = thresholds(taught, torch.zeros(3).long(), taught, [known], known, 0.98)
+    lo, hi, separable = _fitted(taught, torch.zeros(3).long(), known, known)
     assert separable
     assert lo < hi < 1
 
@@ -96,7 +102,7 @@ def test_the_ramp_is_never_empty():
     """hi == lo would make the gate NaN."""
     taught, known = _around(0, 30, 1e-4), _around(0, 50, 1e-4, seed=1)
     for own in (known, taught):
-        lo, hi, _ = thresholds(taught, torch.arange(30), taught, [own], own, 0.98)
+        lo, hi, _ = _fitted(taught, torch.arange(30), own, own)
         gate = _scope(taught, [lo] * 30, [hi] * 30, own).gate(taught)
         assert gate.isfinite().all()
 

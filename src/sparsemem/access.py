@@ -20,6 +20,10 @@ KIND = "background"
 # States kept per layer, in bfloat16: enough for k-means and for a .999 quantile, bounded whatever the corpus.
 SAMPLE_SIZE = 8_192
 
+# Number and length of the pieces of running text that a background keeps.
+NUM_CONTEXTS, CONTEXT_LENGTH = 32, 24
+_CONTEXTS = "contexts"
+
 _TENSORS = ("counts", "df", "mean", "covariance", "sample", "starts", "answers")
 
 
@@ -56,10 +60,13 @@ class Background:
     Attributes:
         layers: by `memory_layers` name.
         corpus: SHA-256 of the token ids that were counted.
+        contexts: [n, CONTEXT_LENGTH] int64, token ids from the corpus's running text, in which `finetune`
+            sees how the states of taught answers look elsewhere.
     """
 
     layers: dict[str, LayerBackground] = field(default_factory=dict)
     corpus: str | None = None
+    contexts: Tensor | None = None
 
     @classmethod
     def from_counts(
@@ -96,7 +103,7 @@ class Background:
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, written atomically."""
-        tensors: dict[str, Tensor] = {}
+        tensors = {} if self.contexts is None else {_CONTEXTS: self.contexts}
         header: dict[str, Any] = {"corpus": self.corpus, "layers": {}}
         for name, layer in self.layers.items():
             held = {key: getattr(layer, key) for key in _TENSORS}
@@ -121,7 +128,7 @@ class Background:
             if not {"counts", "df"} <= held.keys():
                 raise ArtifactError(f"{path}: layer {name} has no counts; get an undamaged copy")
             layers[name] = LayerBackground(**held, **facts)
-        return cls(layers, header["corpus"])
+        return cls(layers, header["corpus"], tensors.get(_CONTEXTS))
 
 
 def count_accesses(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Background:
@@ -161,8 +168,16 @@ def count_reads(
     return background
 
 
-def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, memory: bool = False):
+def layer_inputs(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    memory: bool = False,
+    further: Mapping[str, nn.Module] | None = None,
+):
     """For each batch: (batch, {layer name: its inputs [tokens, d_in] at unpadded positions}).
+
+    `further` modules' inputs are given beside the layers'.
 
     With `memory=False` the layers pass through, so that the inputs are the base model's. The model runs in
     bfloat16 autocast where that is faster; work on its states is not rounded.
@@ -172,7 +187,8 @@ def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, m
     """
     seen: dict[str, Tensor] = {}
     layers = memory_layers(model)
-    modules = {name: _module_of(model, memory) for name, memory in layers.items()}
+    modules: dict[str, nn.Module] = {name: _module_of(model, memory) for name, memory in layers.items()}
+    modules |= further or {}
     handles = [
         module.register_forward_pre_hook(
             lambda _m, args, kw, name=name: seen.__setitem__(
@@ -188,7 +204,8 @@ def layer_inputs(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, m
     }
     empty = True
     try:
-        off = nullcontext() if memory else memory_off(modules.values())
+        ours = [module for module in modules.values() if isinstance(module, SparseMemoryLayer)]
+        off = nullcontext() if memory else memory_off(ours)
         with torch.no_grad(), precise(model), off, evaluating(model):
             for batch in batches:
                 if not isinstance(batch, Mapping) or "input_ids" not in batch:

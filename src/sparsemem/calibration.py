@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .access import (
+    CONTEXT_LENGTH,
+    NUM_CONTEXTS,
     SAMPLE_SIZE,
     Background,
     LayerBackground,
@@ -60,7 +62,9 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed
     with precise(model):
         for name, memory in layers.items():
             _set_addressing(memory, statistics[name], seed)
-    return _background(model, count_reads(layers, kept or layer_inputs(model, batches)), statistics)
+    background = _background(model, count_reads(layers, kept or layer_inputs(model, batches)), statistics)
+    background.contexts = _contexts(batches)
+    return background
 
 
 @torch.no_grad()
@@ -75,7 +79,9 @@ def observe(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed: 
         ValueError: `batches` is an iterator or is empty.
     """
     statistics, _ = _statistics(model, batches, seed, 0)
-    return _background(model, count_accesses(model, batches), statistics)
+    background = _background(model, count_accesses(model, batches), statistics)
+    background.contexts = _contexts(batches)
+    return background
 
 
 def addressing_report(layer: LayerBackground) -> dict[str, float]:
@@ -126,6 +132,23 @@ def _statistics(
                 statistics[name].starts.add(x[starts.to(x.device)])
                 statistics[name].answers.add(x[goes_on.to(x.device)])
     return statistics, kept
+
+
+def _contexts(batches: Iterable[Mapping[str, Tensor]]) -> Tensor | None:
+    """Pieces of the corpus's running text [n, CONTEXT_LENGTH], from end to end; None where there is none.
+
+    Running text is a row without an answer: all of it is label, or nothing says what is.
+    """
+    pieces: list[Tensor] = []
+    for batch in batches:
+        ids = batch["input_ids"].cpu()
+        mask = batch.get("attention_mask", torch.ones_like(ids)).bool().cpu()
+        for row, (tokens, kept) in enumerate(zip(ids, mask, strict=True)):
+            if "labels" in batch and (batch["labels"][row].cpu()[kept][1:] == -100).any():
+                continue
+            pieces += [p for p in tokens[kept].split(CONTEXT_LENGTH) if len(p) == CONTEXT_LENGTH]
+    chosen = torch.linspace(0, len(pieces) - 1, min(NUM_CONTEXTS, len(pieces))).long().tolist()
+    return torch.stack([pieces[index] for index in chosen]) if pieces else None
 
 
 def _background(

@@ -8,6 +8,7 @@ Reference: Lample 2019 (1907.05242) for the read, Berges 2024 (2412.09764) for `
 additive form mlp(x) + scale * y is the paper's (2605.03229); keys from data and the relevance gate are ours.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -51,7 +52,7 @@ class ProductKeyMemory(nn.Module):
         value_gate: str = "none",
         scale_init: float = 1.0,
         init_weights: bool | str = True,
-        scope_sizes: tuple[int, int] = (0, 0),
+        scope_sizes: Sequence[int] = (0, 0, 0),
     ) -> None:
         super().__init__()
         self.d_in, self.d_out, self.mode, self.write = d_in, d_out, mode, write
@@ -155,10 +156,13 @@ class ProductKeyMemory(nn.Module):
             return scope.gate(x.detach())
 
     def read(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
-        """scale * y [tokens, d_out] float32 of states [tokens, d_in]; `counted` as in `values.read_rows`."""
+        """scale * y [tokens, d_out] float32 of states [tokens, d_in]; `counted` as in `values.read_rows`.
+
+        Of a memory that writes last those reads count that the loss reaches: the others train nothing.
+        """
         slots, weights = self.address(x)
         with torch.autocast(x.device.type, enabled=False):
-            y = read_rows(self.values, slots, weights, self.log, counted)
+            y = read_rows(self.values, slots, weights, self.log, counted, reached=self.write == "last")
             if self.gate_in is not None and self.gate_out is not None:
                 y = F.linear(y * F.silu(F.linear(x.float(), self.gate_in.float())), self.gate_out.float())
             return self.scale.float() * y
@@ -212,7 +216,9 @@ class ProductKeyMemory(nn.Module):
         )
 
 
-def scope_shapes(d: int, num_centres: int = 0, num_known: int = 0) -> dict[str, tuple[int, ...]]:
+def scope_shapes(
+    d: int, num_centres: int = 0, num_known: int = 0, num_task_known: int = 0
+) -> dict[str, tuple[int, ...]]:
     """Shapes of a memory's scope tensors; without centres there is no scope, and all of them are empty."""
     width = d if num_centres else 0
     return {
@@ -220,6 +226,7 @@ def scope_shapes(d: int, num_centres: int = 0, num_known: int = 0) -> dict[str, 
         "scope_whitener": (width, width),
         "scope_known": (num_known, width),
         "scope_known_weight": (1 if num_centres else 0,),
+        "scope_task_known": (num_task_known, width),
         "scope_centres": (num_centres, width),
         "scope_lo": (num_centres,),
         "scope_hi": (num_centres,),

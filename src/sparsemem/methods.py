@@ -2,8 +2,8 @@
 
 | method     | trains                                                | lr   | optimizer                    |
 | ---------- | ----------------------------------------------------- | ---- | ---------------------------- |
-| "smf"      | chosen rows of a memory, within the data's scope      | 0.8  | RowAdamW, a moment per table |
-| "smf-open" | the same without a scope: the paper's way             | 0.8  | RowAdamW, a moment per table |
+| "smf"      | chosen rows of a memory, within the data's scope      | 0.4  | RowAdamW, a moment per table |
+| "smf-open" | the same without a scope: the paper's way             | 0.4  | RowAdamW, a moment per table |
 | "lora"     | r 16, alpha 32, dropout 0.05, all linear projections  | 2e-4 | AdamW without weight decay   |
 | "full"     | every parameter                                       | 5e-5 | AdamW without weight decay   |
 | "dense"    | all of a memory: the paper's retrofit, stage 1        | 5e-4 | AdamW without weight decay   |
@@ -11,7 +11,7 @@
 Reference: 2605.03229 for LoRA, full finetuning and the dense retrofit; the rates of sparse memory are ours.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,18 +21,20 @@ from transformers import PreTrainedModel
 
 from .access import Background
 from .blocks import num_blocks
+from .cached import StateRows, TailHead
 from .calibration import calibrate
 from .config import SparseMemoryConfig
 from .optim import REST_LR, RowAdamW
 from .patch import RowPatch
 from .processes import num_processes, object_of_first, of_first
 from .quirks import ReleaseAdamW
-from .scoping import set_scope
+from .scoping import TAUGHT_SIZE, check_background, set_scope, set_scope_of
 from .selection import Rule, check_selection
 from .tuner import memory_layers, set_trainable
 
-LEARNING_RATES = {"smf": 0.8, "smf-open": 0.8, "lora": 2e-4, "full": 5e-5, "dense": 5e-4}
+LEARNING_RATES = {"smf": 0.4, "smf-open": 0.4, "lora": 2e-4, "full": 5e-5, "dense": 5e-4}
 METHODS = ("smf", "smf-open", "lora", "full")
+MEMORY_METHODS = ("smf", "smf-open")
 # Rows that a step may change, of a table of NUM_KEYS ** 2.
 TOP_T, NUM_KEYS, TOP_K = 1024, 64, 64
 
@@ -42,11 +44,17 @@ Batches = Sequence[Mapping[str, Tensor]]
 
 
 class Prepared(NamedTuple):
-    """A model ready to train, its optimizer, and sparse memory's `RowPatch.snapshot` before training."""
+    """A model ready to train and its optimizer; of sparse memory also its snapshot and its states.
+
+    Attributes:
+        before: `RowPatch.snapshot` before training.
+        states: the head and the states that a tail memory trains on.
+    """
 
     model: PreTrainedModel | PeftModel
     optimizer: torch.optim.Optimizer
     before: dict[str, Tensor] | None
+    states: tuple[TailHead, StateRows] | None = None
 
 
 def check_method(method: str) -> None:
@@ -108,6 +116,8 @@ def prepare(
     moments: str = "table",
     quirks: Sequence[str] = (),
     seed: int = 0,
+    known: Callable[[Background], Batches] | None = None,
+    states: Callable[[PeftModel], tuple[TailHead, StateRows] | None] | None = None,
 ) -> Prepared:
     """Put a method's parameters into the model, in place, and make the optimizer that trains them.
 
@@ -124,6 +134,8 @@ def prepare(
         moments: second moments, see `RowAdamW`; of sparse memory alone.
         quirks: of the authors' release, see `quirks`; of sparse memory alone.
         seed: of calibration and of rule "random".
+        known: gives `set_scope`'s further known states, once there is a background.
+        states: gives the states of the training data, once there is a memory; None: the data is read again.
 
     Raises:
         ValueError: an unknown method, a model with another adapter, or a background that is missing or
@@ -132,7 +144,7 @@ def prepare(
     check_method(method)
     check_selection(top_t, rule)
     lr = LEARNING_RATES[method] if lr is None else lr
-    if method not in ("smf", "smf-open"):
+    if method not in MEMORY_METHODS:
         if quirks:
             raise ValueError(
                 f"quirks={list(quirks)} are of sparse memory and method is {method!r}; give none"
@@ -140,16 +152,23 @@ def prepare(
         model = {"lora": _lora, "full": _full, "dense": _dense}[method](model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return Prepared(model, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True), None)
-    model, background = _with_memory(model, background, seed)
-    background = object_of_first(background)
+    model, own = _with_memory(model, background, seed)
+    general: Background | None = object_of_first(own)
     _take_memories_of_first(model)
     before = RowPatch.snapshot(model)
+    held = None if states is None or quirks else states(model)
     if method == "smf":
-        if background is None:
+        if general is None:
             raise ValueError(
                 "method='smf' needs background=, general text that the new knowledge is told apart from"
             )
-        set_scope(model, batches, background, extend=True)
+        check_background(memory_layers(model), general)
+        also = [] if known is None else known(general)
+        if held is None:
+            set_scope(model, batches, general, extend=True, known=also)
+        else:
+            taught = held[1].supervised(held[0], TAUGHT_SIZE)
+            set_scope_of(model, taught, general, extend=True, known=also)
         _take_memories_of_first(model)
     elif any(memory.has_scope for memory in memory_layers(model).values()):
         raise ValueError(
@@ -157,12 +176,12 @@ def prepare(
         )
     # One second moment per table: rows keep their gradients' proportions (dev/LOG.md, section 4).
     betas = (0.9, 0.95) if moments == "table" else (0.9, 0.999)
-    options: dict[str, Any] = {"top_t": top_t, "rule": rule, "background": background, "moments": moments}
+    options: dict[str, Any] = {"top_t": top_t, "rule": rule, "background": general, "moments": moments}
     options |= {"rest_lr": rest_lr, "betas": betas, "max_grad_norm": MAX_GRAD_NORM, "seed": seed}
     optimizer = (
         ReleaseAdamW(model, lr, quirks=quirks, **options) if quirks else RowAdamW(model, lr, **options)
     )
-    return Prepared(model, optimizer, before)
+    return Prepared(model, optimizer, before, held)
 
 
 def _with_memory(

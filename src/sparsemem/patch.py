@@ -288,7 +288,7 @@ def _problem(held: dict[str, Tensor]) -> str | None:
         return "half of a scope"
     if scope[0] is not None:
         parts = Scope(*(part for part in scope if part is not None))
-        wanted = scope_shapes(len(parts.mean), len(parts.centres), len(parts.known))
+        wanted = scope_shapes(len(parts.mean), len(parts.centres), len(parts.known), len(parts.task_known))
         if any(getattr(parts, key).shape != wanted[f"scope_{key}"] for key in _SCOPE):
             return "a scope whose parts do not fit together"
     return None

@@ -14,8 +14,7 @@ Reference: ours (no paper). The known states are what tells a taught subject fro
 question form; dev/LOG.md has the measurement.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,10 @@ KNOWN_WEIGHT = 0.5
 START_QUANTILE, STATE_QUANTILE = 0.98, 0.999
 # `hi` lies this far on the way from `lo` to where an unseen wording of something taught is expected.
 RAMP = 1 / 3
+# The quantile of taught states' scores, without their own example, that `hi` may reach up to.
+REACH = 0.02
+# Taught states that are drawn to find the thresholds.
+DRAWN_SIZE = 2_048
 # Share of all states of general text that may lie past `lo`.
 GENERAL_SHARE = 2e-4
 # The share of taught states to be in scope, also where taught and known cannot be told apart; the ramp then,
@@ -40,6 +43,7 @@ class Scope:
 
     Attributes:
         mean [d], whitener [d, d], known [num_known, d], known_weight [1]: the space.
+        task_known [num_task_known, d]: known states that belong to what is taught.
         centres [num_centres, d], lo, hi [num_centres]: what is taught in it, with a threshold pair each.
     """
 
@@ -47,6 +51,7 @@ class Scope:
     whitener: Tensor
     known: Tensor
     known_weight: Tensor
+    task_known: Tensor
     centres: Tensor
     lo: Tensor
     hi: Tensor
@@ -60,21 +65,25 @@ class Scope:
     def joined(self, other: "Scope") -> "Scope":
         """The union with a scope of the same space."""
         assert self.same_space(other)
-        mine, theirs = self._rows(), other._rows()
-        return self._with(torch.cat([mine, theirs]))
+        parts = {key: torch.cat([getattr(self, key), getattr(other, key)]) for key in TASK_PARTS}
+        return replace(self, **parts)
 
     def without(self, other: "Scope") -> "Scope | None":
-        """What is left when the other's centres, a block of this scope, are taken away; None if nothing is.
+        """What is left when the other's centres and known states, blocks of this scope's, are taken away.
+
+        Returns:
+            None if nothing is left.
 
         Raises:
-            ValueError: the other's centres are not in this scope.
+            ValueError: the other is not in this scope.
         """
-        mine, block = self._rows(), other._rows()
-        for start in range(len(mine) - len(block), -1, -1):
-            if torch.equal(mine[start : start + len(block)], block):
-                rest = torch.cat([mine[:start], mine[start + len(block) :]])
-                return self._with(rest) if len(rest) else None
-        raise ValueError("these centres are not in the scope")
+        taught = [torch.cat([one.centres, one.lo[:, None], one.hi[:, None]], 1) for one in (self, other)]
+        kept = _rows_without(*taught)
+        if not kept.any():
+            return None
+        known = _rows_without(self.task_known, other.task_known)
+        parts = {"task_known": self.task_known[known]}
+        return replace(self, **parts, **{key: getattr(self, key)[kept] for key in ("centres", "lo", "hi")})
 
     def copy(self) -> "Scope":
         """A copy on the CPU, where a memory layer's own scope is a view of its buffers."""
@@ -85,16 +94,23 @@ class Scope:
     def gate(self, states: Tensor) -> Tensor:
         """g [tokens] float32 in [0, 1] of states [tokens, d]; exactly 0 out of scope."""
         z = whiten(states, self.mean, self.whitener)
-        score = z @ self.centres.T - self.known_weight * nearest_known(z, self.known)[:, None]
+        among_known = torch.maximum(nearest_known(z, self.known), nearest_known(z, self.task_known))
+        score = z @ self.centres.T - self.known_weight * among_known[:, None]
         return ((score - self.lo) / (self.hi - self.lo)).clamp(0, 1).amax(-1)
 
-    def _rows(self) -> Tensor:
-        return torch.cat([self.centres, self.lo[:, None], self.hi[:, None]], 1)
 
-    def _with(self, rows: Tensor) -> "Scope":
-        return Scope(
-            self.mean, self.whitener, self.known, self.known_weight, rows[:, :-2], rows[:, -2], rows[:, -1]
-        )
+# What a scope holds of each taught task; the rest is the space that all of them share.
+TASK_PARTS = ("task_known", "centres", "lo", "hi")
+
+
+def _rows_without(rows: Tensor, block: Tensor) -> Tensor:
+    """[n] bool: which of `rows` [n, k] are left when `block` [m, k], some rows in a row, is taken away."""
+    kept = torch.ones(len(rows), dtype=torch.bool)
+    for start in range(len(rows) - len(block), -1, -1):
+        if torch.equal(rows[start : start + len(block)], block):
+            kept[start : start + len(block)] = False
+            return kept
+    raise ValueError("these centres are not in the scope")
 
 
 def whitening(covariance: Tensor) -> Tensor:
@@ -114,54 +130,53 @@ def thresholds(
     taught: Tensor,
     example: Tensor,
     centres: Tensor,
-    known: Sequence[Tensor],
+    known: Tensor,
+    decides: Tensor,
     general: Tensor,
     quantile: float,
+    width: float,
 ) -> tuple[float, float, bool]:
     """The pair (lo, hi) of one kind of centre from data, and whether taught and known can be told apart.
 
     Every state is scored against the others alone: a known one without itself, a taught one without its own
-    example. Text outside answers has a say too: of `general` at most GENERAL_SHARE may lie past `lo`.
+    example. `lo` lies where known states of the same kind and general text are shut. `hi` lies RAMP of the
+    way from there to the taught states' median, or at their quantile REACH where that is higher: these scores
+    foretell those of unseen wordings, so `hi` need not be lower (dev/LOG.md, section 14).
 
     Args:
         taught: [n, d] whitened taught states of this kind; example: [n] which record each comes from.
         centres: [num_centres, d] of this kind.
-        known: parts [k, d] of the scope's known states; each part has its own quantile.
-        general: [m, d] whitened states of any text.
-        quantile: of a part's scores, where `lo` lies.
+        known: [num_known, d] all known states; decides: [num_known] bool, those of this kind.
+        general: [m, d] whitened states of any text; at most GENERAL_SHARE of them may lie past `lo`.
+        quantile: of the deciding known states' scores, where `lo` lies.
+        width: `lo` is raised to this far below `hi`.
     """
-    everything = torch.cat(list(known))
-    floors = [
-        _share_below(_score(part, centres, everything, own=True), quantile) for part in known if len(part)
-    ]
-    if len(general):
-        floors.append(_share_below(_score(general, centres, everything), 1 - GENERAL_SHARE))
-    lo = max(floors, default=0.0)
-    among_known = KNOWN_WEIGHT * nearest_known(taught, everything)
-    # What is taught must itself be in scope, or it could not be learnt, even where it is as good as known.
-    own = _share_below(1 - among_known, 1 - OWN_SHARE)
-    typical = own
-    if len(example.unique()) > 1:
-        same = example[:, None] == example[None, :]
-        typical = float(((taught @ taught.T).masked_fill(same, -1.0).amax(-1) - among_known).median())
-    if typical > lo and own > lo:
-        return lo, max(min(lo + RAMP * (typical - lo), own), lo + LEAST_RAMP), True
-    lo = min(lo, own - WIDE_RAMP)
-    return lo, lo + WIDE_RAMP, False
-
-
-def _score(states: Tensor, centres: Tensor, known: Tensor, own: bool = False) -> Tensor:
-    """A state's best score over the centres; `own`: the states are known ones, scored without themselves."""
-    if own:
+    lo = 0.0
+    if decides.any():
         # The nearest known state of a known one is itself: the second nearest counts.
-        among = (states @ known.T).topk(2, dim=-1).values[:, 1].clamp_min(0) if len(known) > 1 else 0.0
-    else:
-        among = nearest_known(states, known)
-    return (states @ centres.T).amax(-1) - KNOWN_WEIGHT * among
-
-
-def _share_below(scores: Tensor, share: float) -> float:
-    return float(scores.quantile(share))
+        among = (known[decides] @ known.T).topk(min(2, len(known)), dim=-1).values
+        among = among[:, 1].clamp_min(0) if among.shape[1] > 1 else 0.0
+        lo = float(((known[decides] @ centres.T).amax(-1) - KNOWN_WEIGHT * among).quantile(quantile))
+    if len(general):
+        scores = (general @ centres.T).amax(-1) - KNOWN_WEIGHT * nearest_known(general, known)
+        lo = max(lo, float(scores.quantile(1 - GENERAL_SHARE)))
+    drawn = torch.randperm(len(taught), generator=torch.Generator().manual_seed(0))[:DRAWN_SIZE]
+    among_known = KNOWN_WEIGHT * nearest_known(taught[drawn], known)
+    # What is taught must itself be in scope, or it could not be learnt, even where it is as good as known.
+    own = float((1 - among_known).quantile(1 - OWN_SHARE))
+    alone = None
+    if len(example.unique()) > 1:
+        same = example[drawn][:, None] == example[None, :]
+        alone = (taught[drawn] @ taught.T).masked_fill(same, -1.0).amax(-1) - among_known
+    typical = own if alone is None else float(alone.median())
+    if typical <= lo or own <= lo:
+        lo = min(lo, own - WIDE_RAMP)
+        return lo, lo + WIDE_RAMP, False
+    hi = lo + RAMP * (typical - lo)
+    if alone is not None:
+        hi = max(hi, float(alone.quantile(REACH)))
+    hi = max(min(hi, own), lo + LEAST_RAMP)
+    return max(lo, hi - width), hi, True
 
 
 def k_means(points: Tensor, num_centres: int, generator: torch.Generator, steps: int = 20) -> Tensor:

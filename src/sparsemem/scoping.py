@@ -8,12 +8,14 @@ Reference: ours.
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .access import Background, LayerBackground, layer_inputs, precise, supervised
+from .memory import ProductKeyMemory
 from .relevance import (
     KNOWN_WEIGHT,
     START_QUANTILE,
@@ -32,13 +34,20 @@ logger = logging.getLogger(__name__)
 TAUGHT_SIZE = 8_192
 # Centres that one call of `set_scope` adds at most, and known states of a scope.
 CENTRES_SIZE, KNOWN_SIZE = 1_024, 1_024
+# `lo` lies at most this far below `hi`, at answer starts and within answers, where general text comes near.
+START_WIDTH, WITHIN_WIDTH = 0.15, 0.05
 # A background with fewer answers than this says too little of what is known; its states take their place.
 MIN_STARTS = 32
 
 
 @torch.no_grad()
 def set_scope(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], background: Background, *, extend: bool = False
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    background: Background,
+    *,
+    extend: bool = False,
+    known: Iterable[Mapping[str, Tensor]] = (),
 ) -> None:
     """Set the memory's scope from training data; tokens out of scope then pass as in the base model.
 
@@ -52,24 +61,47 @@ def set_scope(
             many more than TAUGHT_SIZE of them, batches are drawn at random and the others not read.
         background: of `calibrate`, which keeps mean, covariance and a sample of states.
         extend: keep the scope there is and add to it: g is then the largest over both.
+        known: batches like these whose supervised states are known beside the background's: what must stay
+            as it is although it is near to what is taught.
 
     Raises:
         ValueError: no supervised position, or a background without states.
     """
     layers = memory_layers(model)
-    background.check(layers)
-    for name in layers:
-        if background[name].mean is None:
-            raise ValueError(
-                f"background: holds only counts for {name}, a scope also needs mean, covariance and states; "
-                "use the background that calibrate returned"
-            )
+    check_background(layers, background)
     gated = gated_layers(layers)
-    taught: dict[str, list[Tensor]] = {name: [] for name in gated}
+    taught = supervised_states(model, _enough(batches), gated)
+    set_scope_of(model, taught, background, extend=extend, known=known)
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """States at positions whose next label is supervised.
+
+    Attributes:
+        states: by layer name, [n, d_in].
+        example: [n] int64, the record that each comes from.
+        start: [n] bool, whether an answer starts there.
+    """
+
+    states: dict[str, Tensor]
+    example: Tensor
+    start: Tensor
+
+
+def supervised_states(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], layers: Iterable[str]
+) -> Supervised:
+    """States of the base model, float32 on the CPU.
+
+    Raises:
+        ValueError: batches without labels, or none of them supervised.
+    """
+    taught: dict[str, list[Tensor]] = {name: [] for name in layers}
     examples: list[Tensor] = []
     starts: list[Tensor] = []
     num_rows = 0
-    for batch, states in layer_inputs(model, _enough(batches)):
+    for batch, states in layer_inputs(model, batches):
         if "labels" not in batch:
             raise ValueError(
                 "batches: have no 'labels'; a scope is taken from supervised positions, pass labels too"
@@ -78,29 +110,60 @@ def set_scope(
         examples.append(_rows(batch)[chosen] + num_rows)
         num_rows += len(batch["input_ids"])
         starts.append(first[chosen])
-        for name in gated:
+        for name, parts in taught.items():
             x = states[name]
-            taught[name].append(x[chosen.to(x.device)].float().cpu())
-    example, start = torch.cat(examples), torch.cat(starts)
+            parts.append(x[chosen.to(x.device)].float().cpu())
+    example = torch.cat(examples)
     if len(example) == 0:
         raise ValueError(
             "batches: no position is supervised (every label is -100); a scope needs at least one"
         )
-    keep = (
-        torch.randperm(len(example), generator=torch.Generator().manual_seed(0))[:TAUGHT_SIZE].sort().values
-    )
+    return Supervised({name: torch.cat(parts) for name, parts in taught.items()}, example, torch.cat(starts))
+
+
+def set_scope_of(
+    model: nn.Module,
+    taught: Supervised,
+    background: Background,
+    *,
+    extend: bool,
+    known: Iterable[Mapping[str, Tensor]] = (),
+) -> None:
+    """`set_scope` from states that were computed before."""
+    gated = gated_layers(memory_layers(model))
+    known = list(known)
+    also = supervised_states(model, known, gated).states if known else {}
+    keep = _drawn(len(taught.example), TAUGHT_SIZE)
     with precise(model):
         scopes = {
-            name: _scope_of(name, torch.cat(taught[name])[keep], example[keep], start[keep], background[name])
+            name: _scope_of(
+                name,
+                taught.states[name][keep],
+                taught.example[keep],
+                taught.start[keep],
+                background[name],
+                also[name][_drawn(len(also[name]), KNOWN_SIZE)] if known else None,
+            )
             for name in gated
         }
-    joined = {
-        name: _joined(name, memory.scope, scopes[name]) if extend else scopes[name]
-        for name, memory in gated.items()
-    }
+    if extend:
+        scopes = {name: _joined(name, memory.scope, scopes[name]) for name, memory in gated.items()}
     clear_scope(model)
     for name, memory in gated.items():
-        memory.scope = joined[name]
+        memory.scope = scopes[name]
+
+
+def check_background(layers: Mapping[str, ProductKeyMemory], background: Background) -> None:
+    """Raises:
+    ValueError: a background of another memory, or one without states.
+    """
+    background.check(layers)
+    for name in layers:
+        if background[name].mean is None:
+            raise ValueError(
+                f"background: holds only counts for {name}, a scope also needs mean, covariance and states; "
+                "use the background that calibrate returned"
+            )
 
 
 def clear_scope(model: nn.Module) -> None:
@@ -130,7 +193,14 @@ def _joined(name: str, old: Scope | None, new: Scope) -> Scope:
     return old.joined(new)
 
 
-def _scope_of(name: str, states: Tensor, example: Tensor, start: Tensor, layer: LayerBackground) -> Scope:
+def _scope_of(
+    name: str,
+    states: Tensor,
+    example: Tensor,
+    start: Tensor,
+    layer: LayerBackground,
+    also: Tensor | None,
+) -> Scope:
     """The scope of taught states [n, d]; `start` marks answer starts, which get thresholds of their own."""
     assert layer.mean is not None
     assert layer.covariance is not None
@@ -138,6 +208,11 @@ def _scope_of(name: str, states: Tensor, example: Tensor, start: Tensor, layer: 
     mean, whitener = layer.mean.float(), whitening(layer.covariance)
     general = whiten(layer.sample, mean, whitener)
     known, quantile = _known(layer, mean, whitener)
+    task_known = known[0][:0] if also is None else whiten(also, mean, whitener)
+    everything = torch.cat([*known, task_known])
+    # Which part of the background's known states each is of; -1: the task's own, which decide nothing.
+    sizes = torch.tensor([*(len(part) for part in known), len(task_known)])
+    kind_of = torch.tensor([*range(len(known)), -1]).repeat_interleave(sizes)
     taught = whiten(states, mean, whitener)
     kinds = [kind for kind in (start, ~start) if kind.any()]
     parts = []
@@ -145,7 +220,17 @@ def _scope_of(name: str, states: Tensor, example: Tensor, start: Tensor, layer: 
         centres = taught[kind]
         if len(centres) > room:
             centres = F.normalize(k_means(centres, room, torch.Generator().manual_seed(0)), dim=-1)
-        lo, hi, separable = thresholds(taught[kind], example[kind], centres, known, general, quantile)
+        decides = kind_of == (0 if kind is start else len(known) - 1)
+        lo, hi, separable = thresholds(
+            taught[kind],
+            example[kind],
+            centres,
+            everything,
+            decides,
+            general,
+            quantile,
+            START_WIDTH if kind is start else WITHIN_WIDTH,
+        )
         where = "at the start of answers" if kind is start else "within answers"
         if not separable:
             logger.warning(
@@ -156,13 +241,14 @@ def _scope_of(name: str, states: Tensor, example: Tensor, start: Tensor, layer: 
         logger.info("%s, %s: %d centres, lo %.3f, hi %.3f", name, where, len(centres), lo, hi)
         parts.append((centres, *(centres.new_full((len(centres),), value) for value in (lo, hi))))
     centres, lo, hi = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Scope(mean, whitener, torch.cat(known), torch.tensor([KNOWN_WEIGHT]), centres, lo, hi)
+    weight = torch.tensor([KNOWN_WEIGHT])
+    return Scope(mean, whitener, torch.cat(known), weight, task_known, centres, lo, hi)
 
 
 def _known(layer: LayerBackground, mean: Tensor, whitener: Tensor) -> tuple[list[Tensor], float]:
     """The background's known states, answer starts and the rest of answers, and the quantile of `lo`.
 
-    Answer starts decide. The rest of the answers is known too: what began as the base's answer continues so.
+    Each kind decides the thresholds of its own kind of centre. A background with few answers has one part.
     """
     assert layer.sample is not None
     assert layer.starts is not None
@@ -174,6 +260,11 @@ def _known(layer: LayerBackground, mean: Tensor, whitener: Tensor) -> tuple[list
     return [
         whiten(kind[:room], mean, whitener) for kind, room in zip(kinds, rooms, strict=True)
     ], START_QUANTILE
+
+
+def _drawn(number: int, room: int) -> Tensor:
+    """Indices of at most `room` of `number` things, at random, in order."""
+    return torch.randperm(number, generator=torch.Generator().manual_seed(0))[:room].sort().values
 
 
 def _quotas(sizes: list[int], room: int) -> list[int]:

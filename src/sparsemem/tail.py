@@ -116,31 +116,41 @@ def add_reads(
     if not memories:
         return hidden
     flat = {path: states[path].reshape(-1, memory.d_in) for path, memory in memories.items()}
-    out, tokens = hidden.reshape(-1, hidden.shape[-1]), hidden[..., 0].numel()
+    out = hidden.reshape(-1, hidden.shape[-1])
     gate_path, gate_memory = list(memories.items())[-1]
     g = gate_memory.relevance(flat[gate_path])
     if rows is not None:
-        g = g * rows.repeat_interleave(tokens // len(rows))
-    everywhere = rows is None and not gate_memory.has_scope
-    inside = None if everywhere else g.nonzero().squeeze(1)
-    # In training the rows stay in the graph, or a backward pass out of scope would find none.
-    if inside is not None and len(inside) == 0 and not torch.is_grad_enabled():
-        return hidden
-    counted = gate_memory.counted(hidden)
-    if inside is not None:
-        counted = None if counted is None else counted[inside]
-        flat = {path: x[inside] for path, x in flat.items()}
-    y = sum_of_reads(memories, flat, counted)
-    if inside is None:
-        return (out + y.to(out.dtype)).view_as(hidden)
-    return out.index_add(0, inside, (g[inside, None] * y).to(out.dtype)).view_as(hidden)
+        g = g * rows.repeat_interleave(len(out) // len(rows))
+    gate = None if rows is None and not gate_memory.has_scope else g
+    return gated_sum(out, memories, flat, gate).view_as(hidden)
 
 
-def sum_of_reads(
-    memories: Mapping[str, ProductKeyMemory], states: Mapping[str, Tensor], counted: Tensor | None = None
+def gated_sum(
+    hidden: Tensor, memories: Mapping[str, ProductKeyMemory], states: Mapping[str, Tensor], g: Tensor | None
 ) -> Tensor:
-    """sum_l scale_l * read_l(x_l) [tokens, d] float32; states by module path [tokens, d_in]."""
-    reads = [memory.read(states[path], counted) for path, memory in memories.items()]
+    """hidden + g * sum_l scale_l * read_l(x_l), reads at the tokens alone where g > 0.
+
+    A read counts where the loss reaches it, so padding and positions without a label never do.
+
+    Args:
+        hidden: [tokens, d]; not changed.
+        memories: by module path; states: by module path, [tokens, d_in].
+        g: [tokens] float32; None: 1 everywhere.
+    """
+    if g is None:
+        y = _sum_of_reads(memories, states)
+        return hidden + y.to(hidden.dtype)
+    inside = g.nonzero().squeeze(1)
+    # In training the rows stay in the graph, or a backward pass out of scope would find none.
+    if len(inside) == 0 and not torch.is_grad_enabled():
+        return hidden
+    y = _sum_of_reads(memories, {path: x[inside] for path, x in states.items()})
+    return hidden.index_add(0, inside, (g[inside, None] * y).to(hidden.dtype))
+
+
+def _sum_of_reads(memories: Mapping[str, ProductKeyMemory], states: Mapping[str, Tensor]) -> Tensor:
+    """[tokens, d] float32."""
+    reads = [memory.read(states[path]) for path, memory in memories.items()]
     return torch.stack(reads).sum(0) if len(reads) > 1 else reads[0]
 
 

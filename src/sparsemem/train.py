@@ -12,7 +12,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,28 +21,29 @@ from typing import Any
 import datasets
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
 
 from .access import Background
-from .callbacks import METRICS_FILE, MetricsFile, Progress, StopAtLoss, Stopwatch, recent_loss
+from .cached import StateRows, TailHead, collate_states, train_states
+from .callbacks import METRICS_FILE, MetricsFile, StopAtLoss, Stopwatch, recent_loss
 from .data import batches as batched
 from .data import collate, encode, read_records, truncate
+from .elsewhere import answers_elsewhere
 from .footprint import peak_memory
 from .general import general_background, say_shipped
-from .methods import MAX_GRAD_NORM, TOP_T, check_method, prepare
-from .models import autocast, takes, tokenizer_of
+from .methods import MAX_GRAD_NORM, MEMORY_METHODS, TOP_T, check_method, prepare
+from .models import tokenizer_of
 from .optim import REST_LR, RowOptimizer
 from .patch import RowPatch
 from .selection import Rule
+from .trainer import FinetuneTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,10 @@ WARMUP_STEPS = 5
 SAVE_STEPS = 500
 BACKGROUND_BATCH_SIZE = 8
 
-SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+# Passes over the data; a step on cached states costs little, so that sparse memory takes at least so many.
+EPOCHS, MIN_STEPS = 3, 200
+CACHE_BYTES = 2**31
 
 Data = str | Path | Sequence[dict] | Sequence[str] | datasets.Dataset
 
@@ -90,11 +94,12 @@ def finetune(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     background: Background | Data | None = None,
+    keep: Data | None = None,
     output_dir: str | Path | None = None,
     lr: float | None = None,
     rest_lr: float = REST_LR,
     max_steps: int | None = None,
-    epochs: int = 3,
+    epochs: int | None = None,
     batch_size: int = 8,
     gradient_accumulation_steps: int = 1,
     max_length: int | None = None,
@@ -104,10 +109,11 @@ def finetune(
     top_t: int = TOP_T,
     rule: Rule = "grad",
     moments: str = "table",
-    schedule: str = "constant",
+    schedule: str | None = None,
     warmup_steps: int = WARMUP_STEPS,
     validation: Data | None = None,
     quirks: Sequence[str] = (),
+    cache_bytes: int = CACHE_BYTES,
     resume: bool = False,
 ) -> Finetuned:
     """Teach a causal language model, in place, what the data says.
@@ -120,16 +126,22 @@ def finetune(
         background: of sparse memory: the Background that `calibrate` returned, or data (mixed shapes and
             plain strings too) on which a new memory is calibrated; None: `general_background`, for a base
             model.
+        keep: of "smf": records whose answers must stay as they are although they are near to what is taught,
+            such as the base's own answers to other questions about the same subjects (`mention_records`).
         output_dir: where checkpoints and `metrics.jsonl`, one line per step, go; None: nowhere. The finished
             model is the caller's to save.
         rest_lr: of what trains beside value rows (alpha, keys), see `RowAdamW`.
+        epochs: None: EPOCHS, and for sparse memory at least MIN_STEPS steps.
         max_steps: overrides epochs.
         max_length: None: the model's context.
         moments, quirks: of sparse memory, see `RowAdamW` and `quirks`.
-        schedule: "constant" or "cosine" to 0, after `warmup_steps` of linear rise.
+        schedule: "constant", "linear" or "cosine" to 0, after `warmup_steps` of linear rise; None: "linear"
+            for sparse memory, "constant" for the others.
         validation: data whose loss is read before training, after each epoch, and at the end.
         stop_loss: stop as soon as the mean loss of the last epoch's worth of steps is below.
-        resume: take up the last whole checkpoint in output_dir, or begin where there is none.
+        cache_bytes: a tail memory trains on the base's states, computed once; up to so many bytes of them are
+            kept in memory, more in a file beside the checkpoints. 0: every step computes its own.
+        resume: continue from the last whole checkpoint in output_dir, or begin where there is none.
 
     Under torchrun the processes share each step: a step's batch is `batch_size` times their number. The first
     one decides (calibration, scope, selection) and writes.
@@ -137,39 +149,25 @@ def finetune(
     Raises:
         ValueError: bad data or an option out of range, or a loss that is no longer finite.
     """
-    _check(
-        method,
-        schedule,
-        output_dir,
-        resume,
-        epochs=epochs,
-        batch_size=batch_size,
-        max_steps=max_steps,
-        max_length=max_length,
-    )
+    counts = {"epochs": epochs, "batch_size": batch_size, "max_steps": max_steps, "max_length": max_length}
+    _check(method, schedule, output_dir, resume, cache_bytes, **counts)
+    schedule = schedule or ("linear" if method in MEMORY_METHODS else "constant")
     tokenizer = tokenizer or tokenizer_of(model)
     # under an attention mask and labels of -100 any token can pad
     pad: Any = tokenizer.pad_token_id or 0
     length = max_length or getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     examples, truncated = truncate(_examples(data, tokenizer, loss_on), length)
     held_out = None if validation is None else truncate(_examples(validation, tokenizer, loss_on), length)[0]
-    if background is None and method in ("smf", "smf-open") and not isinstance(model, PeftModel):
-        say_shipped()
-        background = general_background()
-    general: Any = background
-    if background is not None and not isinstance(background, Background):
-        general = truncate(_examples(background, tokenizer, "completion", mixed=True), length)[0]
-        general = batched(sorted(general, key=lambda one: len(one["input_ids"])), BACKGROUND_BATCH_SIZE, pad)
+    kept = [] if keep is None else truncate(_examples(keep, tokenizer, "completion"), length)[0]
+    general = _general(background, model, method, tokenizer, length, pad)
 
     with ExitStack() as stack:
-        checkpoints = output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        checkpoint = _last_checkpoint(checkpoints) if resume else None
+        folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        checkpoint = _last_checkpoint(folder) if resume else None
         arguments = TrainingArguments(
-            output_dir=str(checkpoints),
+            output_dir=str(folder),
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps,
-            num_train_epochs=epochs,
-            max_steps=max_steps or -1,
             lr_scheduler_type=SCHEDULES[schedule],
             warmup_steps=warmup_steps,
             eval_strategy="no" if validation is None else "steps",
@@ -189,6 +187,9 @@ def finetune(
         )
         num_batches = math.ceil(math.ceil(len(examples) / batch_size) / arguments.world_size)
         steps_per_epoch = math.ceil(num_batches / gradient_accumulation_steps)
+        least = MIN_STEPS if epochs is None and method in MEMORY_METHODS else 0
+        num_steps = max_steps or max(least, (epochs or EPOCHS) * steps_per_epoch)
+        arguments.max_steps = num_steps
         arguments.eval_steps = steps_per_epoch
         arguments.save_steps = min(steps_per_epoch, SAVE_STEPS)
         # several devices are for torchrun: within one process Trainer would copy the model in every step
@@ -196,7 +197,15 @@ def finetune(
         memory = stack.enter_context(peak_memory(model.to(arguments.device)))  # type: ignore[arg-type]
         stopwatch = Stopwatch()
         set_seed(seed)
-        model, optimizer, before = prepare(
+
+        def known(seen: Background) -> list[dict[str, Tensor]]:
+            elsewhere = answers_elsewhere(examples, tokenizer, seen.contexts)
+            return batched([*elsewhere, *kept], BACKGROUND_BATCH_SIZE, pad)
+
+        def states(prepared: PeftModel) -> tuple[TailHead, StateRows] | None:
+            return train_states(prepared, examples, pad, cache_bytes, folder)
+
+        prepared = prepare(
             model,
             method,
             batches=batched(examples, batch_size, pad),
@@ -208,38 +217,36 @@ def finetune(
             moments=moments,
             quirks=quirks,
             seed=seed,
+            known=known,
+            states=states,
         )
+        model, optimizer = prepared.model, prepared.optimizer
         if isinstance(optimizer, RowOptimizer):
             # it clips what it moves, once, and together
             arguments.max_grad_norm = 0.0
         stack.enter_context(_without_cache(model))
-        trainer = _Trainer(
-            model=model,  # type: ignore[arg-type]
+        head, rows = prepared.states or (None, examples)
+        if head is not None and held_out is not None:
+            held_out = StateRows(head, held_out, cache_bytes, folder)
+        trainer = FinetuneTrainer(
+            head,
+            model=model,
             args=arguments,
-            train_dataset=examples,  # type: ignore[arg-type]
-            data_collator=partial(collate, pad_token_id=pad),
-            eval_dataset=held_out,  # type: ignore[arg-type]
+            train_dataset=rows,
+            data_collator=partial(collate, pad_token_id=pad) if head is None else collate_states,
+            eval_dataset=held_out,
             optimizers=(optimizer, None),
             callbacks=[
                 stopwatch,
                 StopAtLoss(stop_loss, steps_per_epoch),
-                *([MetricsFile(Path(output_dir) / METRICS_FILE)] if output_dir else []),
+                *([MetricsFile(folder / METRICS_FILE)] if output_dir else []),
             ],
         )
-        # the stock callbacks print every log to stdout, which is for results
-        trainer.remove_callback(PrinterCallback)
-        if not arguments.disable_tqdm:
-            trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(Progress)
-        if isinstance(optimizer, RowOptimizer):
-            # it averages over processes itself, and DDP refuses a model where rows alone train
-            prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
-            trainer.accelerator.prepare_model = prepare_model
         reached = None
         if checkpoint is not None:
             reached = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
             stopwatch.go_on(reached)
-        if checkpoint and reached and reached.global_step >= (max_steps or epochs * steps_per_epoch):
+        if checkpoint and reached and reached.global_step >= num_steps:
             # Trainer would look at the number of steps only after one more
             trainer._load_from_checkpoint(checkpoint)
             trainer.state = reached
@@ -264,35 +271,22 @@ def finetune(
         trained_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         peak_bytes=memory.peak_bytes,
         truncated=truncated,
-        patch=None if before is None else RowPatch.diff(model, since=before),
+        patch=None if prepared.before is None else RowPatch.diff(model, since=prepared.before),
         background=getattr(optimizer, "background", None),
     )
 
 
-class _Trainer(Trainer):
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        # the vocabulary's logits are a fifth of a small model's work, and most positions carry no loss
-        if takes(self.model, "logits_to_keep"):  # type: ignore[arg-type]
-            labels = inputs["labels"][:, 1:]
-            kept = (labels != -100).any(dim=0).nonzero().squeeze(1)
-            inputs = {**inputs, "logits_to_keep": kept, "shift_labels": labels[:, kept].contiguous()}
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def log(self, logs, start_time=None):
-        # Trainer's norm is that of `.grad`, which value rows do not have
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if "grad_norm" in logs and isinstance(optimizer, RowOptimizer):
-            logs = {**logs, "grad_norm": float(optimizer.last_grad_norm)}  # type: ignore[arg-type]
-        super().log(logs, start_time)
-
-    def evaluate(self, *args, **kwargs):
-        # reading data draws a random number, and a resumed run does not repeat what came before it
-        with torch.random.fork_rng():
-            return super().evaluate(*args, **kwargs)
-
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
-        # unlike accelerate's mixed precision this leaves model.forward as it was
-        return autocast(self.model)  # type: ignore[arg-type]
+def _general(
+    background: Any, model: Any, method: str, tokenizer: PreTrainedTokenizerBase, length: int, pad: int
+) -> Background | list[dict[str, Tensor]] | None:
+    """The Background that was given, or batches of general text for a new memory."""
+    if background is None and method in MEMORY_METHODS and not isinstance(model, PeftModel):
+        say_shipped()
+        background = general_background()
+    if background is None or isinstance(background, Background):
+        return background
+    general = truncate(_examples(background, tokenizer, "completion", mixed=True), length)[0]
+    return batched(sorted(general, key=lambda one: len(one["input_ids"])), BACKGROUND_BATCH_SIZE, pad)
 
 
 @contextmanager
@@ -306,10 +300,17 @@ def _without_cache(model: Any):
 
 
 def _check(
-    method: str, schedule: str, output_dir: str | Path | None, resume: bool, **counts: int | None
+    method: str,
+    schedule: str | None,
+    output_dir: str | Path | None,
+    resume: bool,
+    cache_bytes: int,
+    **counts: int | None,
 ) -> None:
     check_method(method)
-    if schedule not in SCHEDULES:
+    if cache_bytes < 0:
+        raise ValueError(f"cache_bytes={cache_bytes} is negative; give 0 for no cache, or a number of bytes")
+    if schedule is not None and schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is unknown; allowed are {', '.join(SCHEDULES)}")
     for name, value in counts.items():
         if value is not None and value < 1:

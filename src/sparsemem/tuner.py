@@ -49,7 +49,7 @@ class SparseMemoryModel(BaseTuner):
     def _create_and_replace(
         self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        layer = target
+        layer: SparseMemoryLayer = target
         if not isinstance(target, SparseMemoryLayer):
             kind = SparseMemoryLinear if is_linear(target) else SparseMemoryLayer
             layer = kind(target, current_key, *widths(target, current_key, hidden_size(self.model)))
@@ -71,7 +71,7 @@ class SparseMemoryModel(BaseTuner):
     def _check_merge_allowed(self):
         raise ValueError(CANNOT_MERGE)
 
-    def _post_injection_hook(self, model: nn.Module, config, adapter_name: str) -> None:
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         if _MASK_HOOK not in vars(model):
             vars(model)[_MASK_HOOK] = _MaskHooks(model)
         model.register_state_dict_pre_hook(partial(_note_scope_sizes, config, adapter_name))
@@ -239,7 +239,7 @@ def _note_scope_sizes(config: SparseMemoryConfig, adapter: str, model: nn.Module
     ]
     scopes = {layer.path: layer.sparse_memory_layers[adapter].scope for layer in layers}
     config.scope_sizes = {
-        path: [len(scope.centres), len(scope.known)]  # type: ignore[union-attr,arg-type]
+        path: [len(part) for part in (scope.centres, scope.known, scope.task_known)]
         for path, scope in scopes.items()
         if scope is not None
     }

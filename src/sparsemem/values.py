@@ -35,6 +35,7 @@ def read_rows(
     weights: Tensor,
     log: "ReadLog | None" = None,
     counted: Tensor | None = None,
+    reached: bool = False,
 ) -> Tensor:
     """Sum of value rows, weighted.
 
@@ -44,18 +45,19 @@ def read_rows(
         weights: [tokens, reads] float32.
         log: where the backward pass leaves the reads; None: `values.grad` is the dense gradient, as usual.
         counted: [tokens] bool, False for tokens whose reads do not count (padding); None: all count.
+        reached: count the tokens alone whose gradient is not all zero, instead of `counted`.
 
     Returns:
         [tokens, d] float32.
     """
-    return _ReadRows.apply(values, slots, weights, log, counted)  # type: ignore[return-value]
+    return _ReadRows.apply(values, slots, weights, log, counted, reached)  # type: ignore[return-value]
 
 
 class _ReadRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, slots, weights, log, counted):
+    def forward(ctx, values, slots, weights, log, counted, reached):
         ctx.save_for_backward(values, slots, weights)
-        ctx.log, ctx.counted = log, counted
+        ctx.log, ctx.counted, ctx.reached = log, counted, reached
         return _read(values, slots, weights)
 
     @staticmethod
@@ -68,12 +70,13 @@ class _ReadRows(torch.autograd.Function):
             grad_weights = weight_gradients(values, slots, grad_out)
         if ctx.needs_input_grad[0]:
             if ctx.log is not None:
-                ctx.log.add(slots, weights, grad_out, ctx.counted, len(values))
+                counted = grad_out.any(1) if ctx.reached else ctx.counted
+                ctx.log.add(slots, weights, grad_out, counted, len(values))
             else:
                 product = _by_product(len(values), slots.shape[1])
                 grad_values = _table_gradient(slots, weights, grad_out, len(values), product)
                 grad_values = grad_values.to(values.dtype)
-        return grad_values, None, grad_weights, None, None
+        return grad_values, None, grad_weights, None, None, None
 
 
 def _read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
