@@ -126,6 +126,6 @@ def test_several_devices_in_one_process_are_no_data_parallel_model(monkeypatch):
 
     monkeypatch.setattr(torch.nn, "DataParallel", Wrapped)
     model = get_peft_model(tiny_model(), SparseMemoryConfig(**SMALL))
-    options = {"tokenizer": make_tokenizer(CHAT_TEMPLATE), "background": GENERAL, "max_steps": 1}
-    assert finetune(model, FACTS, "smf-open", **options).steps == 1
+    options = {"tokenizer": make_tokenizer(CHAT_TEMPLATE), "background": GENERAL, "max_steps": 3}
+    assert finetune(model, FACTS, "smf", **options).steps == 3
     assert any(memory.values.any() for memory in memory_layers(model).values())

@@ -243,6 +243,7 @@ def test_data_comes_in_every_form(teach, tmp_path, tokenizer):
     assert teach("smf", max_steps=1, background=mixed).steps == 1
 
 
+@pytest.mark.slow
 def test_a_base_model_without_background_is_calibrated_on_the_general_text_that_ships(
     tiny_llama, tokenizer, caplog
 ):
