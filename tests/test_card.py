@@ -96,9 +96,10 @@ def test_a_card_says_what_was_taught_and_how(home):
     patch = json.loads(done("patch", "show", home / "trained" / "patch.safetensors", "--json"))
     assert r"- data: facts\|\_\*\[x\](y)\<b\>.jsonl, 2 records" in card
     assert metrics["settings"]["records"] in card
-    ((layer, changed),) = patch["layers"].items()
-    figures = ["64", str(changed["rows"]), str(changed["rows"]), str(changed["centres"])]
-    assert rows(card, "model.layers") == [[layer, *figures]]
+    assert rows(card, "model.layers") == [
+        [layer, "64", str(changed["rows"]), str(changed["rows"]), str(changed["centres"])]
+        for layer, changed in patch["layers"].items()
+    ]
     assert rows(card, "steps") == [["steps", "4"]]
     assert rows(card, "sparsemem") == [["sparsemem", metrics["versions"]["sparsemem"]]]
     assert "Nothing yet" in card

@@ -15,6 +15,9 @@ import sparsemem
 from sparsemem import SparseMemoryConfig
 from tiny import SMALL
 
+# nearly all of them are about whole starts of Python
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 # Each name in a process of its own, in which nothing of peft and sparsemem has been imported (but "before").

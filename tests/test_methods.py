@@ -16,6 +16,8 @@ from sparsemem.data import batches, encode
 from sparsemem.methods import memory_config, prepare, retrofit_config
 from sparsemem.tuner import gated_layers
 
+SIZES = {"num_keys": 8, "num_heads": 2, "top_k": 4, "key_dim": 8}
+
 
 @pytest.fixture
 def taught(tokenizer):
@@ -62,6 +64,7 @@ def test_the_memory_reads_late_layers_but_for_what_is_chosen(tiny_llama):
     assert made(num_keys=3)[name].top_k == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["smf", "smf-open"])
 def test_sparse_memory_trains_value_rows(tiny_llama, taught, general, method):
     model, optimizer, before, _ = prepare(tiny_llama(), method, batches=taught, background=general)
@@ -75,7 +78,7 @@ def test_sparse_memory_trains_value_rows(tiny_llama, taught, general, method):
 
 
 def test_a_model_with_a_memory_trains_on_and_its_scope_grows(tiny_llama, taught, general):
-    model = get_peft_model(tiny_llama(), SparseMemoryConfig())
+    model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SIZES))
     background = calibrate(model, general)
     prepare(model, "smf", batches=taught, background=background)
     sizes = [len(memory.scope_centres) for memory in memory_layers(model).values()]
@@ -92,7 +95,7 @@ def test_a_model_with_a_memory_trains_on_and_its_scope_grows(tiny_llama, taught,
 
 
 def test_text_calibrates_an_unwritten_memory_only(tiny_llama, taught, general):
-    model = get_peft_model(tiny_llama(), SparseMemoryConfig())
+    model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SIZES))
     prepare(model, "smf-open", batches=taught, background=general)
     next(iter(memory_layers(model).values())).values.data[0] = 1
     with pytest.raises(ValueError, match="the memory is in use"):
@@ -101,7 +104,7 @@ def test_text_calibrates_an_unwritten_memory_only(tiny_llama, taught, general):
 
 def test_what_does_not_fit_is_refused(tiny_llama, taught, general):
     lora = get_peft_model(tiny_llama(), LoraConfig())
-    memory = get_peft_model(tiny_llama(), SparseMemoryConfig())
+    memory = get_peft_model(tiny_llama(), SparseMemoryConfig(**SIZES))
     background = calibrate(memory, general)
     set_scope(memory, taught, background)
     for model, method, options, message in [

@@ -159,14 +159,16 @@ def test_quirks_are_part_of_an_arms_settings_and_nobody_elses():
 
 
 def test_quirks_change_what_an_arm_learns(compared, tiny, data, tmp_path):
-    shutil.copytree(compared / "stage1", tmp_path / "out" / "stage1")
-    options = ("--seeds", "1", "--methods", "base,additive-kl")
-    result = invoke(*command(tiny, data, tmp_path / "out", *options, quirks=True))
-    assert result.exit_code == 0, result.output
-    rows = [
-        json.loads((out / "runs" / "additive-kl-seed1" / "result.json").read_text())["row"]
-        for out in (compared, tmp_path / "out")
-    ]
+    rows = []
+    for quirks in (False, True):
+        out = tmp_path / str(quirks)
+        shutil.copytree(compared / "stage1" / "dense-additive", out / "stage1" / "dense-additive")
+        shutil.copytree(compared / "runs" / "base", out / "runs" / "base")
+        # at the paper's rate two steps of a tiny model are lost in bfloat16
+        options = ("--seeds", "1", "--methods", "base,additive-kl", "--set=lr.sparse=0.5")
+        result = invoke(*command(tiny, data, out, *options, quirks=quirks))
+        assert result.exit_code == 0, result.output
+        rows.append(json.loads((out / "runs" / "additive-kl-seed1" / "result.json").read_text())["row"])
     assert rows[0]["wikitext"] != rows[1]["wikitext"]
 
 

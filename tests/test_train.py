@@ -12,6 +12,7 @@ from sparsemem.general import general_background
 from sparsemem.train import finetune
 from sparsemem.tuner import gated_layers
 
+SLOW = pytest.mark.slow
 LANDS = ["Velmora", "Karvessa", "Tolgaria", "Dunmarsh", "Quenlia"]
 FACTS = [{"prompt": f"Capital of {land}?", "completion": land[::-1]} for land in LANDS * 2]
 GENERAL = [f"{n} plain words, the square is {n * n}." for n in range(40)]
@@ -42,7 +43,9 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("method", ["smf", "smf-open", "lora", "full"])
+@pytest.mark.parametrize(
+    "method", ["smf", *(pytest.param(m, marks=SLOW) for m in ("smf-open", "lora", "full"))]
+)
 def test_every_method_learns_and_reports(teach, tiny_llama, method, capsys):
     done = teach(method, max_steps=6)
     more = teach(method, max_steps=18)
@@ -116,10 +119,8 @@ def test_rows_and_alpha_are_clipped_once_and_together(tiny_llama, tokenizer, tmp
     assert logged["grad_norm"] == pytest.approx(float(norm), rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "method", ["smf", *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "full"))]
-)
-@pytest.mark.parametrize("stop", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("method", ["smf", *(pytest.param(m, marks=SLOW) for m in ("lora", "full"))])
+@pytest.mark.parametrize("stop", [pytest.param(2, marks=SLOW), 3])
 def test_stopped_and_resumed_is_never_stopped(teach, tmp_path, method, stop):
     options = {"gradient_accumulation_steps": 2, "batch_size": 2}
     whole = teach(method, max_steps=8, **options)
@@ -242,6 +243,7 @@ def test_data_comes_in_every_form(teach, tmp_path, tokenizer):
     assert teach("smf", max_steps=1, background=mixed).steps == 1
 
 
+@pytest.mark.slow
 def test_a_base_model_without_background_is_calibrated_on_the_general_text_that_ships(
     tiny_llama, tokenizer, caplog
 ):

@@ -158,7 +158,7 @@ def train(
     kept: Any = general
     if general is not None:
         set_seed(options["seed"])
-        model = get_peft_model(model, memory_config(model, trainable=trainable))
+        model = get_peft_model(model, memory_config(trainable=trainable))
         if background is None:
             say_shipped()
     elif is_adapter and method in CALIBRATED:
