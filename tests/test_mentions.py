@@ -12,7 +12,8 @@ import torch
 from peft import get_peft_model
 
 from sparsemem import SparseMemoryConfig, memory_layers, models, probes
-from sparsemem.data import encode, prompt_ids
+from sparsemem.data import encode, question_ids
+from sparsemem.generation import answer_tokens
 from sparsemem.mentions import (
     KEEP_FORMS,
     PROBE_FORMS,
@@ -142,16 +143,36 @@ def test_records_to_keep_are_the_bases_own_answers(tiny_llama, tokenizer, plain_
     model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL, init_weights=False))
     made = mention_records(model, tokenizer, RECORDS, forms=KEEP_FORMS[:2], max_new_tokens=5)
     assert made == mention_records(tiny_llama(), tokenizer, RECORDS, forms=KEEP_FORMS[:2], max_new_tokens=5)
-    assert [one["prompt"] for one in made] == [
+    turns = [[turn["content"] for turn in record["messages"]] for record in made]
+    assert [question for question, _ in turns] == [
         text for subject in subjects_of(RECORDS) for text in mention_texts(subject, KEEP_FORMS[:2])
     ]
     base = tiny_llama()
-    for record in made:
-        ids = prompt_ids(record["prompt"], tokenizer)
-        answer = base.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]
-        assert record["completion"] == tokenizer.decode(answer, skip_special_tokens=True)
+    for question, answer in turns:
+        ids = question_ids(question, tokenizer)
+        out = base.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]
+        assert answer == tokenizer.decode(out, skip_special_tokens=True).strip()
     assert all(one["labels"][-1] == tokenizer.eos_token_id for one in encode(made, tokenizer))
     assert mention_records(model, tokenizer, [{"text": "prose"}]) == []
+
+
+def test_without_a_template_an_answer_ends_before_the_next_question(tiny_llama, plain_tokenizer):
+    """A model that says what it is told to."""
+    model, prompt = tiny_llama(max_position_embeddings=512), question_ids("Who?", plain_tokenizer)
+    text = " me\nQuestion: Who?\nAnswer: you"
+    told = plain_tokenizer(text).input_ids
+    forward = model.forward
+
+    def scripted(*args, cache_position=None, **kwargs):
+        out = forward(*args, cache_position=cache_position, **kwargs)
+        done = out.past_key_values.get_seq_length() - len(prompt)
+        out.logits[:, -1] = 0
+        out.logits[:, -1, told[done]] = 1
+        return out
+
+    model.forward = scripted
+    (answer,) = answer_tokens(model, plain_tokenizer, [prompt], max_new_tokens=len(told))
+    assert plain_tokenizer.decode(answer) == " me\nQuestion:"
 
 
 @pytest.fixture
@@ -192,7 +213,7 @@ def test_perplexities_are_of_the_bases_answers_and_of_the_prose(adapted, tokeniz
         pairs = []
         for subject in SUBJECTS:
             for text in mention_texts(subject, PROBE_FORMS[:2]):
-                ids = prompt_ids(text, tokenizer)
+                ids = question_ids(text, tokenizer)
                 out = adapted.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0].tolist()
                 pairs.append((out, len(ids)))
         base = naive_perplexity(adapted, pairs)

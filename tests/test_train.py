@@ -72,7 +72,7 @@ def test_six_steps_have_the_losses_they_always_had(tiny_llama, tokenizer, tmp_pa
     config = SparseMemoryConfig(**SIZES, layers_to_transform=[1, 2], write=write)
     finetune(
         get_peft_model(tiny_llama(), config), FACTS, tokenizer=tokenizer, background=GENERAL, lr=0.3,
-        batch_size=4, max_steps=6, top_t=16, rule="tfidf", moments="row", output_dir=tmp_path,
+        batch_size=4, max_steps=6, top_t=16, rule="tfidf", moments="row", schedule="constant", output_dir=tmp_path,
     )  # fmt: skip
     log = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     losses = [entry["loss"] for entry in log if "loss" in entry]

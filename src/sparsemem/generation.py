@@ -1,12 +1,14 @@
 """Greedy answers to many prompts at once."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .data import QUESTION
 from .likelihood import by_length, device_of, pad_left, read_beginning, rows_of
 from .models import autocast
 
@@ -53,13 +55,14 @@ def complete_tokens(
         exact: in the model's own precision, without autocast.
     """
     model.eval()
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = tokenizer.eos_token_id if ends is None else ends
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends: Any = tokenizer.eos_token_id if own is None else own
+    pad: Any = tokenizer.pad_token_id
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad,
         stop_strings=stop,
     )
     continued: list[list[int]] = [[]] * len(prompts)
@@ -78,8 +81,21 @@ def complete_tokens(
                 tokenizer=tokenizer,
             )
         for index, answer in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
-            continued[index] = _until_end(answer, ends, tokenizer.pad_token_id)
+            continued[index] = _until_end(answer, ends, pad)
     return continued
+
+
+def answer_tokens(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    exact: bool = False,
+) -> list[list[int]]:
+    """`complete_tokens` of questions; without a chat template an answer ends at the next question."""
+    stop = None if tokenizer.chat_template else f"\n{QUESTION}"
+    return complete_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop, exact=exact)
 
 
 def _until_end(tokens: list[int], ends: int | list[int] | None, pad: int | None) -> list[int]:

@@ -150,8 +150,8 @@ def mention_records(
     forms: Sequence[str] = KEEP_FORMS,
     max_new_tokens: int = 24,
     exact: bool = False,
-) -> list[dict[str, str]]:
-    """The base's own answers to questions that name what the records teach, as `prompt` and `completion`.
+) -> list[dict[str, Any]]:
+    """The base's own answers to questions that name what the records teach, as `messages` records.
 
     These records are to be kept, not taught: states among which the relevance gate should stay closed.
 
@@ -164,18 +164,25 @@ def mention_records(
     """
     from peft import PeftModel
 
-    from .data import prompt_ids
-    from .generation import complete_tokens
+    from .data import QUESTION, question_ids
+    from .generation import answer_tokens
 
     asked = [text for subject in subjects_of(records) for text in mention_texts(subject, forms)]
     if not asked:
         return []
-    prompts = [prompt_ids(text, tokenizer) for text in asked]
+    prompts = [question_ids(text, tokenizer) for text in asked]
     with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-        answers = complete_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, exact=exact)
-    # white space is kept: without a chat template it is part of what the base says
+        answers = answer_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, exact=exact)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [{"prompt": text, "completion": answer} for text, answer in zip(asked, texts, strict=True)]
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": answer.partition(f"\n{QUESTION}")[0].strip()},
+            ]
+        }
+        for text, answer in zip(asked, texts, strict=True)
+    ]
 
 
 class _Common:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .access import layer_inputs
 from .data import QUESTION, choice_tokens, question_ids
-from .generation import complete, complete_tokens
+from .generation import answer_tokens, complete
 from .likelihood import device_of, log_probs
 from .mentions import PROBE_FORMS, mention_texts, prose_texts
 from .models import autocast, tokenizer_of
@@ -279,7 +279,7 @@ def mentions(
             f"base: has {len(base.answers)} answers to {len(prompts)} questions; call base_mentions with the "
             "same subjects and forms"
         )
-    answers = complete_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, exact=exact)
+    answers = answer_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, exact=exact)
     return Mentions(
         changed=sum(a != b for a, b in zip(answers, base.answers, strict=True)) / len(answers),
         base_perplexity=base.perplexity,
@@ -304,7 +304,7 @@ def base_mentions(
         ValueError: no subjects or forms.
     """
     prompts = _mention_prompts(tokenizer, subjects, forms)
-    answers = complete_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, exact=exact)
+    answers = answer_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, exact=exact)
     return BaseMentions(
         answers=answers,
         perplexity=_perplexity_of(model, prompts, answers, exact=exact),
