@@ -61,8 +61,8 @@ def test_every_method_learns_and_reports(teach, tiny_llama, method, capsys):
 
 # Made on one thread with torch 2.13. A change that is meant to move them says so; a refactor must not.
 PINNED = {
-    "last": [5.48578, 5.527461, 5.258535, 5.22171, 5.24904, 5.175107],
-    "own": [5.48578, 5.527461, 5.333308, 5.262094, 5.307733, 5.220146],
+    "last": [5.48578, 5.527461, 5.270747, 5.217921, 5.247066, 5.163346],
+    "own": [5.48578, 5.527461, 5.30733, 5.257803, 5.29015, 5.220508],
 }
 
 
@@ -72,7 +72,8 @@ def test_six_steps_have_the_losses_they_always_had(tiny_llama, tokenizer, tmp_pa
     config = SparseMemoryConfig(**SIZES, layers_to_transform=[1, 2], write=write)
     finetune(
         get_peft_model(tiny_llama(), config), FACTS, tokenizer=tokenizer, background=GENERAL, lr=0.3,
-        batch_size=4, max_steps=6, top_t=16, rule="tfidf", moments="row", schedule="constant", output_dir=tmp_path,
+        batch_size=4, max_steps=6, top_t=16, rule="tfidf", moments="row", schedule="constant",
+        output_dir=tmp_path,
     )  # fmt: skip
     log = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     losses = [entry["loss"] for entry in log if "loss" in entry]

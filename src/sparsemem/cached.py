@@ -10,7 +10,7 @@ nothing but itself, and a run without the cache trains the same rows to the bit 
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class TailHead:
 
     def __call__(
         self,
-        states: Tensor | Sequence[Mapping[str, Any]],
+        states: Tensor | Sequence[dict[str, Any]],
         shift_labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ class TailHead:
         hidden, *inputs = states.split(sizes, dim=1)
         return hidden, dict(zip(self.layers, inputs, strict=True))
 
-    def rows_of(self, examples: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def rows_of(self, examples: Sequence[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each few records, in order: states [n, width + sum d_in] float32 on the CPU, and labels [n]."""
         parameter = next(self.model.parameters())
         exact = parameter.dtype == torch.float32 and isinstance(autocast(self.model), nullcontext)
@@ -102,7 +102,7 @@ class TailHead:
             labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
             yield torch.cat(columns, 1), labels[batch["attention_mask"].bool()][predicts]
 
-    def agrees(self, example: Mapping[str, Any]) -> bool:
+    def agrees(self, example: dict[str, Any]) -> bool:
         """Whether the head on cached states gives what the model gives."""
         with torch.no_grad(), autocast(self.model):
             ((states, _),) = self.rows_of([example])
@@ -121,7 +121,7 @@ class StateRows(Dataset):
     """
 
     def __init__(
-        self, head: TailHead, examples: Sequence[Mapping[str, Any]], cache_bytes: int, folder: Path
+        self, head: TailHead, examples: Sequence[dict[str, Any]], cache_bytes: int, folder: Path
     ) -> None:
         """Compute the states, at most `cache_bytes` of them in memory, else in a file in `folder`."""
         self.examples = examples
@@ -136,7 +136,7 @@ class StateRows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         begin, end = self.spans[index]
-        states = dict(self.examples[index]) if self.rows is None else self.rows[begin:end]
+        states = self.examples[index] if self.rows is None else self.rows[begin:end]
         return {"states": states, "labels": self.labels[index]}
 
     def supervised(self, head: TailHead, number: int) -> Supervised:
@@ -144,14 +144,14 @@ class StateRows(Dataset):
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
         sizes = torch.tensor([len(one) for one in self.labels])
         num_drawn = int((sizes[order].cumsum(0) < number).sum()) + 1
-        chosen = order[:num_drawn].sort().values
+        chosen = sorted(order[:num_drawn].tolist())
         if self.rows is None:
             parts = [rows for rows, _ in head.rows_of([self.examples[index] for index in chosen])]
         else:
             parts = [self.rows[slice(*self.spans[index])] for index in chosen]
         _, inputs = head.parts(torch.cat(parts))
         start = [_starts(self.examples[index]["labels"]) for index in chosen]
-        return Supervised(inputs, chosen.repeat_interleave(sizes[chosen]), torch.cat(start))
+        return Supervised(inputs, torch.tensor(chosen).repeat_interleave(sizes[chosen]), torch.cat(start))
 
     def _computed(self, head: TailHead, number: int, cache_bytes: int, folder: Path) -> Tensor:
         width = head.width + sum(memory.d_in for memory in head.layers.values())
@@ -175,7 +175,7 @@ class StateRows(Dataset):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def collate_states(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def collate_states(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch for `TailHead`: states of all supervised positions, or the records, and their labels [n]."""
     states = [item["states"] for item in items]
     labels = torch.cat([item["labels"] for item in items])
@@ -187,7 +187,7 @@ def collate_states(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def train_states(
-    model: Any, examples: Sequence[Mapping[str, Any]], pad_token_id: int, cache_bytes: int, folder: Path
+    model: Any, examples: Sequence[dict[str, Any]], pad_token_id: int, cache_bytes: int, folder: Path
 ) -> tuple[TailHead, StateRows] | None:
     """What a memory trains on in place of the model; None where more trains than a memory that writes last.
 

@@ -37,7 +37,7 @@ def answers_elsewhere(
     answers = rng.sample(answers, min(NUM_ANSWERS, len(answers)))
     made = []
     for answer in answers:
-        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        text = str(tokenizer.decode(list(answer), skip_special_tokens=True)).strip()
         for place in range(NUM_PLACES):
             # as the answer begins, and as a word of running text
             tail = tokenizer((" " if place % 2 else "") + text, add_special_tokens=False).input_ids

@@ -49,7 +49,7 @@ class SparseMemoryModel(BaseTuner):
     def _create_and_replace(
         self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        layer: SparseMemoryLayer = target
+        layer: Any = target
         if not isinstance(target, SparseMemoryLayer):
             kind = SparseMemoryLinear if is_linear(target) else SparseMemoryLayer
             layer = kind(target, current_key, *widths(target, current_key, hidden_size(self.model)))
@@ -237,7 +237,8 @@ def _note_scope_sizes(config: SparseMemoryConfig, adapter: str, model: nn.Module
     layers = [
         m for m in model.modules() if isinstance(m, SparseMemoryLayer) and adapter in m.sparse_memory_layers
     ]
-    scopes = {layer.path: layer.sparse_memory_layers[adapter].scope for layer in layers}
+    held: dict[str, Any] = {layer.path: layer.sparse_memory_layers[adapter] for layer in layers}
+    scopes = {path: memory.scope for path, memory in held.items()}
     config.scope_sizes = {
         path: [len(part) for part in (scope.centres, scope.known, scope.task_known)]
         for path, scope in scopes.items()
