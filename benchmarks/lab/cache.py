@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsemem.data import collate, encode, prompt_ids
-from sparsemem.likelihood import by_length
+from sparsemem.likelihood import by_length, read_beginning, rows_of
 from sparsemem.models import autocast, load_base
 
 LAYERS = (21, 23, 25, 26, 27, 28)
@@ -74,6 +75,11 @@ def states_of_records(name: str, records: Sequence[dict], *, everywhere: bool = 
     return kept(name, [records, everywhere, LAYERS], lambda: _read(encode(records, base()[1]), everywhere))
 
 
+def states_of_examples(name: str, examples: Sequence[dict]) -> States:
+    """States at the supervised positions of token ids with labels."""
+    return kept(name, [examples, LAYERS], lambda: _read(examples, False))
+
+
 def states_of_tokens(name: str, ids: Tensor, window: int = 256) -> States:
     """States of running text at every position, read in windows."""
     examples = [{"input_ids": part.tolist(), "labels": part.tolist()} for part in ids.split(window)]
@@ -102,10 +108,15 @@ def _read(examples: Sequence[dict], everywhere: bool) -> States:
     hooks = [model.model.layers[n].mlp.register_forward_pre_hook(note(n)) for n in LAYERS]
     hooks.append(model.model.norm.register_forward_pre_hook(note("last")))
     parts: dict[int, States] = {}
+    # what all prompts begin with is read once, unless its own positions are wanted
+    shared, beginning = (0, None) if everywhere else read_beginning(model, [e["input_ids"] for e in examples], exact=False)
+    examples = [{key: value[shared:] for key, value in one.items()} for one in examples]
     for chosen in by_length([one["input_ids"] for one in examples], 16, tight=True):
         batch = collate([examples[index] for index in chosen], tokenizer.pad_token_id)
+        mask = F.pad(batch["attention_mask"], (shared, 0), value=1)
+        past = rows_of(beginning, [0] * len(chosen))
         with autocast(model):
-            model(batch["input_ids"], batch["attention_mask"], use_cache=False, logits_to_keep=1)
+            model(batch["input_ids"], mask, past_key_values=past, use_cache=past is not None, logits_to_keep=1)
         for row, index in enumerate(chosen):
             parts[index] = _positions(batch, row, index, seen, everywhere)
     for hook in hooks:

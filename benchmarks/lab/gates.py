@@ -1,5 +1,6 @@
 """The gate of a tail memory on cached states: its space, its thresholds, and what opens it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +55,19 @@ def thresholds(
     own_kind: Tensor,
     prose: Tensor,
     *,
-    quantile: float,
-    prose_quantile: float | None,
+    quantile: float = 0.98,
+    prose_quantile: float | None = 1.0,
+    reach: float | None = 0.02,
+    width: float | None = 0.05,
     ramp: float = RAMP,
-    kept_quantile: float | None = None,
 ) -> tuple[float, float]:
     """The pair (lo, hi) of centres of one kind (answer starts, or positions within answers), from data.
+
+    Every state is scored against the others alone: a known one without itself, a taught one without its own
+    record. `lo` lies where known states of the same kind and prose are shut. `hi` lies `ramp` of the way from
+    there to the median of the taught ones, or, where that is more, at their quantile `reach`: it need not be
+    lower, since these scores foretell those of unseen wordings. `lo` is then raised to `width`
+    below `hi`, unless that is None.
 
     Args:
         taught [n, d], example [n]: whitened taught states of this kind and the record of each.
@@ -73,16 +81,21 @@ def thresholds(
     if prose_quantile is not None:
         among = (prose @ centres.T).amax(-1) - KNOWN_WEIGHT * nearest(prose, known)
         lo = max(lo, float(among.quantile(prose_quantile)))
-    keep = torch.randperm(len(taught), generator=torch.Generator().manual_seed(0))[:2048]
-    same = example[keep][:, None] == example[None, :]
-    among_known = KNOWN_WEIGHT * nearest(taught[keep], known)
-    typical = (taught[keep] @ taught.T).masked_fill_(same, -1.0).amax(-1) - among_known
+    drawn = torch.randperm(len(taught), generator=torch.Generator().manual_seed(0))[:2048]
+    same = example[drawn][:, None] == example[None, :]
+    among_known = KNOWN_WEIGHT * nearest(taught[drawn], known)
+    alone = (taught[drawn] @ taught.T).masked_fill_(same, -1.0).amax(-1) - among_known
+    # What is taught must itself be in scope, or it could not be learnt, even where it is as good as known.
     own = float((1 - among_known).quantile(1 - OWN_SHARE))
-    typical = float(typical.median())
-    if typical > lo and own > lo:
-        return lo, min(lo + ramp * (typical - lo), own)
-    lo = min(lo, own - LEAST_RAMP)
-    return lo, lo + LEAST_RAMP
+    typical = float(alone.median())
+    if typical <= lo or own <= lo:
+        lo = min(lo, own - LEAST_RAMP)
+        return lo, lo + LEAST_RAMP
+    hi = min(lo + ramp * (typical - lo), own)
+    if reach is not None:
+        hi = min(max(hi, float(alone.quantile(reach))), own)
+        lo = lo if width is None else max(lo, hi - width)
+    return lo, hi
 
 
 def fit(
@@ -91,17 +104,23 @@ def fit(
     start: Tensor,
     space: dict[str, Tensor],
     options: dict,
-    extra: tuple[Tensor, Tensor] | None = None,
+    extra: Sequence[Tensor] = (),
 ) -> Gate:
     """A gate from taught states [n, d].
 
     Args:
         space: of `space_of`: mean, whitener, known, known_start, prose.
         options: "kinds" (a pair of thresholds for each kind), "start_quantile", "within_quantile",
-            "prose_quantile", "ramp".
-        extra: further known states and which of them are starts; they do not decide where `lo` lies.
+            "prose_quantile", "ramp", "reach", "start_width", "width".
+        extra: further known states; they do not decide where `lo` lies.
     """
     mean, whitener, known, known_start = (space[k] for k in ("mean", "whitener", "known", "known_start"))
+    more = [whiten(one, mean, whitener) for one in extra]
+    more += [space["prose"]] if options["prose_known"] else []
+    if options["kinds"]:
+        known = torch.cat([known, *more])
+    inside = torch.cat([~known_start, torch.zeros(len(known) - len(known_start), dtype=torch.bool)])
+    known_start = torch.cat([known_start, torch.zeros(len(known) - len(known_start), dtype=torch.bool)])
     keep = torch.randperm(len(taught), generator=torch.Generator().manual_seed(0))[:TAUGHT_SIZE].sort().values
     z, example, start = whiten(taught[keep], mean, whitener), example[keep], start[keep]
     if not options["kinds"]:
@@ -121,18 +140,18 @@ def fit(
                 example[flag],
                 centres,
                 known,
-                known_start if name == "start" else ~known_start,
+                known_start if name == "start" else inside,
                 space["prose"],
                 quantile=options[f"{name}_quantile"],
-                prose_quantile=options["prose_quantile"],
-                ramp=options["ramp"],
+                width=options["start_width"] if name == "start" else options["width"],
+                **{key: options[key] for key in ("prose_quantile", "ramp", "reach")},
             )
             parts.append(centres)
             los.append(centres.new_full((len(centres),), pair[0]))
             his.append(centres.new_full((len(centres),), pair[1]))
         centres, lo, hi = torch.cat(parts), torch.cat(los), torch.cat(his)
-    if extra is not None:
-        known = torch.cat([known, whiten(extra[0], mean, whitener)])
+    if not options["kinds"]:
+        known = torch.cat([known, *more])
     return Gate(mean, whitener, known, centres, lo, hi)
 
 

@@ -31,8 +31,9 @@ OUT = Path(__file__).resolve().parent.parent / "results" / "lab.jsonl"
 DEFAULTS = {
     "reads": [23, 26, 28], "gate": "28",
     "kinds": False, "start_quantile": 0.98, "within_quantile": 0.98, "prose_quantile": None, "ramp": 1 / 3,
+    "reach": None, "start_width": None, "width": 0.1, "prose_known": False,
     "lr": 0.4, "decay": "linear", "steps": 200, "batch": 8, "top_t": 1024, "stop_loss": None,
-    "keep": 0, "linear": [], "linear_lr": 0.05, "bound": None, "known": 1024, "common": 1000,
+    "keep": 0, "elsewhere": 0, "linear": [], "linear_lr": 0.05, "bound": None, "known": 1024, "common": 1000,
 }  # fmt: skip
 
 
@@ -48,10 +49,11 @@ def tail_of(options: dict, name: str, taught: states_.States, seed: int) -> rows
             )
         if layer in gated:
             around = space_of(seed, layer, options["known"])
-            extra = None
+            extra = []
             if options["keep"]:
-                kept = texts.keep(options["keep"])
-                extra = kept.layer(layer), kept.start
+                extra.append(texts.keep(options["keep"]).layer(layer))
+            if options["elsewhere"]:
+                extra.append(texts.elsewhere(taught, options["elsewhere"], seed).layer(layer))
             gates[layer] = fit(taught.layer(layer), taught.example, taught.start, around, options, extra)
     tables = {layer: rows.Table(torch.zeros(rows.NUM_SLOTS, 576)) for layer in memories}
     linear = {layer: rows.Table(torch.zeros(576, 576)) for layer in options["linear"]}
@@ -127,7 +129,7 @@ def mean(flags: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", choices=("handbook", "chapters"))
-    parser.add_argument("trials", nargs="+", type=json.loads)
+    parser.add_argument("trials", nargs="*", type=json.loads)
     parser.add_argument("--folds", default="0,1,2,3")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()

@@ -2,12 +2,13 @@
 `prose("probe")`, the prose that recipes read, which is for reporting alone."""
 
 import json
+import random
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from cache import States, base, kept, states_of_choices, states_of_records, states_of_tokens
+from cache import States, base, kept, states_of_choices, states_of_examples, states_of_records, states_of_tokens
 
 from sparsemem.probes import complete, is_right
 from sparsemem.data import prompt_ids
@@ -71,6 +72,25 @@ def general_text(seed: int) -> tuple[States, int]:
     records = [{"text": one} if isinstance(one, str) else one for one in texts]
     num_chats = sum("messages" in one for one in records)
     return states_of_records(f"background{seed}", records, everywhere=True), num_chats
+
+
+def elsewhere(taught: States, num_contexts: int, seed: int) -> States:
+    """Each taught answer in the midst of background prose, where it is nobody's answer: its states within."""
+    tokenizer = base()[1]
+    prose_ids = tokens(tokenizer, topics()[0], 2048).tolist()
+    rng = random.Random(seed)
+    answers = sorted({tuple(taught.label[taught.example == n].tolist()) for n in taught.example.unique()})
+    examples = []
+    for answer in answers:
+        text = tokenizer.decode(answer[:-1])
+        for context in range(num_contexts):
+            at = rng.randrange(len(prose_ids) - 24)
+            # as the answer begins, and as a word of running text
+            tail = tokenizer((" " if context % 2 else "") + text, add_special_tokens=False).input_ids
+            ids = prose_ids[at : at + 24] + tail + [tokenizer.eos_token_id]
+            examples.append({"input_ids": ids, "labels": [-100] * 24 + ids[24:]})
+    states = states_of_examples(f"elsewhere{num_contexts}", examples)
+    return states[~states.start]
 
 
 def prose(part: str) -> States:
