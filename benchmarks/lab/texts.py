@@ -1,0 +1,149 @@
+"""What the lab teaches and asks: data sets as cached states. Nothing here is in a recipe's reported probes but
+`prose("probe")`, the prose that recipes read, which is for reporting alone."""
+
+import json
+import random
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from cache import States, base, kept, states_of_choices, states_of_examples, states_of_records, states_of_tokens
+
+from sparsemem.probes import complete, is_right
+from sparsemem.data import prompt_ids
+from sparsemem.recipes.chapters import chapter_items
+from sparsemem.recipes.forgetting import background, tokens
+from sparsemem.recipes.questions import prose as topics
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+import choose  # noqa: E402
+
+NUM_FOLDS = 4
+# Of texts that name a subject: those that a user could make from the data, and those that are asked.
+KEEP_FORMS = (
+    "Write one sentence about {}.",
+    "How old is {}?",
+    "Tell me a story about {}.",
+    "Is {} famous?",
+    "What do you think of {}?",
+    "What does the name {} mean?",
+    "Write a short poem that mentions {}.",
+    "Explain to a child what {} is.",
+)
+OTHER_FORMS = ("What colour is {}?", "Why do people like {}?", "Translate into French: I have heard of {}.")
+
+
+def handbook() -> tuple[States, torch.Tensor]:
+    """The choosing handbook, all wordings, and the fold [examples] (left-out wording) of each record."""
+    items, folds = [], []
+    for fold in range(NUM_FOLDS):
+        heldout = choose.handbook(fold)[1]
+        items += heldout
+        folds += [fold] * len(heldout)
+    records = [{"prompt": item["question"], "completion": item["answer"]} for item in items]
+    return states_of_records("handbook", records), torch.tensor(folds)
+
+
+def general() -> States:
+    """The base's own right answers to general questions."""
+    items = choose.general()
+    return _own_answers("general", [item["question"] for item in items], 12, items)
+
+
+def mentions(forms: tuple[str, ...], name: str) -> States:
+    """The base's own answers to questions that name a taught subject, each form for all subjects in turn."""
+    lines = (HERE.parent / "choosing" / "handbook.jsonl").read_text(encoding="utf-8").splitlines()
+    subjects = [json.loads(line)["subject"] for line in lines]
+    return _own_answers(name, [form.format(subject) for form in forms for subject in subjects], 24)
+
+
+def keep(num_forms: int) -> States:
+    """`mentions` of the first forms that are known ones."""
+    parts = [mentions((form,), f"keep-{n}") for n, form in enumerate(KEEP_FORMS[:num_forms])]
+    flat = (torch.cat([getattr(part, f.name) for part in parts]) for f in fields(States)[1:])
+    return States(torch.cat([part.x for part in parts], 1), *flat)
+
+
+def general_text(seed: int) -> tuple[States, int]:
+    """The recipes' background at every position, and the number of chats in it; pieces of prose follow."""
+    texts = background(seed, base()[1], 2048, 256)
+    records = [{"text": one} if isinstance(one, str) else one for one in texts]
+    num_chats = sum("messages" in one for one in records)
+    return states_of_records(f"background{seed}", records, everywhere=True), num_chats
+
+
+def elsewhere(taught: States, num_contexts: int, seed: int) -> States:
+    """Each taught answer in the midst of background prose, where it is nobody's answer: its states within."""
+    tokenizer = base()[1]
+    prose_ids = tokens(tokenizer, topics()[0], 2048).tolist()
+    rng = random.Random(seed)
+    answers = sorted({tuple(taught.label[taught.example == n].tolist()) for n in taught.example.unique()})
+    examples = []
+    for answer in answers:
+        text = tokenizer.decode(answer[:-1])
+        for context in range(num_contexts):
+            at = rng.randrange(len(prose_ids) - 24)
+            # as the answer begins, and as a word of running text
+            tail = tokenizer((" " if context % 2 else "") + text, add_special_tokens=False).input_ids
+            ids = prose_ids[at : at + 24] + tail + [tokenizer.eos_token_id]
+            examples.append({"input_ids": ids, "labels": [-100] * 24 + ids[24:]})
+    states = states_of_examples(f"elsewhere{num_contexts}", examples)
+    return states[~states.start]
+
+
+def prose(part: str) -> States:
+    """"probe": what recipes read; "choose": 4,096 later tokens of the same source; "wiki": 4,096 of WikiText-2."""
+    tokenizer = base()[1]
+    if part == "wiki":
+        file = HERE.parents[1] / ".." / "shared" / "data" / "wikitext2_raw_test.txt"
+        ids = tokens(tokenizer, file.read_text(encoding="utf-8"), 4096)
+    else:
+        ids = tokens(tokenizer, topics()[1], 3072 + 4096)
+        ids = ids[:2048] if part == "probe" else ids[3072:]
+    return states_of_tokens(f"prose-{part}", ids)
+
+
+def chapters(num_train: int = 1600, num_asked: int = 200) -> tuple[States, States, list[int]]:
+    """Of the medical recipe's training records: some to teach, and choices of others of disjoint categories."""
+    items = chapter_items(2400, 400)[0]
+    taught = items[:num_train]
+    categories = {item["code"][:3] for item in taught}
+    asked = [item for item in items[num_train:] if item["code"][:3] not in categories][:num_asked]
+    assert len(asked) == num_asked
+    records = [{"prompt": item["question"], "completion": item["choices"][item["answer"]]} for item in taught]
+    return states_of_records("chapters", records), *states_of_choices("chapters-asked", asked)
+
+
+def _own_answers(name: str, questions: list[str], length: int, items: list[dict] | None = None) -> States:
+    model, tokenizer = base()
+
+    def ask() -> list[str]:
+        ids = [prompt_ids(question, tokenizer) for question in questions]
+        return complete(model, tokenizer, ids, max_new_tokens=length, batch_size=40)
+
+    answers = kept(f"{name}-answers", [questions, length], ask)
+    pairs = list(zip(questions, answers, items or questions, strict=True))
+    right = [(q, a) for q, a, item in pairs if a and (items is None or is_right(a, item["answer"]))]
+    return states_of_records(name, [{"prompt": question, "completion": answer} for question, answer in right])
+
+
+if __name__ == "__main__":
+    import time
+
+    torch.set_num_threads(1)
+    for label, make in {
+        "handbook": lambda: handbook()[0],
+        "general": general,
+        "prose-probe": lambda: prose("probe"),
+        **{f"background{seed}": lambda seed=seed: general_text(seed)[0] for seed in range(NUM_FOLDS)},
+        "prose-choose": lambda: prose("choose"),
+        "prose-wiki": lambda: prose("wiki"),
+        "mentions": lambda: mentions(OTHER_FORMS, "mentions-other"),
+        "chapters": lambda: chapters()[0],
+        "keep": lambda: keep(len(KEEP_FORMS)),
+    }.items():
+        began = time.time()
+        found = make()
+        print(label, len(found), int(found.start.sum()), f"{time.time() - began:.1f} s", flush=True)
