@@ -145,7 +145,9 @@ def test_the_papers_two_stages(tiny_llama, taught, general, mode):
 
     set_trainable(model, "values")
     background = observe(model, general)
-    rows, optimizer, snapshot, _ = prepare(model, "smf-open", batches=taught, background=background, rule="kl")
+    rows, optimizer, snapshot, _ = prepare(
+        model, "smf-open", batches=taught, background=background, rule="kl"
+    )
     assert rows is model
     assert snapshot is not None
     assert all(name.endswith("values") for name in trained_names(model))
