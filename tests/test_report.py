@@ -12,6 +12,9 @@ from sparsemem.report import rebuild_report, text_examples, write_report
 from sparsemem.results import LEARNT, LOST
 from sparsemem.tables import text_table
 
+# figures are drawn
+pytestmark = pytest.mark.slow
+
 RESULTS = {
     "recipe": "demo",
     "model": "tiny",

