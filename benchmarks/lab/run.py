@@ -4,9 +4,9 @@
     python benchmarks/lab/run.py chapters '{"steps": 600}'
     python benchmarks/lab/run.py --table
 
-Options are those of DEFAULTS. "handbook": the choosing handbook with one wording of each fact left out and then
-asked (the fold is the seed too). "chapters": 1,600 of the medical recipe's training records, 200 others asked.
-One line per finished trial in the results file; a finished trial is skipped.
+Options are those of DEFAULTS. "handbook": the choosing handbook with one wording of each fact left out and
+then asked (the fold is the seed too). "chapters": 1,600 of the medical recipe's training records, 200 others
+asked. One line per finished trial in the results file; a finished trial is skipped.
 """
 
 import argparse

@@ -8,7 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from cache import States, base, kept, states_of_choices, states_of_examples, states_of_records, states_of_tokens
+from cache import States, base, kept, states_of_choices, states_of_examples, states_of_records,
+states_of_tokens
 
 from sparsemem.probes import complete, is_right
 from sparsemem.data import prompt_ids

@@ -38,6 +38,7 @@ from .data import collate, encode, read_records, truncate
 from .elsewhere import answers_elsewhere
 from .footprint import peak_memory
 from .general import general_background, say_shipped
+from .mentions import KEEP_FORMS, mention_records, subjects_of
 from .methods import MAX_GRAD_NORM, MEMORY_METHODS, TOP_T, check_method, prepare
 from .models import tokenizer_of
 from .optim import REST_LR, RowOptimizer
@@ -56,6 +57,8 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "
 # Passes over the data; a step on cached states costs little, so that sparse memory takes at least so many.
 EPOCHS, MIN_STEPS = 3, 200
 CACHE_BYTES = 2**31
+# Other questions about each taught subject, tokens of their answers, and subjects that are facts, at most.
+MENTION_FORMS, MENTION_LENGTH, MENTION_SUBJECTS = 4, 12, 256
 
 Data = str | Path | Sequence[dict] | Sequence[str] | datasets.Dataset
 
@@ -95,6 +98,7 @@ def finetune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     background: Background | Data | None = None,
     keep: Data | None = None,
+    mentions: int = MENTION_FORMS,
     output_dir: str | Path | None = None,
     lr: float | None = None,
     rest_lr: float = REST_LR,
@@ -127,7 +131,10 @@ def finetune(
             plain strings too) on which a new memory is calibrated; None: `general_background`, for a base
             model.
         keep: of "smf": records whose answers must stay as they are although they are near to what is taught,
-            such as the base's own answers to other questions about the same subjects (`mention_records`).
+            whatever they are about.
+        mentions: of "smf": other questions about each taught subject, so many, whose answers by the base are
+            kept too (`mention_records`). Not for more than MENTION_SUBJECTS subjects, which are a domain
+            rather than facts, nor for data without prompts. 0: none.
         output_dir: where checkpoints and `metrics.jsonl`, one line per step, go; None: nowhere. The finished
             model is the caller's to save.
         rest_lr: of what trains beside value rows (alpha, keys), see `RowAdamW`.
@@ -149,6 +156,8 @@ def finetune(
     Raises:
         ValueError: bad data or an option out of range, or a loss that is no longer finite.
     """
+    if not 0 <= mentions <= len(KEEP_FORMS):
+        raise ValueError(f"mentions={mentions} is out of range; give 0 to {len(KEEP_FORMS)} question forms")
     counts = {"epochs": epochs, "batch_size": batch_size, "max_steps": max_steps, "max_length": max_length}
     _check(method, schedule, output_dir, resume, cache_bytes, **counts)
     schedule = schedule or ("linear" if method in MEMORY_METHODS else "constant")
@@ -159,6 +168,7 @@ def finetune(
     examples, truncated = truncate(_examples(data, tokenizer, loss_on), length)
     held_out = None if validation is None else truncate(_examples(validation, tokenizer, loss_on), length)[0]
     kept = [] if keep is None else truncate(_examples(keep, tokenizer, "completion"), length)[0]
+    mentioned = data if method == "smf" and mentions else []
     general = _general(background, model, method, tokenizer, length, pad)
 
     with ExitStack() as stack:
@@ -197,6 +207,7 @@ def finetune(
         memory = stack.enter_context(peak_memory(model.to(arguments.device)))  # type: ignore[arg-type]
         stopwatch = Stopwatch()
         set_seed(seed)
+        kept = [*kept, *_mention_examples(model, mentioned, tokenizer, mentions)]
 
         def known(seen: Background) -> list[dict[str, Tensor]]:
             elsewhere = answers_elsewhere(examples, tokenizer, seen.contexts)
@@ -274,6 +285,21 @@ def finetune(
         patch=None if prepared.before is None else RowPatch.diff(model, since=prepared.before),
         background=getattr(optimizer, "background", None),
     )
+
+
+def _mention_examples(model: Any, data: Any, tokenizer: PreTrainedTokenizerBase, number: int) -> list[dict]:
+    """The base's own answers to other questions about what the data teaches, encoded."""
+    if not isinstance(data, str | Path):
+        data = [record for record in data if isinstance(record, dict) and "input_ids" not in record]
+    records = read_records(data) if data else []
+    subjects = subjects_of(records) if any("text" not in record for record in records) else []
+    if not subjects:
+        return []
+    if len(subjects) > MENTION_SUBJECTS:
+        logger.info("%d subjects are a domain, so other questions about them are not kept", len(subjects))
+        return []
+    options = {"forms": KEEP_FORMS[:number], "max_new_tokens": MENTION_LENGTH}
+    return encode(mention_records(model, tokenizer, records, **options), tokenizer)
 
 
 def _general(

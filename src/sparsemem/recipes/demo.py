@@ -22,19 +22,24 @@ from .runs import MEMORY_METHODS, UNTRAINED, costs, refuse_data_dir, spread, sta
 
 @dataclass(frozen=True)
 class Teaching:
-    """How every method is taught; each has the learning rate that forgets least at recall 0.95."""
+    """How every method is taught.
+
+    Rivals stop at a loss, each with the learning rate that forgets least at recall 0.95. Sparse memory takes
+    a number of steps, its rate decaying: its steps are on cached states.
+    """
 
     stop_loss: float = 0.05
     max_epochs: int = 20
     batch_size: int = 8
+    memory_steps: int = 200
     lr: Mapping[str, float] = field(
-        default_factory=lambda: {"smf": 0.8, "smf-open": 0.8, "lora": 2e-4, "full": 2e-5}
+        default_factory=lambda: {"smf": 0.4, "smf-open": 0.4, "lora": 2e-4, "full": 2e-5}
     )
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The sparse memory, and the prose in its background; layers None: one late layer."""
+    """The sparse memory, and the prose in its background; layers None: three late ones."""
 
     layers: tuple[int, ...] | None = None
     num_keys: int = 64
@@ -74,9 +79,9 @@ SETTINGS = DemoSettings()
 METHODS = (BASE, "smf", "lora", "full")
 _ABOUT = (
     "A language model was taught an invented handbook: 40 facts (capitals, people, dates, remedies and "
-    "others), each in three phrasings. Every method stopped at the same training loss. Then each model was "
-    "asked the facts again, in the taught words and in new ones, general questions of the same form, and "
-    "other questions about what was taught, and was given prose to read."
+    "others), each in three phrasings. Then each model was asked the facts again, in the taught words and in "
+    "new ones, general questions of the same form, and other questions about what was taught, and was given "
+    "prose to read."
 )
 # expected seconds on two cores, for the time left
 _PROBES = {"ask what was taught": 9, "ask what it knew": 8, "ask other questions": 5, "read prose": 18}
@@ -197,17 +202,18 @@ def teach(
         model = _with_memory(memory, model)
         general = background(seed, tokenizer, memory.prose_tokens, memory.prose_piece_tokens)
         options = {"background": general, "top_t": memory.top_t, "rule": memory.rule}
+        options["max_steps"] = teaching.memory_steps
     elif method == "lora":
         model = _with_lora(settings.lora_dropout, model)
+    if method not in MEMORY_METHODS:
+        options = {"epochs": teaching.max_epochs, "stop_loss": teaching.stop_loss}
     done = finetune(
         model,
         records,
         method,
         tokenizer=tokenizer,
         lr=teaching.lr[method],
-        epochs=teaching.max_epochs,
         batch_size=teaching.batch_size,
-        stop_loss=teaching.stop_loss,
         seed=seed,
         **options,
     )
