@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Below this share of slots in use, or of the entropy of uniform reads, the addressing counts as collapsed.
 COLLAPSE = 0.5
+# States that the sub-keys are fitted to.
+FITTED_SIZE = 4_096
 # States of this size are kept for the count; those of a larger corpus are computed again.
 KEPT_BYTES = 2**28
 
@@ -175,10 +177,10 @@ def _set_addressing(memory: ProductKeyMemory, seen: "_Statistics", seed: int) ->
     mean = seen.mean.float()
     memory.query.copy_(rotation)
     memory.query_bias.copy_(-(rotation @ mean))
-    queries = memory.queries(seen.sample.states.to(memory.query.device)).cpu()
+    queries = memory.queries(seen.sample.states[:FITTED_SIZE].to(memory.query.device)).cpu()
     for head in range(memory.num_heads):
         for half in range(2):
-            memory.keys[head, half] = k_means(queries[:, head, half], memory.num_keys, generator)
+            memory.keys[head, half] = k_means(queries[:, head, half], memory.num_keys, generator, steps=10)
     # The score -|q - c|^2 as a linear one: 2 q.c - |c|^2, without |q|^2, the same for every sub-key.
     centroids = memory.keys.detach().clone()
     memory.keys.copy_(2 * centroids)

@@ -42,8 +42,9 @@ class MedicalSettings:
 SETTINGS = MedicalSettings()
 _ABOUT = (
     "A language model was taught to name the ICD-10 chapter of a diagnosis, by {max_steps} batches of "
-    "{batch_size} ({memory_steps} for sparse memory, whose steps are on cached states). Then it had to tell the right chapter from three others for {num_test} diagnoses of "
-    "categories that were not taught, was asked the capitals of real countries, and was given prose to read."
+    "{batch_size} ({memory_steps} for sparse memory, whose steps are on cached states). Then it had to tell "
+    "the right chapter from three others for {num_test} diagnoses of categories that were not taught, was "
+    "asked the capitals of real countries, and was given prose to read."
 )
 # expected seconds on two cores, for the time left
 _PROBES = {"ask for chapters": 50, "ask for capitals": 12, "read prose": 25}
