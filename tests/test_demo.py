@@ -83,6 +83,16 @@ def test_every_method_is_measured_against_the_bases_mentions(results):
     assert base["perplexity"] == runs["base"]["row"]["mentions_perplexity"]
 
 
+@pytest.mark.slow
+def test_a_base_model_without_a_chat_template_runs_it(tmp_path, tiny_llama, plain_tokenizer):
+    tiny_llama(max_position_embeddings=2048).save_pretrained(tmp_path / "plain")
+    plain_tokenizer.save_pretrained(tmp_path / "plain")
+    chosen = recipe(model=str(tmp_path / "plain"), settings=SETTINGS)
+    rows = compare(chosen, out=tmp_path / "out", methods=("base", "smf"))["rows"]
+    assert [row["steps"] > 0 for row in rows] == [False, True]
+    assert all(row["perplexity"] > 1 for row in rows)
+
+
 def test_tuning_one_method_leaves_the_others_valid():
     tuned = DemoSettings(
         teaching=Teaching(lr={**Teaching().lr, "smf": 9.0}), memory=Memory(top_t=7), probing=Probing()

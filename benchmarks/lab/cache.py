@@ -1,8 +1,8 @@
 """States of the untouched base model at the positions that matter, computed once and kept on disk.
 
 A `States` holds, for each position: the inputs of the MLPs at LAYERS, the last block's output (which the
-final norm reads), the next token, the record it belongs to, whether an answer starts there, and a record's
-note. The model runs as in training: eager attention, bfloat16 autocast where that is faster.
+final norm reads), the next token, its record, and whether an answer starts or goes on there.
+The model runs as in training: eager attention, bfloat16 autocast where that is faster.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ FOLDER = Path(os.environ.get("LAB_CACHE", "/tmp/lab-cache"))
 
 @dataclass
 class States:
-    """`x` [layers, n, d], `last` [n, d] float32; `token`, `label`, `example` [n] int64; `start`, `answer` [n] bool.
+    """`x` [layers, n, d], `last` [n, d] float32; `token`, `label`, `example` int64, the others bool, [n].
 
     `answer`: whether the next token is an answer's, after a prompt. `label` -100: no next token.
     """
@@ -87,7 +87,7 @@ def states_of_tokens(name: str, ids: Tensor, window: int = 256) -> States:
 
 
 def states_of_choices(name: str, items: Sequence[dict]) -> tuple[States, list[int]]:
-    """States of every choice of every item after its question (examples in this order), and the right ones."""
+    """States of all choices of all items after their questions, examples in this order; the right ones."""
     examples = []
     for item in items:
         ids = prompt_ids(item["question"], base()[1])
@@ -109,15 +109,17 @@ def _read(examples: Sequence[dict], everywhere: bool) -> States:
     hooks.append(model.model.norm.register_forward_pre_hook(note("last")))
     parts: dict[int, States] = {}
     # what all prompts begin with is read once, unless its own positions are wanted
-    shared, beginning = (0, None) if everywhere else read_beginning(model, [e["input_ids"] for e in
-    examples], exact=False) examples = [{key: value[shared:] for key, value in one.items()} for one in
-    examples] for chosen in by_length([one["input_ids"] for one in examples], 16, tight=True):
+    prompts = [one["input_ids"] for one in examples]
+    shared, beginning = (0, None) if everywhere else read_beginning(model, prompts, exact=False)
+    examples = [{key: value[shared:] for key, value in one.items()} for one in examples]
+    for chosen in by_length([one["input_ids"] for one in examples], 16, tight=True):
         batch = collate([examples[index] for index in chosen], tokenizer.pad_token_id)
         mask = F.pad(batch["attention_mask"], (shared, 0), value=1)
         past = rows_of(beginning, [0] * len(chosen))
         with autocast(model):
-            model(batch["input_ids"], mask, past_key_values=past, use_cache=past is not None,
-            logits_to_keep=1)
+            model(
+                batch["input_ids"], mask, past_key_values=past, use_cache=past is not None, logits_to_keep=1
+            )
         for row, index in enumerate(chosen):
             parts[index] = _positions(batch, row, index, seen, everywhere)
     for hook in hooks:
@@ -140,5 +142,5 @@ def _positions(batch: dict, row: int, index: int, seen: dict, everywhere: bool) 
     following = torch.cat([ids[1:], torch.tensor([-100])])
     x = torch.stack([seen[number][row][where].float() for number in LAYERS])
     example = torch.full((len(where),), index)
-    flat = (seen["last"][row][where].float(), ids[where], following[where], example, start[where],
-    answer[where]) return States(x, *flat)
+    last = seen["last"][row][where].float()
+    return States(x, last, ids[where], following[where], example, start[where], answer[where])

@@ -116,7 +116,6 @@ def fit(
     """
     mean, whitener, known, known_start = (space[k] for k in ("mean", "whitener", "known", "known_start"))
     more = [whiten(one, mean, whitener) for one in extra]
-    more += [space["prose"]] if options["prose_known"] else []
     if options["kinds"]:
         known = torch.cat([known, *more])
     inside = torch.cat([~known_start, torch.zeros(len(known) - len(known_start), dtype=torch.bool)])

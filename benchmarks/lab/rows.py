@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from gates import Gate
 from torch import Tensor
 
 from sparsemem.calibration import _set_addressing
+from sparsemem.files import fingerprint_tensors
 from sparsemem.memory import ProductKeyMemory
 
 NUM_SLOTS, BETAS, EPS = 64 * 64, (0.9, 0.95), 1e-8
@@ -33,8 +34,8 @@ class Head:
 
 
 class Vocabulary:
-    """The tokens that training tells apart, a tenth of all: labels, the commonest, the base's likeliest ones, and
-    whatever the memory raises (looked for with the whole head now and then). Scores are of the whole head."""
+    """The tokens that training tells apart, a tenth of all: labels, the commonest, the base's likeliest
+    ones, and whatever the memory raises (looked for with the whole head now and then)."""
 
     def __init__(self, states: States, common: int) -> None:
         parts = [self._likely(part) for part in states.last.split(256)]
@@ -62,8 +63,8 @@ def vocabulary(states: States, common: int) -> Vocabulary:
     return kept("vocabulary", [fingerprint(states), common], lambda: Vocabulary(states, common))
 
 
-def fingerprint(states: States) -> list[float]:
-    return [len(states), float(states.last[:64].double().sum()), float(states.last[-64:].double().sum())]
+def fingerprint(states: States) -> str:
+    return fingerprint_tensors(states.last, states.label)
 
 
 @cache
@@ -188,7 +189,7 @@ def train(tail: Tail, states: States, options: dict, seed: int) -> dict[str, flo
     """Rows from taught states, by RowAdamW with rule "grad"; options: lr, steps, batch, decay, top_t, ..."""
     openness = tail.openness(states)
     read = {
-        layer: kept("read", [fingerprint(states), layer, seed], lambda: address(memory, states.layer(layer)))
+        layer: kept("read", [fingerprint(states), layer, seed], partial(address, memory, states.layer(layer)))
         for layer, memory in tail.memories.items()
     }
     linear = {layer: tail.coordinates(layer, states.layer(layer)) for layer in tail.linear}
@@ -241,7 +242,7 @@ def train(tail: Tail, states: States, options: dict, seed: int) -> dict[str, flo
 
 
 def largest(weights: Tensor, g: Tensor, top_t: int) -> Tensor:
-    """Rows with the largest gradients, ascending: |W^T g| by row from g's Gram matrix, no gradient is made."""
+    """Rows with the largest gradients, ascending; |W^T g| by row comes from g's Gram matrix."""
     square = ((g @ g.T) @ weights * weights).sum(0)
     best = square.topk(top_t)
     return best.indices[best.values > 0].sort().values
@@ -260,7 +261,7 @@ def best_tokens(last: Tensor) -> Tensor:
 
 
 def right(tail: Tail, states: States) -> tuple[Tensor, Tensor, Tensor]:
-    """Per position: whether the most likely token is the label, and the example's; per example: all of them."""
+    """Whether the likeliest token is the label, per position; the examples; and whether all of theirs are."""
     best = kept_best(states)
     where, added = tail.delta(states)
     best = best.clone()

@@ -2,15 +2,16 @@
 
     python benchmarks/lab/run.py handbook '{"gate": "28"}' '{"gate": "mean", "lr": 0.4}' --folds 0,1,2,3
     python benchmarks/lab/run.py chapters '{"steps": 600}'
-    python benchmarks/lab/run.py --table
 
-Options are those of DEFAULTS. "handbook": the choosing handbook with one wording of each fact left out and
-then asked (the fold is the seed too). "chapters": 1,600 of the medical recipe's training records, 200 others
-asked. One line per finished trial in the results file; a finished trial is skipped.
+Options are those of DEFAULTS. "handbook": the choosing handbook with one wording of each fact left out
+and then asked (the fold is the seed too). "chapters": 1,600 of the medical recipe's training records taught,
+200 others asked.
+One line per finished trial in the results file; a finished trial is skipped.
 """
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -31,13 +32,13 @@ OUT = Path(__file__).resolve().parent.parent / "results" / "lab.jsonl"
 DEFAULTS = {
     "reads": [23, 26, 28], "gate": "28",
     "kinds": False, "start_quantile": 0.98, "within_quantile": 0.98, "prose_quantile": None, "ramp": 1 / 3,
-    "reach": None, "start_width": None, "width": 0.1, "prose_known": False,
+    "reach": None, "start_width": None, "width": 0.1,
     "lr": 0.4, "decay": "linear", "steps": 200, "batch": 8, "top_t": 1024, "stop_loss": None,
     "keep": 0, "elsewhere": 0, "linear": [], "linear_lr": 0.05, "bound": None, "known": 1024, "common": 1000,
 }  # fmt: skip
 
 
-def tail_of(options: dict, name: str, taught: states_.States, seed: int) -> rows.Tail:
+def tail_of(options: dict, taught: states_.States, seed: int) -> rows.Tail:
     """An untrained tail memory whose gates are fitted to the taught states."""
     reads = options["reads"]
     gated = reads if options["gate"] in ("each", "mean", "least", "product") else [int(options["gate"])]
@@ -83,7 +84,7 @@ def handbook(options: dict, fold: int) -> tuple[dict, rows.Tail]:
     out = folds[states.example] == fold
     taught, asked = states[~out], states[out]
     began = time.perf_counter()
-    tail = tail_of(options, "handbook", taught, fold)
+    tail = tail_of(options, taught, fold)
     done = rows.train(tail, taught, options, fold)
     done["seconds"] = time.perf_counter() - began
     good, _, whole = rows.right(tail, asked)
@@ -103,7 +104,7 @@ def handbook(options: dict, fold: int) -> tuple[dict, rows.Tail]:
 def chapters(options: dict, fold: int) -> tuple[dict, rows.Tail]:
     taught, asked, answers = texts.chapters()
     began = time.perf_counter()
-    tail = tail_of(options, "chapters", taught, fold)
+    tail = tail_of(options, taught, fold)
     done = rows.train(tail, taught, options, fold)
     done["seconds"] = time.perf_counter() - began
     share = rows.choices_right(tail, asked, answers)
@@ -129,7 +130,7 @@ def mean(flags: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", choices=("handbook", "chapters"))
-    parser.add_argument("trials", nargs="*", type=json.loads)
+    parser.add_argument("trials", nargs="+", type=json.loads)
     parser.add_argument("--folds", default="0,1,2,3")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
@@ -150,7 +151,7 @@ def main() -> None:
             line = key | {k: round(v, 6) for k, v in run(options, fold)[0].items()}
             with given.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            print(json.dumps({k: v for k, v in line.items() if k != "options"} | changes), flush=True)
+            sys.stderr.write(json.dumps({k: v for k, v in line.items() if k != "options"} | changes) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,29 @@
-"""What the lab teaches and asks: data sets as cached states. Nothing here is in a recipe's reported probes but
-`prose("probe")`, the prose that recipes read, which is for reporting alone."""
+"""What the lab teaches and asks: data sets as cached states.
+
+Nothing here is in a recipe's reported probes but `prose("probe")`, the prose that recipes read: for reporting
+alone.
+"""
 
 import json
+import os
 import random
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from cache import States, base, kept, states_of_choices, states_of_examples, states_of_records,
-states_of_tokens
+from cache import (
+    States,
+    base,
+    kept,
+    states_of_choices,
+    states_of_examples,
+    states_of_records,
+    states_of_tokens,
+)
 
-from sparsemem.probes import complete, is_right
 from sparsemem.data import prompt_ids
+from sparsemem.probes import complete, is_right
 from sparsemem.recipes.chapters import chapter_items
 from sparsemem.recipes.forgetting import background, tokens
 from sparsemem.recipes.questions import prose as topics
@@ -95,10 +106,10 @@ def elsewhere(taught: States, num_contexts: int, seed: int) -> States:
 
 
 def prose(part: str) -> States:
-    """"probe": what recipes read; "choose": 4,096 later tokens of the same source; "wiki": 4,096 of WikiText-2."""
+    """What recipes read ("probe"), 4,096 later tokens of its source ("choose"), WikiText-2 ("wiki")."""
     tokenizer = base()[1]
     if part == "wiki":
-        file = HERE.parents[1] / ".." / "shared" / "data" / "wikitext2_raw_test.txt"
+        file = Path(os.environ["SPARSEMEM_SHARED_DATA"]) / "wikitext2_raw_test.txt"
         ids = tokens(tokenizer, file.read_text(encoding="utf-8"), 4096)
     else:
         ids = tokens(tokenizer, topics()[1], 3072 + 4096)
@@ -107,7 +118,7 @@ def prose(part: str) -> States:
 
 
 def chapters(num_train: int = 1600, num_asked: int = 200) -> tuple[States, States, list[int]]:
-    """Of the medical recipe's training records: some to teach, and choices of others of disjoint categories."""
+    """Of the medical recipe's training records some to teach; choices of others, of other categories."""
     items = chapter_items(2400, 400)[0]
     taught = items[:num_train]
     categories = {item["code"][:3] for item in taught}
@@ -128,23 +139,3 @@ def _own_answers(name: str, questions: list[str], length: int, items: list[dict]
     pairs = list(zip(questions, answers, items or questions, strict=True))
     right = [(q, a) for q, a, item in pairs if a and (items is None or is_right(a, item["answer"]))]
     return states_of_records(name, [{"prompt": question, "completion": answer} for question, answer in right])
-
-
-if __name__ == "__main__":
-    import time
-
-    torch.set_num_threads(1)
-    for label, make in {
-        "handbook": lambda: handbook()[0],
-        "general": general,
-        "prose-probe": lambda: prose("probe"),
-        **{f"background{seed}": lambda seed=seed: general_text(seed)[0] for seed in range(NUM_FOLDS)},
-        "prose-choose": lambda: prose("choose"),
-        "prose-wiki": lambda: prose("wiki"),
-        "mentions": lambda: mentions(OTHER_FORMS, "mentions-other"),
-        "chapters": lambda: chapters()[0],
-        "keep": lambda: keep(len(KEEP_FORMS)),
-    }.items():
-        began = time.time()
-        found = make()
-        print(label, len(found), int(found.start.sum()), f"{time.time() - began:.1f} s", flush=True)
