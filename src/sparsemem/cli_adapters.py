@@ -15,6 +15,7 @@ from .cli_options import (
     SCHEDULES,
     TASKS,
     TRAINABLE,
+    WRITES,
     as_json,
     comma_numbers,
     out_folder,
@@ -35,6 +36,9 @@ from .cli_options import (
     default="calibrate",
     show_default=True,
     help="How it is made useful: addresses from statistics, or the paper's training of all of it.",
+)
+@click.option(
+    "--write", type=click.Choice(WRITES), help="Behind the last block (last), or to each layer's own output."
 )
 @click.option("--mode", type=click.Choice(MODES), help="Beside the MLP (additive) or instead of it.")
 @click.option(
@@ -111,7 +115,30 @@ def graft(
 @click.option(
     "--lr", type=click.FloatRange(0, min_open=True), help="Learning rate; the method's own by default."
 )
-@click.option("--epochs", type=click.IntRange(1), default=3, show_default=True)
+@click.option(
+    "--keep",
+    metavar="FILE|hub:NAME",
+    help="Records near to what is taught whose answers must stay.",
+)
+@click.option(
+    "--mentions",
+    type=click.IntRange(0),
+    default=4,
+    show_default=True,
+    help="Other questions about each taught subject whose answers are kept; 0: none.",
+)
+@click.option(
+    "--cache-bytes",
+    type=click.IntRange(0),
+    default=2**31,
+    show_default=True,
+    help="The base's states, computed once: so many bytes in memory, more in a file; 0: no cache.",
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(1),
+    help="Passes over the data. By default 3, and for sparse memory at least 200 steps.",
+)
 @click.option("--max-steps", type=click.IntRange(1), help="Overrides --epochs.")
 @click.option("--stop-loss", type=float, help="Stop when an epoch's mean loss is below.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
@@ -132,7 +159,11 @@ def graft(
 @click.option(
     "--trainable", type=click.Choice(TRAINABLE), help="What of the memory trains; as grafted by default."
 )
-@click.option("--schedule", type=click.Choice(SCHEDULES), default="constant", show_default=True)
+@click.option(
+    "--schedule",
+    type=click.Choice(SCHEDULES),
+    help="How the rate runs. By default linear to 0 for sparse memory, constant for the others.",
+)
 @click.option("--warmup-steps", type=click.IntRange(0), default=5, show_default=True)
 @seed_option
 @as_json

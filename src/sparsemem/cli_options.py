@@ -7,11 +7,12 @@ import click
 METHODS = ("smf", "smf-open", "lora", "full")
 TASKS = ("recall", "multiple-choice", "perplexity", "medmcqa", "wikitext", "triviaqa", "mentions")
 DTYPES = ("float32", "bfloat16", "autocast")
+WRITES = ("last", "own")
 MODES = ("additive", "replacement")
 TRAINABLE = ("values", "values+scale", "memory")
 RULES = ("kl", "tfidf", "tf", "grad", "random")
 MOMENTS = ("row", "element", "table")
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 def comma_names(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
