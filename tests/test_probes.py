@@ -205,7 +205,7 @@ def test_exposure_and_gate_of_what_was_taught(tiny_llama, tokenizer):
     predicts = (taught[0]["labels"][:, 1:] != -100).nonzero(as_tuple=True)
     for g in gates.values():
         assert g.shape == taught[0]["input_ids"].shape
-        assert (g[predicts] == 1).all()
+        assert (g[predicts] > 0.9).all()
     assert probes.exposure(model, ["1 plain words"], tokenizer) < 1
 
 

@@ -197,6 +197,7 @@ def test_gradient_checkpointing_trains_the_same_rows():
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_it_compiles():
     model, batch = scoped(), tiny_batch(4, 9, 0)
     with torch.no_grad():

@@ -70,8 +70,8 @@ def test_every_method_learns_and_reports(teach, tiny_llama, method, capsys):
 
 # Made on one thread with torch 2.13. A change that is meant to move them says so; a refactor must not.
 PINNED = {
-    "last": [5.48578, 5.527461, 5.270747, 5.217921, 5.247066, 5.163346],
-    "own": [5.48578, 5.527461, 5.30733, 5.257803, 5.29015, 5.220508],
+    "last": [5.48578, 5.527461, 5.26068, 5.216106, 5.239945, 5.174465],
+    "own": [5.48578, 5.527461, 5.317286, 5.256463, 5.297339, 5.220777],
 }
 
 
