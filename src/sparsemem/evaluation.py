@@ -30,7 +30,7 @@ def evaluate_named(
         task: one of `TASKS`, a task of lm-evaluation-harness or a YAML file of it.
         data: file of the items; None takes a benchmark's from the Hub.
         dtype: of the weights, "float32" or "bfloat16".
-        precision: "float32", "bfloat16", or None for the faster of the two; weights in bfloat16 know no other.
+        precision: "float32", "bfloat16", or None for the faster of the two; bfloat16 weights know no other.
 
     Raises:
         ValueError: a model, task, option or data that is missing, of another form, or does not fit.

@@ -42,7 +42,7 @@ def computing_in(precision: str | None) -> Iterator[None]:
 
 
 def precision_of(model: torch.nn.Module, precision: str | None = None) -> str:
-    """The precision that the model computes in, told this one: "float32", "bfloat16", or other weights' dtype.
+    """The precision that the model computes in, told this one: one of PRECISIONS, or other weights' dtype.
 
     Raises:
         ValueError: another word, or weights of another dtype than float32 that are to compute in another.

@@ -1,7 +1,8 @@
 """What a model knows, what it has lost, and how much of a text the memory touches.
 
-Choices: greedy decoding, batches sorted by length; the faster precision unless one is asked for; drift alone is
-always measured in the model's own precision, since bfloat16's rounding is larger than the drifts that matter.
+Choices: greedy decoding, batches sorted by length; the faster precision unless one is asked for; drift alone
+is always measured in the model's own precision, since bfloat16's rounding is larger than the drifts that
+matter.
 """
 
 import re

@@ -152,8 +152,8 @@ def finetune(
         stop_loss: stop as soon as the mean loss of the last epoch's worth of steps is below.
         cache_bytes: a tail memory trains on the base's states, computed once; up to so many bytes of them are
             kept in memory, more in a file beside the checkpoints. 0: every step computes its own.
-        precision: "float32", "bfloat16" (products of float32 weights, by autocast), or None for the faster one
-            on this device.
+        precision: "float32", "bfloat16" (products of float32 weights, by autocast), or None for the faster
+            one on this device.
         resume: continue from the last whole checkpoint in output_dir, or begin where there is none.
 
     Under torchrun the processes share each step: a step's batch is `batch_size` times their number. The first
