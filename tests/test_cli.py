@@ -298,18 +298,18 @@ def test_a_patch_takes_alpha_back_too(grafted, data, tmp_path):
 def test_eval_prints_one_json_object(tiny, trained, tmp_path, task, items, metrics, n):
     file = write_lines(tmp_path / "items.jsonl", items)
     result = json.loads(done("eval", trained, "--task", task, "--data", file, "--json"))
-    assert list(result) == ["task", "metrics", "n", "model", "base"]
+    assert list(result) == ["task", "metrics", "n", "model", "precision", "base"]
     assert (result["task"], set(result["metrics"]), result["model"]) == (task, metrics, str(trained))
     assert n is None or result["n"] == n
     alone = json.loads(done("eval", tiny, "--task", task, "--data", file, "--json"))
-    assert list(alone) == ["task", "metrics", "n", "model"]
+    assert list(alone) == ["task", "metrics", "n", "model", "precision"]
     assert alone["metrics"] == pytest.approx(result["base"], rel=1e-6)
 
 
 def test_eval_compares_mentions_with_the_base(tiny, grafted, trained, data):
     ask = ("--task", "mentions", "--data", data / "taught.jsonl", "--limit", 2)
     result = json.loads(done("eval", trained, *ask, "--json"))
-    assert list(result) == ["task", "metrics", "n", "model", "base"]
+    assert list(result) == ["task", "metrics", "n", "model", "precision", "base"]
     assert set(result["metrics"]) == set(result["base"]) == {"changed", "perplexity", "prose_perplexity"}
     assert result["n"] in (4, 8)
     assert result["base"]["changed"] == 0
@@ -322,12 +322,18 @@ def test_eval_compares_mentions_with_the_base(tiny, grafted, trained, data):
 
 def test_eval_in_another_precision_is_another_number(tiny, tmp_path):
     file = write_lines(tmp_path / "items.jsonl", PROSE)
-    exact, rounded = (
-        json.loads(done("eval", tiny, "--task", "perplexity", "--data", file, "--dtype", dtype, "--json"))
-        for dtype in ("float32", "bfloat16")
-    )
-    assert exact["metrics"] != rounded["metrics"]
-    assert exact["metrics"]["ppl"] == pytest.approx(rounded["metrics"]["ppl"], rel=0.02)
+    ask = ("eval", tiny, "--task", "perplexity", "--data", file, "--json")
+    choices = ((), ("--precision", "bfloat16"), ("--dtype", "bfloat16"))
+    exact, rounded, half = (json.loads(done(*ask, *choice)) for choice in choices)
+    assert [one["precision"] for one in (exact, rounded, half)] == ["float32", "bfloat16", "bfloat16"]
+    assert len({one["metrics"]["ppl"] for one in (exact, rounded, half)}) == 3
+    for one in (rounded, half):
+        assert exact["metrics"]["ppl"] == pytest.approx(one["metrics"]["ppl"], rel=0.02)
+    fastest = json.loads(done(*ask, "--precision", "auto"))
+    assert fastest["metrics"] in (exact["metrics"], rounded["metrics"])
+    refused = invoke(*ask, "--dtype", "bfloat16", "--precision", "float32")
+    assert refused.exit_code == 2
+    assert "the weights are bfloat16" in refused.stderr
 
 
 def test_eval_asks_triviaqa_with_examples_or_through_the_chat_template(tiny, tmp_path):

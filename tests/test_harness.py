@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from sparsemem import SparseMemoryConfig, memory_layers, models
+from sparsemem import SparseMemoryConfig, memory_layers, models, precision
 from sparsemem.harness import evaluate_harness, find_task
 from sparsemem.items import read_items
 from sparsemem.likelihood import log_probs, split_tokens
@@ -28,7 +28,7 @@ def offline(monkeypatch, tmp_path):
     """No Hub, data sets cached in the test's own folder, and no autocast."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
 
 
 def definition(tmp_path, task, records, split="validation"):
@@ -91,7 +91,7 @@ def harness_likelihoods(model, tokenizer, asked):
 
 def our_likelihoods(model, tokenizer, asked):
     pairs = [split_tokens(tokenizer, item[0][0], [text for _, text in item]) for item in asked]
-    scores = log_probs(model, *zip(*pairs, strict=True), batch_size=4, exact=True)
+    scores = log_probs(model, *zip(*pairs, strict=True), batch_size=4, precision="float32")
     return [torch.stack([one.sum() for one in several]) for several in scores]
 
 
@@ -164,10 +164,10 @@ def test_wikitext_perplexity_is_the_harnesses(tiny_llama, plain_tokenizer, tmp_p
         rolling = get_rolling_token_windows(ids, prefix, max_seq_len=256, context_len=1)
         windows = [make_disjoint_window(one) for one in rolling]
         contexts, continuations = zip(*windows, strict=True)
-        scores = log_probs(model, contexts, [[one] for one in continuations], exact=True)
+        scores = log_probs(model, contexts, [[one] for one in continuations], precision="float32")
         total += float(sum(one.sum() for (one,) in scores))
         if len(windows) == 1:
-            whole = perplexity(model, torch.tensor([prefix, *ids]), exact=True)
+            whole = perplexity(model, torch.tensor([prefix, *ids]), precision="float32")
             assert whole == pytest.approx(exp(-float(scores[0][0].mean())), rel=1e-4)
     assert (len(windows) == 1) == (num_words == 12)
     num_words = sum(len(page["page"].split()) for page in pages)

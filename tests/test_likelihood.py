@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 from transformers import MistralConfig, MistralForCausalLM
 
-from sparsemem import SparseMemoryConfig, memory_layers, models
+from sparsemem import SparseMemoryConfig, memory_layers, precision
 from sparsemem.likelihood import log_probs, split_tokens
 from tiny import SMALL, VOCABULARY, tiny_model
 
@@ -13,7 +13,7 @@ from tiny import SMALL, VOCABULARY, tiny_model
 @pytest.fixture(autouse=True)
 def float32(monkeypatch):
     """Comparisons with naive twins are made without autocast."""
-    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
 
 
 def drawn(*lengths, seed=0):
@@ -100,12 +100,12 @@ def test_a_context_that_does_not_fit_loses_its_beginning(caplog):
 
 def test_exact_is_without_autocast(monkeypatch):
     model = tiny_model()
-    expected = log_probs(model, CONTEXTS, CONTINUATIONS, exact=True)
-    monkeypatch.setattr(models, "fast_bf16", lambda device: True)
+    expected = log_probs(model, CONTEXTS, CONTINUATIONS, precision="float32")
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: True)
     rounded = log_probs(model, CONTEXTS, CONTINUATIONS)
     assert not torch.allclose(rounded[0][0], expected[0][0], atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_same(log_probs(model, CONTEXTS, CONTINUATIONS, exact=True), expected, tolerance=0)
+        assert_same(log_probs(model, CONTEXTS, CONTINUATIONS, precision="float32"), expected, tolerance=0)
 
 
 @pytest.mark.parametrize(

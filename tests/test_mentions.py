@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from sparsemem import SparseMemoryConfig, memory_layers, models, probes
+from sparsemem import SparseMemoryConfig, memory_layers, precision, probes
 from sparsemem.data import encode, question_ids
 from sparsemem.generation import answer_tokens
 from sparsemem.mentions import (
@@ -36,7 +36,7 @@ RECORDS = [
 
 @pytest.fixture(autouse=True)
 def float32(monkeypatch):
-    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
 
 
 @pytest.fixture(scope="module", params=["demo", "choosing"])

@@ -1,4 +1,3 @@
-import contextlib
 import importlib
 import sys
 from pathlib import Path
@@ -108,15 +107,6 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch, name):
 def test_a_model_without_a_name_has_no_tokenizer(tiny_llama):
     with pytest.raises(ValueError, match="pass tokenizer="):
         models.tokenizer_of(tiny_llama())
-
-
-def test_autocast_only_where_it_helps(tiny_llama, monkeypatch):
-    monkeypatch.setattr(models, "fast_bf16", lambda device: True)
-    with models.autocast(tiny_llama()):
-        assert torch.is_autocast_enabled("cpu")
-    assert isinstance(models.autocast(tiny_llama().bfloat16()), contextlib.nullcontext)
-    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
-    assert isinstance(models.autocast(tiny_llama()), contextlib.nullcontext)
 
 
 def stand_in(site, gguf, broken=False):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sparsemem import SparseMemoryConfig, calibrate, memory_layers, models, probes, set_scope
+from sparsemem import SparseMemoryConfig, calibrate, memory_layers, models, precision, probes, set_scope
 from sparsemem.chat import converse
 from sparsemem.data import batches, choice_prompt, encode, prompt_ids
 
@@ -23,7 +23,7 @@ QUESTIONS = [{"question": "x" * n, "answer": "y"} for n in (3, 17, 1, 8, 30)]
 @pytest.fixture(autouse=True)
 def float32(monkeypatch):
     """Comparisons with naive twins are made without autocast."""
-    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from sparsemem import (
     calibrate,
     finetune,
     memory_layers,
-    models,
+    precision,
     scope_gate,
     set_scope,
     tail,
@@ -33,7 +33,7 @@ FACTS += [{"input_ids": [5, 4, n, 99, 98, 97], "labels": [-100] * 4 + [98, 97]} 
 
 @pytest.fixture
 def without_bf16(monkeypatch):
-    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
 
 
 def with_memory(architecture="llama", **fields):

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from sparsemem import models
+from sparsemem import precision
 from sparsemem.data import encode, prompt_ids
 from sparsemem.items import read_items
 from sparsemem.probes import complete, contains, perplexity
@@ -24,7 +24,7 @@ PROMPT = "Medical exam question:\nQuestion: Which nerve?\nA. Ulnar\nB. Median\nC
 @pytest.fixture(autouse=True)
 def float32(monkeypatch):
     """Comparisons with naive twins are made without autocast."""
-    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
 
 
 def lines(path, records):
@@ -81,7 +81,7 @@ def test_wikitext_is_lines_with_blank_lines_between_them(tiny_llama, tokenizer, 
     found = evaluate(model, tokenizer, "wikitext", items=read_items("wikitext", tmp_path / "w.txt"))
     ids = torch.tensor(tokenizer("= Title =\n\nFirst line .\n\nSecond").input_ids)
     assert (found.n, found.correct) == (len(ids), None)
-    assert found.metrics == {"ppl": pytest.approx(perplexity(model, ids, exact=True))}
+    assert found.metrics == {"ppl": pytest.approx(perplexity(model, ids, precision="float32"))}
 
 
 @pytest.mark.parametrize("kind", ["bos_tokenizer", "plain_bos_tokenizer"])
@@ -90,7 +90,7 @@ def test_tasks_read_the_tokens_that_training_reads(kind, request):
     model = tiny_model("llama").eval()
     (text,) = encode([{"text": "Prose of a line."}], bos_tokenizer)
     bos, *ids = text["input_ids"]
-    expected = perplexity(model, torch.tensor(ids), opening=[bos], exact=True)
+    expected = perplexity(model, torch.tensor(ids), opening=[bos], precision="float32")
     found = evaluate(model, bos_tokenizer, "perplexity", items="Prose of a line.")
     assert found.metrics == {"ppl": pytest.approx(expected)}
     whole = torch.tensor([text["input_ids"]])
@@ -135,7 +135,7 @@ def test_triviaqa_asks_in_three_ways(tiny_llama, tokenizer, tmp_path, form):
         prompts = [prompt_ids(item["question"], tokenizer) for item in items]
     else:
         prompts = [tokenizer(triviaqa_prompt(item)).input_ids for item in items]
-    told = complete(model, tokenizer, prompts, max_new_tokens=TRIVIAQA_TOKENS, exact=True)
+    told = complete(model, tokenizer, prompts, max_new_tokens=TRIVIAQA_TOKENS, precision="float32")
     if form == "examples":
         told = [text.split("\n")[0].strip() for text in told]
     # every other answer is made right

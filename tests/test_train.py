@@ -12,7 +12,7 @@ from sparsemem import (
     calibrate,
     count_accesses,
     memory_layers,
-    models,
+    precision,
     probes,
     train,
 )
@@ -77,7 +77,7 @@ PINNED = {
 
 @pytest.mark.parametrize("write", PINNED)
 def test_six_steps_have_the_losses_they_always_had(tiny_llama, tokenizer, tmp_path, monkeypatch, write):
-    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
     config = SparseMemoryConfig(**SIZES, layers_to_transform=[1, 2], write=write)
     finetune(
         get_peft_model(tiny_llama(), config), FACTS, tokenizer=tokenizer, background=GENERAL, lr=0.3,
@@ -100,7 +100,7 @@ def test_the_patch_is_what_the_run_did(teach, tiny_llama):
 
 def test_rows_and_alpha_are_clipped_once_and_together(tiny_llama, tokenizer, tmp_path, monkeypatch):
     """The first step of alpha's AdamW shows the gradient that it got."""
-    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
     model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SIZES, trainable="values+scale"))
     for memory in memory_layers(model).values():
         torch.nn.init.normal_(memory.values, std=0.1)
@@ -219,7 +219,7 @@ def test_seeds_decide_the_order_and_nothing_else_does(teach):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["smf", "full"])
 def test_accumulated_batches_are_one_batch(teach, method, monkeypatch):
-    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
     one = teach(method, max_steps=4, batch_size=10)
     many = teach(method, max_steps=4, batch_size=2, gradient_accumulation_steps=5)
     assert many.loss == pytest.approx(one.loss, rel=1e-4)
@@ -227,8 +227,25 @@ def test_accumulated_batches_are_one_batch(teach, method, monkeypatch):
         torch.testing.assert_close(many.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["smf", "full"])
+def test_the_precision_is_chosen_and_told(teach, method, monkeypatch):
+    losses = {}
+    for fast in (True, False):
+        monkeypatch.setattr(precision, "fast_bf16", lambda device, fast=fast: fast)
+        automatic = teach(method, max_steps=2)
+        assert automatic.precision == ("bfloat16" if fast else "float32")
+        losses[automatic.precision] = automatic.loss
+        for asked in ("float32", "bfloat16"):
+            done = teach(method, max_steps=2, precision=asked)
+            assert done.precision == asked
+            assert losses.setdefault(asked, done.loss) == done.loss
+    assert losses["float32"] != losses["bfloat16"]
+    with pytest.raises(ValueError, match="precision='x'"):
+        teach(method, max_steps=2, precision="x")
+
+
 def test_loss_is_the_models_own(teach, tiny_llama, tokenizer, monkeypatch):
-    monkeypatch.setattr(models, "fast_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
     batch = collate(encode(FACTS, tokenizer), 0)
     expected = float(tiny_llama()(**batch).loss.detach())
     assert teach("full", max_steps=1, batch_size=10).loss == pytest.approx(expected, rel=1e-5)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .files import ArtifactError, fingerprint_tensors, load_artifact, save_artifact
 from .layer import SparseMemoryLayer
 from .memory import ProductKeyMemory
-from .models import autocast, takes
+from .precision import autocast, precise, takes
 from .tuner import memory_layers
 
 KIND = "background"
@@ -243,11 +243,6 @@ def supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     starts = predicts & ~labelled
     goes_on = predicts & labelled & starts.any(1, keepdim=True)
     return predicts[mask], starts[mask], goes_on[mask]
-
-
-def precise(model: nn.Module) -> torch.autocast:
-    """No autocast within: statistics, addressing and scopes are float32 whatever the caller runs in."""
-    return torch.autocast(next(model.parameters()).device.type, enabled=False)
 
 
 def addressing_fingerprint(memory: ProductKeyMemory) -> str:

@@ -11,7 +11,6 @@ nothing but itself, and a run without the cache trains the same rows to the bit 
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from .access import layer_inputs, supervised
 from .blocks import final_norm
 from .data import collate
 from .files import fingerprint_base
-from .models import autocast
+from .precision import autocast, precision_of
 from .scoping import Supervised
 from .tail import gated_sum
 from .tuner import memory_layers, writes_last
@@ -90,7 +89,7 @@ class TailHead:
     def rows_of(self, examples: Sequence[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each few records, in order: states [n, width + sum d_in] float32 on the CPU, and labels [n]."""
         parameter = next(self.model.parameters())
-        exact = parameter.dtype == torch.float32 and isinstance(autocast(self.model), nullcontext)
+        exact = precision_of(self.model) == "float32"
         step = 1 if exact and parameter.device.type == "cpu" else READ_AT_ONCE
         parts = (examples[first : first + step] for first in range(0, len(examples), step))
         batches = [collate(part, self.pad_token_id) for part in parts]

@@ -23,11 +23,11 @@ from .access import (
     count_accesses,
     count_reads,
     layer_inputs,
-    precise,
     supervised,
 )
 from .files import fingerprint_base
 from .memory import ProductKeyMemory
+from .precision import precise
 from .relevance import k_means, whitening
 from .tuner import memory_layers
 

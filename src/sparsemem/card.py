@@ -287,6 +287,8 @@ def _data(entry: dict[str, Any]) -> str:
 def _options(entry: dict[str, Any]) -> str:
     """What was asked beyond task and data, as `limit 100`."""
     known = ("task", "data", *FOUND)
+    if entry.get("precision") == "float32":
+        known += ("precision",)
     return ", ".join(f"{key} {_setting(v)}" for key, v in entry.items() if key not in known and v is not None)
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 
 from .data import QUESTION, conversation_ids, opening_ids
-from .models import autocast
+from .precision import autocast
 from .probes import scope_gate
 
 EXIT = "/exit"

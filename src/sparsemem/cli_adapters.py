@@ -11,6 +11,7 @@ from .cli_options import (
     METHODS,
     MODES,
     MOMENTS,
+    PRECISIONS,
     RULES,
     SCHEDULES,
     TASKS,
@@ -165,6 +166,9 @@ def graft(
     help="How the rate runs. By default linear to 0 for sparse memory, constant for the others.",
 )
 @click.option("--warmup-steps", type=click.IntRange(0), default=5, show_default=True)
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), help="Of the computation; the faster one by default."
+)
 @seed_option
 @as_json
 def train(
@@ -206,7 +210,12 @@ def train(
 )
 @click.option("--num-fewshot", type=click.IntRange(0), help="Worked examples before each question.")
 @click.option("--chat", is_flag=True, help="Ask through the model's chat template.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the weights."
+)
+@click.option(
+    "--precision", type=click.Choice([*PRECISIONS, "auto"]), help="Of the computation; the dtype by default."
+)
 @click.option("--record", is_flag=True, help="Keep the result in ADAPTER's evaluations.json and model card.")
 @as_json
 def evaluate(model: str, task: str, data: str | None, record: bool, as_json: bool, **options: Any) -> None:
@@ -220,6 +229,8 @@ def evaluate(model: str, task: str, data: str | None, record: bool, as_json: boo
 
     if record:
         check_made(Path(model))
+    chosen = options["precision"] or options["dtype"]
+    options["precision"] = None if chosen == "auto" else chosen
     found = evaluate_named(model, task, data, **options)
     if record:
         asked = {

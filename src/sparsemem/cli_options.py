@@ -6,7 +6,7 @@ import click
 
 METHODS = ("smf", "smf-open", "lora", "full")
 TASKS = ("recall", "multiple-choice", "perplexity", "medmcqa", "wikitext", "triviaqa", "mentions")
-DTYPES = ("float32", "bfloat16", "autocast")
+DTYPES = PRECISIONS = ("float32", "bfloat16")
 WRITES = ("last", "own")
 MODES = ("additive", "replacement")
 TRAINABLE = ("values", "values+scale", "memory")

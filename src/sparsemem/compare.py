@@ -48,7 +48,8 @@ class Recipe:
     `learnt` are the row's figures of what is learnt, of which a report draws the first that there is; `lost`
     those whose loss against the base it draws, a panel each. `order` is that of the methods in a report
     (empty: that of `methods`), `seeds` those of a comparison that names none, and `plan(method)` says, as
-    plain JSON values, what a run will take (data, steps, memory).
+    plain JSON values, what a run will take (data, steps, memory). `precision` is what models compute in while
+    a run lasts, one of its settings; None: the faster one on this machine.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Recipe:
     lost: tuple[str, ...] = LOST
     order: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
+    precision: str | None = None
     plan: Callable[[str], dict[str, Any]] | None = None
 
 
@@ -163,7 +165,10 @@ def _planned(recipe: Recipe, methods: Sequence[str] | None, seeds: Sequence[int]
 def _config(recipe: Recipe, method: str, seed: int | None) -> dict[str, Any]:
     config = {"recipe": recipe.name, "model": recipe.model, "method": method, "seed": seed}
     # through JSON and back, so that tuples and lists compare equal to what a file holds
-    return json.loads(json.dumps({**config, "settings": recipe.settings(method, seed)}))
+    settings = recipe.settings(method, seed)
+    if recipe.precision is not None:
+        settings = {**settings, "precision": recipe.precision}
+    return json.loads(json.dumps({**config, "settings": settings}))
 
 
 def _changes(folder: Path, config: dict[str, Any], *, seeds_may_differ: bool = False) -> str:
@@ -188,7 +193,11 @@ def _run(recipe: Recipe, run: Run, base: dict[str, Any] | None, stage: Stage, fo
     config = _config(recipe, *run)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
-    result = recipe.run(*run, base, stage, folder)
+    # torch, which a dry run does without
+    from .precision import computing_in
+
+    with computing_in(recipe.precision):
+        result = recipe.run(*run, base, stage, folder)
     result["row"] = {key: _finite(value) for key, value in result["row"].items()}
     order = recipe.order or recipe.methods
     about = {"about": recipe.about, "order": order, "learnt": recipe.learnt, "lost": recipe.lost}

@@ -8,6 +8,7 @@ from peft import PeftModel
 
 from .items import read_items
 from .models import load
+from .precision import precision_of
 from .tasks import TASKS, evaluate
 
 
@@ -20,20 +21,21 @@ def evaluate_named(
     num_fewshot: int | None = None,
     chat: bool = False,
     dtype: str = "float32",
+    precision: str | None = "float32",
 ) -> dict[str, Any]:
-    """`{"task", "metrics", "n", "model"}`, and for an adapter "base": the metrics without it.
+    """`{"task", "metrics", "n", "model", "precision"}`, and for an adapter "base": the metrics without it.
 
     Args:
         model: name or folder that `load` knows.
         task: one of `TASKS`, a task of lm-evaluation-harness or a YAML file of it.
         data: file of the items; None takes a benchmark's from the Hub.
-        dtype: "float32", "bfloat16", or "autocast": float32 weights, and bfloat16 products where these are
-            faster.
+        dtype: of the weights, "float32" or "bfloat16".
+        precision: "float32", "bfloat16", or None for the faster of the two; bfloat16 weights know no other.
 
     Raises:
         ValueError: a model, task, option or data that is missing, of another form, or does not fit.
     """
-    options: dict[str, Any] = {"chat": chat, "exact": dtype != "autocast"}
+    options: dict[str, Any] = {"chat": chat, "precision": precision}
     if task in TASKS:
         items = read_items(task, data, limit=limit, num_fewshot=num_fewshot or 0)
         run = partial(evaluate, task=task, items=items, **options)
@@ -49,6 +51,7 @@ def evaluate_named(
     loaded, tokenizer = load(model, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     result = run(loaded, tokenizer)
     found = {"task": task, "metrics": result.metrics, "n": result.n, "model": model}
+    found["precision"] = precision_of(loaded, precision)
     if result.base is not None:
         found["base"] = result.base
     elif isinstance(loaded, PeftModel):

@@ -176,7 +176,8 @@ def train(
             resume=resume,
             **options,
         )
-        figures = ("method", "steps", "loss", "seconds", "trained_params", "peak_bytes", "truncated")
+        figures = ("method", "precision", "steps", "loss", "seconds")
+        figures += ("trained_params", "peak_bytes", "truncated")
         metrics = {key: getattr(done, key) for key in figures} | {"num_records": len(records)}
         metrics |= {"base_model": done.model.config.name_or_path, "settings": settings, **environment()}
         with new_folder(out) as part:

@@ -9,8 +9,8 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import QUESTION
-from .likelihood import by_length, device_of, pad_left, read_beginning, rows_of
-from .models import autocast
+from .likelihood import by_length, pad_left, read_beginning, rows_of
+from .precision import autocast, device_of
 
 
 def complete(
@@ -21,7 +21,7 @@ def complete(
     max_new_tokens: int,
     stop: str | None = None,
     batch_size: int = 64,
-    exact: bool = False,
+    precision: str | None = None,
 ) -> list[str]:
     """Greedy continuations of token ids, as texts without white space around them; `stop` ends a text."""
     tokens = complete_tokens(
@@ -31,7 +31,7 @@ def complete(
         max_new_tokens=max_new_tokens,
         stop=stop,
         batch_size=batch_size,
-        exact=exact,
+        precision=precision,
     )
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text.split(stop)[0].strip() if stop else text.strip() for text in texts]
@@ -46,13 +46,13 @@ def complete_tokens(
     max_new_tokens: int,
     stop: str | None = None,
     batch_size: int = 64,
-    exact: bool = False,
+    precision: str | None = None,
 ) -> list[list[int]]:
     """Greedy continuations of token ids, as token ids; the token that ended one is its last.
 
     Args:
         stop: a text that ends a continuation; it, and what its last token has behind it, is still in there.
-        exact: in the model's own precision, without autocast.
+        precision: "float32", "bfloat16", or None for the faster of the two.
     """
     model.eval()
     own = getattr(model.generation_config, "eos_token_id", None)
@@ -66,13 +66,13 @@ def complete_tokens(
         stop_strings=stop,
     )
     continued: list[list[int]] = [[]] * len(prompts)
-    shared, read = read_beginning(model, prompts, exact=exact)
+    shared, read = read_beginning(model, prompts, precision=precision)
     beginning = torch.tensor([prompts[0][:shared]], dtype=torch.int64, device=device_of(model))
     for chosen in by_length(prompts, batch_size):
         ids, mask = pad_left([prompts[index][shared:] for index in chosen], model)
         ids = torch.cat([beginning.expand(len(ids), -1), ids], 1)
         mask = functional.pad(mask, (shared, 0), value=1)
-        with autocast(model, exact=exact):
+        with autocast(model, precision=precision):
             out = model.generate(  # type: ignore
                 input_ids=ids,
                 attention_mask=mask,
@@ -91,11 +91,13 @@ def answer_tokens(
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
-    exact: bool = False,
+    precision: str | None = None,
 ) -> list[list[int]]:
     """`complete_tokens` of questions; without a chat template an answer ends at the next question."""
     stop = None if tokenizer.chat_template else f"\n{QUESTION}"
-    return complete_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop, exact=exact)
+    return complete_tokens(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop, precision=precision
+    )
 
 
 def _until_end(tokens: list[int], ends: int | list[int] | None, pad: int | None) -> list[int]:

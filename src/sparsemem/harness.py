@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .models import cache_without_hub, fast_bf16
+from .models import cache_without_hub
+from .precision import precision_of
 from .tasks import TASKS, Evaluation
 
 BATCH_SIZE = 8
@@ -70,7 +71,7 @@ def evaluate_harness(
     limit: int | None = None,
     num_fewshot: int | None = None,
     chat: bool = False,
-    exact: bool = True,
+    precision: str | None = "float32",
 ) -> Evaluation:
     """The harness's own metrics of a task that `find_task` found.
 
@@ -80,7 +81,7 @@ def evaluate_harness(
     Args:
         num_fewshot: worked examples; None leaves it to the task.
         chat: through the tokenizer's chat template.
-        exact: in the model's own precision; else in bfloat16 autocast where the device is fast at it.
+        precision: "float32", "bfloat16", or None for the faster of the two.
 
     Raises:
         ValueError: `chat` without a chat template, or a task that the harness refuses to run.
@@ -91,7 +92,7 @@ def evaluate_harness(
     if chat and not tokenizer.chat_template:
         raise ValueError("chat: needs a chat template and the tokenizer has none; leave it out")
     parameter = next(model.parameters())
-    rounded = not exact and parameter.dtype == torch.float32 and fast_bf16(parameter.device)
+    rounded = precision_of(model, precision) == "bfloat16" and parameter.dtype == torch.float32
     # both are decorated in ways that hide their arguments from a type checker
     make: Any = HFLM
     run: Any = simple_evaluate

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .models import autocast, takes
+from .precision import autocast, device_of, takes
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def log_probs(
     continuations: Sequence[Sequence[Sequence[int]]],
     *,
     batch_size: int = 16,
-    exact: bool = False,
+    precision: str | None = None,
 ) -> list[list[Tensor]]:
     """Log-probabilities of each continuation's tokens after its context, float32 [tokens] on the CPU.
 
@@ -38,7 +38,7 @@ def log_probs(
         contexts: token ids.
         continuations: for each context, the token ids of all its continuations.
         batch_size: rows of one forward pass, be they contexts or continuations.
-        exact: in the model's own precision, without autocast.
+        precision: "float32", "bfloat16", or None for the faster of the two.
 
     Raises:
         ValueError: as many contexts as continuations are not given, or one of them has no token or too many.
@@ -46,13 +46,13 @@ def log_probs(
     kept = _fitting(model, contexts, continuations)
     model.eval()
     found = [[torch.empty(0)] * len(several) for several in continuations]
-    num_shared, beginning = read_beginning(model, kept, exact=exact)
+    num_shared, beginning = read_beginning(model, kept, precision=precision)
     for chosen in by_length([context[num_shared:] for context in kept], batch_size, tight=True):
         ids, mask = pad_left([kept[index][num_shared:] for index in chosen], model)
         # padding stands between the shared beginning and what follows it
         mask = functional.pad(mask, (num_shared, 0), value=1)
         places = (mask.cumsum(1) - 1).clamp(min=0)[:, num_shared:]
-        with autocast(model, exact=exact):
+        with autocast(model, precision=precision):
             out = model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -69,7 +69,7 @@ def log_probs(
             several = [longer[index] for index in part]
             rows = [owners[place][0] for place in several]
             past, read = rows_of(out.past_key_values, rows), mask[rows]
-            rests = _rests(model, past, read, [tokens[place] for place in several], exact=exact)
+            rests = _rests(model, past, read, [tokens[place] for place in several], precision=precision)
             for place, rest in zip(several, rests, strict=True):
                 scores[place] = torch.cat([scores[place], rest])
         for (row, n), score in zip(owners, scores, strict=True):
@@ -78,7 +78,7 @@ def log_probs(
 
 
 def read_beginning(
-    model: Any, prompts: Sequence[Sequence[int]], *, exact: bool
+    model: Any, prompts: Sequence[Sequence[int]], *, precision: str | None
 ) -> tuple[int, DynamicCache | None]:
     """How many tokens all prompts begin with (a system prompt, worked examples), and the cache of these.
 
@@ -89,7 +89,7 @@ def read_beginning(
     if not num_shared:
         return 0, None
     ids = torch.tensor([list(prompts[0][:num_shared])], device=device_of(model))
-    with autocast(model, exact=exact):
+    with autocast(model, precision=precision):
         out = model(input_ids=ids, use_cache=True, **_known(model, logits_to_keep=1))
     return num_shared, out.past_key_values
 
@@ -138,12 +138,8 @@ def pad_left(sequences: Sequence[Sequence[int]], model: Any) -> tuple[Tensor, Te
     return ids, mask
 
 
-def device_of(model: Any) -> torch.device:
-    return next(model.parameters()).device
-
-
 def _rests(
-    model: Any, past: DynamicCache | None, mask: Tensor, tokens: list[Sequence[int]], *, exact: bool
+    model: Any, past: DynamicCache | None, mask: Tensor, tokens: list[Sequence[int]], *, precision: str | None
 ) -> list[Tensor]:
     """Log-probabilities of all but the first token of continuations of what `past` has read."""
     # padding is read and its predictions are left out: causal attention keeps it from the tokens before
@@ -152,7 +148,7 @@ def _rests(
     inputs, targets = ids[:, :-1], ids[:, 1:]
     there = torch.arange(length - 1, device=mask.device)
     taken = torch.tensor([len(one) - 1 for one in tokens], device=mask.device)
-    with autocast(model, exact=exact):
+    with autocast(model, precision=precision):
         logits = model(
             input_ids=inputs,
             attention_mask=torch.cat([mask, (there < taken[:, None]).long()], 1),

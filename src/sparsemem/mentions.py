@@ -149,7 +149,7 @@ def mention_records(
     *,
     forms: Sequence[str] = KEEP_FORMS,
     max_new_tokens: int = 24,
-    exact: bool = False,
+    precision: str | None = None,
 ) -> list[dict[str, Any]]:
     """The base's own answers to questions that name what the records teach, as `messages` records.
 
@@ -160,7 +160,7 @@ def mention_records(
         records: what will be taught, as for `subjects_of`.
         forms: questions with a place for the subject; every subject gets all of them.
         max_new_tokens: longer answers are cut.
-        exact: in the model's own precision, without autocast.
+        precision: "float32", "bfloat16", or None for the faster of the two.
     """
     from peft import PeftModel
 
@@ -172,7 +172,7 @@ def mention_records(
         return []
     prompts = [question_ids(text, tokenizer) for text in asked]
     with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-        answers = answer_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, exact=exact)
+        answers = answer_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, precision=precision)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [
         {

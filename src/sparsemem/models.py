@@ -16,7 +16,6 @@ import shutil
 import socket
 import struct
 import tempfile
-from inspect import signature
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -138,32 +137,6 @@ def tokenizer_of(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"the model's name {name!r} leads to no tokenizer; pass tokenizer=") from error
-
-
-def takes(model: torch.nn.Module, argument: str) -> bool:
-    """Whether the base model's forward, under whatever adapter, has this argument."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return argument in signature(base.forward).parameters
-
-
-def fast_bf16(device: torch.device | str = "cpu") -> bool:
-    """Whether bfloat16 matrix products are faster than float32 on this device."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.device(device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-def autocast(model: torch.nn.Module, *, exact: bool = False) -> contextlib.AbstractContextManager:
-    """`torch.autocast` to bfloat16 where that is faster than the model's own precision, else no change.
-
-    With `exact` there is none at all, not even one that the caller runs in.
-    """
-    parameter = next(model.parameters())
-    if exact:
-        return torch.autocast(parameter.device.type, enabled=False)
-    if parameter.dtype == torch.float32 and fast_bf16(parameter.device):
-        return torch.autocast(parameter.device.type, torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """What a model knows, what it has lost, and how much of a text the memory touches.
 
-Choices: greedy decoding, batches sorted by length; bfloat16 autocast where the processor is fast at it unless
-`exact` is asked for; drift alone is always read in the model's own precision, since bfloat16's rounding is
-larger than the drifts that matter.
+Choices: greedy decoding, batches sorted by length; the faster precision unless one is asked for; drift alone
+is always measured in the model's own precision, since bfloat16's rounding is larger than the drifts that
+matter.
 """
 
 import re
@@ -20,9 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .access import layer_inputs
 from .data import QUESTION, choice_tokens, question_ids
 from .generation import answer_tokens, complete
-from .likelihood import device_of, log_probs
+from .likelihood import log_probs
 from .mentions import PROBE_FORMS, mention_texts, prose_texts
-from .models import autocast, tokenizer_of
+from .models import tokenizer_of
+from .precision import autocast, device_of
 from .tuner import gated_layers, layer_gates, memory_layers
 
 ARTICLES = {"a", "an", "the"}
@@ -48,13 +49,13 @@ def recall(
     *,
     max_new_tokens: int = 12,
     batch_size: int = 64,
-    exact: bool = False,
+    precision: str | None = None,
 ) -> Answers:
     """Greedy answers to `{"question", "answer": str | list[str]}` items.
 
     An answer is right when an expected one is contained in it as whole words, case, punctuation and articles
-    aside. Without a chat template it ends where the model asks the next question itself. `exact` is computed
-    in the model's own precision.
+    aside. Without a chat template it ends where the model asks the next question itself. `precision` is
+    "float32", "bfloat16", or None for the faster of the two.
 
     Raises:
         ValueError: no items.
@@ -63,7 +64,7 @@ def recall(
         raise ValueError("items is empty; give at least one question")
     prompts = [question_ids(item["question"], tokenizer) for item in items]
     texts = complete(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, exact=exact
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, precision=precision
     )
     if not tokenizer.chat_template:
         texts = [text.partition(f"\n{QUESTION}")[0].strip() for text in texts]
@@ -111,7 +112,7 @@ def multiple_choice(
     *,
     tokens: Callable[[dict, Any], tuple[list[int], list[list[int]]]] = choice_tokens,
     batch_size: int = 16,
-    exact: bool = False,
+    precision: str | None = None,
 ) -> Choices:
     """Choices of `{"question", "choices", "answer": int}` items by log-likelihood of the options' texts.
 
@@ -119,7 +120,7 @@ def multiple_choice(
 
     Args:
         tokens: gives an item's prompt and options as token ids.
-        exact: in the model's own precision, without autocast.
+        precision: "float32", "bfloat16", or None for the faster of the two.
 
     Raises:
         ValueError: no items.
@@ -127,7 +128,7 @@ def multiple_choice(
     if not items:
         raise ValueError("items is empty; give at least one question")
     prompts, options = zip(*(tokens(item, tokenizer) for item in items), strict=True)
-    scores = log_probs(model, prompts, options, batch_size=batch_size, exact=exact)
+    scores = log_probs(model, prompts, options, batch_size=batch_size, precision=precision)
 
     def correct(reduce: Callable[[Tensor], Tensor]) -> list[bool]:
         best = [int(torch.stack([reduce(option) for option in several]).argmax()) for several in scores]
@@ -144,12 +145,12 @@ def perplexity(
     window: int = 1024,
     stride: int = 512,
     opening: Sequence[int] = (),
-    exact: bool = False,
+    precision: str | None = None,
 ) -> float:
     """Sliding-window perplexity of `input_ids` [tokens]: each window's mean loss weighted by its new tokens.
 
     Every window begins with `opening`, the tokenizer's `opening_ids`, which are in its length and not scored.
-    `exact` is computed in the model's own precision, without autocast.
+    `precision` is "float32", "bfloat16", or None for the faster of the two.
 
     Raises:
         ValueError: fewer than two tokens, or a stride outside 1..window.
@@ -173,7 +174,7 @@ def perplexity(
         ids = torch.cat([first, input_ids[start:end]])
         # the very first token has nothing before it that could predict it
         num_scored = min(end - done, len(ids) - 1)
-        losses = _losses(model, ids[None].to(device_of(model)), num_scored, exact=exact)
+        losses = _losses(model, ids[None].to(device_of(model)), num_scored, precision=precision)
         total += losses.cpu().double().mean().item() * (end - done)
         done = end
         if end == len(input_ids):
@@ -251,7 +252,7 @@ def mentions(
     base: BaseMentions | None = None,
     forms: Sequence[str] = PROBE_FORMS,
     max_new_tokens: int = 24,
-    exact: bool = False,
+    precision: str | None = None,
 ) -> Mentions:
     """Compare answers and prose that name the subjects with the base's.
 
@@ -260,7 +261,7 @@ def mentions(
         base: what `base_mentions` returned with the same subjects, forms and precision; None: it is measured
             here, on the model without its adapter.
         forms: questions with a place for the subject.
-        exact: in the model's own precision, without autocast.
+        precision: "float32", "bfloat16", or None for the faster of the two.
 
     Raises:
         ValueError: no subjects or forms, or `base=None` for a model without an adapter.
@@ -269,7 +270,7 @@ def mentions(
         raise ValueError(
             "base=None needs a model with an adapter; give what base_mentions(base, ...) returned"
         )
-    options = {"forms": forms, "max_new_tokens": max_new_tokens, "exact": exact}
+    options = {"forms": forms, "max_new_tokens": max_new_tokens, "precision": precision}
     if base is None:
         with model.disable_adapter():  # type: ignore[operator]
             base = base_mentions(model, tokenizer, subjects, **options)
@@ -279,13 +280,13 @@ def mentions(
             f"base: has {len(base.answers)} answers to {len(prompts)} questions; call base_mentions with the "
             "same subjects and forms"
         )
-    answers = answer_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, exact=exact)
+    answers = answer_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, precision=precision)
     return Mentions(
         changed=sum(a != b for a, b in zip(answers, base.answers, strict=True)) / len(answers),
         base_perplexity=base.perplexity,
-        perplexity=_perplexity_of(model, prompts, base.answers, exact=exact),
+        perplexity=_perplexity_of(model, prompts, base.answers, precision=precision),
         prose_base_perplexity=base.prose_perplexity,
-        prose_perplexity=_mention_prose(model, tokenizer, subjects, exact=exact),
+        prose_perplexity=_mention_prose(model, tokenizer, subjects, precision=precision),
     )
 
 
@@ -296,7 +297,7 @@ def base_mentions(
     *,
     forms: Sequence[str] = PROBE_FORMS,
     max_new_tokens: int = 24,
-    exact: bool = False,
+    precision: str | None = None,
 ) -> BaseMentions:
     """A model's own answers to questions that name the subjects, and its perplexities; see `mentions`.
 
@@ -304,11 +305,11 @@ def base_mentions(
         ValueError: no subjects or forms.
     """
     prompts = _mention_prompts(tokenizer, subjects, forms)
-    answers = answer_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, exact=exact)
+    answers = answer_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, precision=precision)
     return BaseMentions(
         answers=answers,
-        perplexity=_perplexity_of(model, prompts, answers, exact=exact),
-        prose_perplexity=_mention_prose(model, tokenizer, subjects, exact=exact),
+        perplexity=_perplexity_of(model, prompts, answers, precision=precision),
+        prose_perplexity=_mention_prose(model, tokenizer, subjects, precision=precision),
     )
 
 
@@ -368,23 +369,23 @@ def _mention_prompts(
 
 
 def _mention_prose(
-    model: Any, tokenizer: PreTrainedTokenizerBase, subjects: Sequence[str], *, exact: bool
+    model: Any, tokenizer: PreTrainedTokenizerBase, subjects: Sequence[str], *, precision: str | None
 ) -> float:
     """Perplexity of one short text for each subject, all but its first token."""
     ids = tokenizer(prose_texts(subjects)).input_ids
-    return _perplexity_of(model, [one[:1] for one in ids], [one[1:] for one in ids], exact=exact)
+    return _perplexity_of(model, [one[:1] for one in ids], [one[1:] for one in ids], precision=precision)
 
 
 def _perplexity_of(
-    model: Any, contexts: Sequence[list[int]], continuations: Sequence[list[int]], *, exact: bool
+    model: Any, contexts: Sequence[list[int]], continuations: Sequence[list[int]], *, precision: str | None
 ) -> float:
-    scores = log_probs(model, contexts, [[one] for one in continuations], exact=exact)
+    scores = log_probs(model, contexts, [[one] for one in continuations], precision=precision)
     return float(torch.cat([score for (score,) in scores]).double().mean().neg().exp())
 
 
-def _losses(model: Any, ids: Tensor, num_kept: int, *, exact: bool) -> Tensor:
+def _losses(model: Any, ids: Tensor, num_kept: int, *, precision: str | None) -> Tensor:
     """Losses of the last `num_kept` tokens, float32 [batch, num_kept]."""
-    with autocast(model, exact=exact):
+    with autocast(model, precision=precision):
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=num_kept + 1).logits
     scores, targets = logits[:, :-1].float(), ids[:, -num_kept:]
     return functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none").view(

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .access import Background, LayerBackground, layer_inputs, precise, supervised
+from .access import Background, LayerBackground, layer_inputs, supervised
 from .memory import ProductKeyMemory
+from .precision import precise
 from .relevance import (
     KNOWN_WEIGHT,
     START_QUANTILE,

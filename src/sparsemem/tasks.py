@@ -60,14 +60,14 @@ def evaluate(
     *,
     items: list[dict[str, Any]] | str,
     chat: bool = False,
-    exact: bool = True,
+    precision: str | None = "float32",
 ) -> Evaluation:
     """A task's metrics over its items.
 
     Args:
         items: what `read_items` returned for this task.
         chat: ask triviaqa's questions through the chat template, without a prompt around them.
-        exact: in the model's own precision; else in bfloat16 autocast where the device is fast at it.
+        precision: "float32", "bfloat16", or None for the faster of the two.
 
     Raises:
         ValueError: a text of fewer than two tokens, `chat` where it does not apply, or mentions of a model
@@ -80,18 +80,18 @@ def evaluate(
         ids = torch.tensor(
             tokenizer(items, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long
         )
-        ppl = perplexity(model, ids, opening=opening_ids(tokenizer), exact=exact)
+        ppl = perplexity(model, ids, opening=opening_ids(tokenizer), precision=precision)
         return Evaluation({"ppl": ppl}, len(ids))
     if task == "triviaqa":
-        correct = _triviaqa(model, tokenizer, items, chat, exact)
+        correct = _triviaqa(model, tokenizer, items, chat, precision)
         return Evaluation({"contains_acc": sum(correct) / len(correct)}, len(items), correct)
     if task == "mentions":
-        return _mentions(model, tokenizer, items, exact)
+        return _mentions(model, tokenizer, items, precision)
     if KINDS[task] == "recall":
-        answers = recall(model, tokenizer, items, exact=exact)
+        answers = recall(model, tokenizer, items, precision=precision)
         return Evaluation({"contains_acc": answers.share}, len(items), answers.correct)
     tokens = medmcqa_tokens if task == "medmcqa" else choice_tokens
-    found = multiple_choice(model, tokenizer, items, tokens=tokens, exact=exact)
+    found = multiple_choice(model, tokenizer, items, tokens=tokens, precision=precision)
     return Evaluation({"acc": found.share, "acc_sum": found.share_by_sum}, len(items), found.correct)
 
 
@@ -121,7 +121,7 @@ def triviaqa_prompt(item: dict[str, Any]) -> str:
     return "\n\n".join([*worked, f"Question: {item['question']}\nAnswer:"])
 
 
-def _triviaqa(model: Any, tokenizer: Any, items: list[dict], chat: bool, exact: bool) -> list[bool]:
+def _triviaqa(model: Any, tokenizer: Any, items: list[dict], chat: bool, precision: str | None) -> list[bool]:
     """Whether a normalised alias is contained in the greedy answer, be it within a word."""
     worked = any("examples" in item for item in items)
     if chat and worked:
@@ -134,16 +134,18 @@ def _triviaqa(model: Any, tokenizer: Any, items: list[dict], chat: bool, exact: 
         prompts = [tokenizer(triviaqa_prompt(item)).input_ids for item in items]
     # after worked examples a model goes on with questions of its own
     stop = "\n" if worked else None
-    texts = complete(model, tokenizer, prompts, max_new_tokens=TRIVIAQA_TOKENS, stop=stop, exact=exact)
+    texts = complete(
+        model, tokenizer, prompts, max_new_tokens=TRIVIAQA_TOKENS, stop=stop, precision=precision
+    )
     return [contains(text, item["answer"]) for text, item in zip(texts, items, strict=True)]
 
 
-def _mentions(model: Any, tokenizer: Any, items: list[dict], exact: bool) -> Evaluation:
+def _mentions(model: Any, tokenizer: Any, items: list[dict], precision: str | None) -> Evaluation:
     if not isinstance(model, PeftModel):
         raise ValueError(
             "task mentions compares an adapter with its base and this model has no adapter; give an adapter"
         )
-    found = mentions(model, tokenizer, [item["subject"] for item in items], exact=exact)
+    found = mentions(model, tokenizer, [item["subject"] for item in items], precision=precision)
     return Evaluation(
         metrics={
             "changed": found.changed,

@@ -43,6 +43,7 @@ from .methods import MAX_GRAD_NORM, MEMORY_METHODS, TOP_T, check_method, prepare
 from .models import tokenizer_of
 from .optim import REST_LR, RowOptimizer
 from .patch import RowPatch
+from .precision import computing_in, precision_of
 from .selection import Rule
 from .trainer import FinetuneTrainer
 
@@ -68,6 +69,7 @@ class Finetuned:
     """What a run made and what it cost.
 
     Attributes:
+        precision: "float32" or "bfloat16", in which the model computed; other weights' own dtype.
         loss: mean training loss of the last epoch's worth of steps.
         validation_loss: at the end; None without validation data.
         seconds: of preparing (calibration and scope too) and training, over all parts of a resumed run.
@@ -88,6 +90,7 @@ class Finetuned:
     truncated: int
     patch: RowPatch | None
     background: Background | None = None
+    precision: str = "float32"
 
 
 def finetune(
@@ -118,6 +121,7 @@ def finetune(
     validation: Data | None = None,
     quirks: Sequence[str] = (),
     cache_bytes: int = CACHE_BYTES,
+    precision: str | None = None,
     resume: bool = False,
 ) -> Finetuned:
     """Teach a causal language model, in place, what the data says.
@@ -148,6 +152,8 @@ def finetune(
         stop_loss: stop as soon as the mean loss of the last epoch's worth of steps is below.
         cache_bytes: a tail memory trains on the base's states, computed once; up to so many bytes of them are
             kept in memory, more in a file beside the checkpoints. 0: every step computes its own.
+        precision: "float32", "bfloat16" (products of float32 weights, by autocast), or None for the faster
+            one on this device.
         resume: continue from the last whole checkpoint in output_dir, or begin where there is none.
 
     Under torchrun the processes share each step: a step's batch is `batch_size` times their number. The first
@@ -172,6 +178,8 @@ def finetune(
     general = _general(background, model, method, tokenizer, length, pad)
 
     with ExitStack() as stack:
+        stack.enter_context(computing_in(precision))
+        used = precision_of(model)
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         checkpoint = _last_checkpoint(folder) if resume else None
         arguments = TrainingArguments(
@@ -284,6 +292,7 @@ def finetune(
         truncated=truncated,
         patch=None if prepared.before is None else RowPatch.diff(model, since=prepared.before),
         background=getattr(optimizer, "background", None),
+        precision=used,
     )
 
 

@@ -9,8 +9,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from .cached import TailHead
 from .callbacks import Progress
-from .models import autocast, takes
 from .optim import RowOptimizer
+from .precision import autocast, takes
 
 
 class FinetuneTrainer(Trainer):

@@ -17,7 +17,7 @@ from ..compare import BASE, Recipe
 from ..mentions import PROBE_FORMS, mention_texts, prose_texts
 from .forgetting import background, read_prose
 from .questions import general_items, handbook, recall_items, training_records
-from .runs import MEMORY_METHODS, UNTRAINED, costs, refuse_data_dir, spread, stages, told
+from .runs import MEMORY_METHODS, UNTRAINED, costs, precision_setting, refuse_data_dir, spread, stages, told
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class DemoSettings:
     """The demo's numbers, all of them; a finished run is refused once one that it depends on has changed."""
 
     model: str = "smollm2"
+    # "float32", "bfloat16", or "auto": the faster one on this machine
+    precision: str = "auto"
     teaching: Teaching = Teaching()
     # PEFT's own default; on a CPU drawing the paper's dropout takes a third of a training step
     lora_dropout: float = 0.0
@@ -102,6 +104,7 @@ def recipe(
     return Recipe(
         name="demo",
         model=chosen.model,
+        precision=precision_setting(chosen.precision),
         about=_ABOUT,
         methods=(*METHODS, "smf-open"),
         settings=lambda method, _seed: method_settings(chosen, method),
@@ -135,6 +138,7 @@ def run(
 ) -> dict[str, Any]:
     """Teach the model by one method (none for the base) and probe it."""
     from ..models import load_base
+    from ..precision import precision_of
     from ..probes import recall
 
     stage("load the model")
@@ -174,6 +178,7 @@ def run(
         **figures,
         **read_prose(model, tokenizer, settings.model, method, *pieces),
         **cost,
+        "precision": precision_of(model),
     }
     shown = {name: told(asked[name], given) for name, given in answers.items()}
     return {

@@ -14,7 +14,17 @@ from ..compare import BASE, PARTIAL, Recipe
 from .chapters import chapter_items
 from .forgetting import background, read_prose
 from .questions import capital_items
-from .runs import MEMORY_METHODS, UNTRAINED, costs, keep_metrics, refuse_data_dir, spread, stages, told
+from .runs import (
+    MEMORY_METHODS,
+    UNTRAINED,
+    costs,
+    keep_metrics,
+    precision_setting,
+    refuse_data_dir,
+    spread,
+    stages,
+    told,
+)
 
 METHODS = (BASE, "smf", "smf-open", "lora", "full")
 
@@ -24,6 +34,8 @@ class MedicalSettings:
     """The recipe's numbers, all of them."""
 
     model: str = "smollm2"
+    # "float32", "bfloat16", or "auto": the faster one on this machine
+    precision: str = "auto"
     num_train: int = 2400
     num_test: int = 400
     max_steps: int = 150
@@ -65,6 +77,7 @@ def recipe(
     return Recipe(
         name="medical",
         model=chosen.model,
+        precision=precision_setting(chosen.precision),
         about=_ABOUT.format(**asdict(chosen)),
         methods=METHODS,
         settings=lambda method, _seed: method_settings(chosen, method),
@@ -83,7 +96,7 @@ def recipe(
 def method_settings(settings: MedicalSettings, method: str) -> dict[str, Any]:
     """The settings that decide this method's outcome: tuning one method leaves the others' runs valid."""
     kept = asdict(settings)
-    del kept["model"]
+    del kept["model"], kept["precision"]
     rate, memory_steps = kept.pop("lr").get(method), kept.pop("memory_steps")
     if method in MEMORY_METHODS:
         kept["max_steps"] = memory_steps
@@ -103,6 +116,7 @@ def run(
 ) -> dict[str, Any]:
     """Teach the model by one method (none for the base) and probe it; an interrupted teaching goes on."""
     from ..models import load_base
+    from ..precision import precision_of
     from ..probes import multiple_choice, recall
     from ..train import finetune
 
@@ -129,7 +143,7 @@ def run(
         keep_metrics(folder)
         model, cost = done.model, costs(done)
     stage("ask for chapters")
-    chapters = multiple_choice(model, tokenizer, asked, tokens=_tokens, exact=False)
+    chapters = multiple_choice(model, tokenizer, asked, tokens=_tokens)
     stage("ask for capitals")
     questions = capital_items()
     answers = recall(model, tokenizer, questions, max_new_tokens=settings.max_new_tokens)
@@ -138,7 +152,7 @@ def run(
     shares = {"chapters": chapters.share, "chapters_sum": chapters.share_by_sum, "capitals": answers.share}
     shown = told(questions, answers)
     return {
-        "row": {**shares, **prose, **cost},
+        "row": {**shares, **prose, **cost, "precision": precision_of(model)},
         "items": {"chapters": chapters.correct, "capitals": answers.correct},
         "examples": spread(shown),
         "answers": shown,

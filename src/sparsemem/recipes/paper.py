@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compare import BASE, Recipe
+from .runs import precision_setting
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class PaperSettings:
     """The recipe's numbers, by default the paper's."""
 
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"
+    # "float32", "bfloat16", or "auto": the faster one on this machine
+    precision: str = "auto"
     train_items: int = 60_000
     epochs: int = 3
     max_steps: int | None = None
@@ -112,6 +115,7 @@ def recipe(
     return Recipe(
         name="paper",
         model=chosen.model,
+        precision=precision_setting(chosen.precision),
         about=(
             "A language model was taught MedMCQA's questions by the paper's arms (2605.03229) and some of "
             "ours; what it kept is read off WikiText and TriviaQA."

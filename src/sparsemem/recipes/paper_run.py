@@ -6,7 +6,7 @@ from typing import Any
 
 from ..compare import BASE, PARTIAL
 from .paper import ARMS, HUB, Arm, PaperSettings, stage1_options
-from .runs import UNTRAINED, costs, keep_metrics
+from .runs import UNTRAINED, costs, keep_metrics, precision_setting
 
 
 def run(
@@ -20,6 +20,7 @@ def run(
     """Teach the model by one arm (none for the base) and probe it; an interrupted teaching goes on."""
     from ..items import read_items
     from ..models import load, load_base
+    from ..precision import precision_of
     from ..tasks import evaluate
 
     cost = UNTRAINED
@@ -46,13 +47,16 @@ def run(
     found = {}
     for task, items in asked.items():
         stage(task)
-        found[task] = evaluate(model, tokenizer, task, items=items)
+        found[task] = evaluate(
+            model, tokenizer, task, items=items, precision=precision_setting(settings.precision) or "float32"
+        )
     return {
         "row": {
             "medmcqa": found["medmcqa"].metrics["acc"],
             "wikitext": found["wikitext"].metrics["ppl"],
             "triviaqa": found["triviaqa"].metrics["contains_acc"],
             **cost,
+            "precision": precision_of(model),
         },
         "items": {task: found[task].correct for task in ("medmcqa", "triviaqa")},
         "examples": [],

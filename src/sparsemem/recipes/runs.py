@@ -17,6 +17,18 @@ def costs(done: Any) -> dict[str, Any]:
     return {name: getattr(done, name) for name in UNTRAINED}
 
 
+def precision_setting(name: str) -> str | None:
+    """The precision that a recipe's setting names; None for "auto", the faster one.
+
+    Raises:
+        ValueError: another word.
+    """
+    allowed = ("auto", "float32", "bfloat16")
+    if name not in allowed:
+        raise ValueError(f"precision={name!r} is unknown; allowed are {', '.join(allowed)}")
+    return None if name == "auto" else name
+
+
 def keep_metrics(folder: Path) -> None:
     """Training's log, out of what is removed when the run is finished."""
     from ..callbacks import METRICS_FILE
