@@ -13,8 +13,8 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from sparsemem.models import load_base
-from sparsemem.probes import recall
+from sparsemem.data.models import load_base
+from sparsemem.evaluation.probes import recall
 from sparsemem.provenance import environment
 from sparsemem.recipes import questions
 from sparsemem.recipes.demo import DemoSettings, teach

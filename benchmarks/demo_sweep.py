@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from sparsemem.compare import compare
+from sparsemem.comparison.compare import compare
 from sparsemem.recipes.demo import DemoSettings, recipe
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "demo-sweep"

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from sparsemem.data.models import load_base
+from sparsemem.evaluation.items import read_items
+from sparsemem.evaluation.likelihood import log_probs
+from sparsemem.evaluation.tasks import medmcqa_tokens
 from sparsemem.files import write_json
-from sparsemem.items import read_items
-from sparsemem.likelihood import log_probs
-from sparsemem.models import load_base
 from sparsemem.provenance import environment
-from sparsemem.tasks import medmcqa_tokens
 
 NUM_ITEMS, NUM_RUNS = 48, 3
 

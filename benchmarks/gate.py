@@ -15,12 +15,12 @@ import torch
 from peft import get_peft_model
 
 from sparsemem import memory_layers
+from sparsemem.data.general import prose
+from sparsemem.data.models import load_base
 from sparsemem.files import write_json
-from sparsemem.general import prose
-from sparsemem.methods import memory_config
-from sparsemem.models import load_base
+from sparsemem.layer.scope import Scope
 from sparsemem.provenance import environment
-from sparsemem.relevance import Scope
+from sparsemem.training.methods import memory_config
 
 NUM_CENTRES, NUM_KNOWN, NUM_RUNS = 1024, 1024, 15
 

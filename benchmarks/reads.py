@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsemem import values as room
 from sparsemem.files import write_json
+from sparsemem.layer import values as room
 from sparsemem.provenance import environment
 
 NUM_RUNS = 4

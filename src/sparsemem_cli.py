@@ -5,6 +5,6 @@ While this module is loaded, `import sparsemem` loads neither: each command does
 
 
 def main() -> None:
-    from sparsemem.cli import main
+    from sparsemem.cli.main import main
 
     main()

@@ -14,7 +14,7 @@ from peft import get_peft_model
 
 from conftest import CHAT_TEMPLATE, make_tokenizer
 from sparsemem import SparseMemoryConfig, finetune, memory_layers
-from sparsemem.staging import checkpoints_of, new_folder
+from sparsemem.folders.staging import checkpoints_of, new_folder
 from tiny import SMALL, tiny_model
 
 FACTS = [{"prompt": f"Capital {n}?", "completion": f"City{n * 7}"} for n in range(8)]

@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsemem.relevance import KNOWN_WEIGHT, LEAST_RAMP, OWN_SHARE, RAMP, k_means, whiten, whitening
+from sparsemem.layer.scope import (
+    KNOWN_WEIGHT,
+    LEAST_RAMP,
+    OWN_SHARE,
+    RAMP,
+    k_means,
+    whiten,
+    whitening,
+)
 
 MAX_CENTRES = 1024
 TAUGHT_SIZE = 8_192

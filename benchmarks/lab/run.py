@@ -25,7 +25,7 @@ import rows  # noqa: E402
 import texts  # noqa: E402
 from gates import fit, space  # noqa: E402
 
-from sparsemem.calibration import _Statistics  # noqa: E402
+from sparsemem.background.calibration import _Statistics  # noqa: E402
 from sparsemem.provenance import environment  # noqa: E402
 
 OUT = Path(__file__).resolve().parent.parent / "results" / "lab.jsonl"

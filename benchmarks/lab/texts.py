@@ -22,8 +22,8 @@ from cache import (
     states_of_tokens,
 )
 
-from sparsemem.data import prompt_ids
-from sparsemem.probes import complete, is_right
+from sparsemem.data.records import prompt_ids
+from sparsemem.evaluation.probes import complete, is_right
 from sparsemem.recipes.chapters import chapter_items
 from sparsemem.recipes.forgetting import background, tokens
 from sparsemem.recipes.questions import prose as topics

@@ -9,40 +9,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .access import Background, count_accesses
-    from .calibration import calibrate, observe
-    from .config import SparseMemoryConfig
+    from .adapter.config import SparseMemoryConfig
+    from .adapter.tuner import memory_layers, set_trainable
+    from .background.access import Background, count_accesses
+    from .background.calibration import calibrate, observe
+    from .background.scoping import clear_scope, set_scope
+    from .evaluation.probes import exposure, scope_gate
     from .files import ArtifactError
-    from .memory import ProductKeyMemory
-    from .optim import RowAdamW, RowSGD
-    from .patch import RowPatch
-    from .probes import exposure, scope_gate
-    from .scoping import clear_scope, set_scope
-    from .selection import select_rows
-    from .train import finetune
-    from .tuner import memory_layers, set_trainable
+    from .layer.memory import ProductKeyMemory
+    from .optim.rows import RowAdamW, RowSGD
+    from .optim.selection import select_rows
+    from .patches.patch import RowPatch
+    from .training.finetune import finetune
 
 __version__ = "0.1.0"
 
 _ROOM = {
     "ArtifactError": "files",
-    "Background": "access",
-    "ProductKeyMemory": "memory",
-    "RowAdamW": "optim",
-    "RowPatch": "patch",
-    "RowSGD": "optim",
-    "SparseMemoryConfig": "config",
-    "calibrate": "calibration",
-    "clear_scope": "scoping",
-    "count_accesses": "access",
-    "exposure": "probes",
-    "finetune": "train",
-    "memory_layers": "tuner",
-    "observe": "calibration",
-    "scope_gate": "probes",
-    "select_rows": "selection",
-    "set_scope": "scoping",
-    "set_trainable": "tuner",
+    "Background": "background.access",
+    "ProductKeyMemory": "layer.memory",
+    "RowAdamW": "optim.rows",
+    "RowPatch": "patches.patch",
+    "RowSGD": "optim.rows",
+    "SparseMemoryConfig": "adapter.config",
+    "calibrate": "background.calibration",
+    "clear_scope": "background.scoping",
+    "count_accesses": "background.access",
+    "exposure": "evaluation.probes",
+    "finetune": "training.finetune",
+    "memory_layers": "adapter.tuner",
+    "observe": "background.calibration",
+    "scope_gate": "evaluation.probes",
+    "select_rows": "optim.selection",
+    "set_scope": "background.scoping",
+    "set_trainable": "adapter.tuner",
 }
 
 __all__ = [
@@ -61,4 +61,4 @@ def __getattr__(name: str):
 
 
 if "sparsemem_cli" not in sys.modules:
-    import_module(".tuner", __name__)
+    import_module(".adapter.tuner", __name__)

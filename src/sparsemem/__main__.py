@@ -1,5 +1,5 @@
 """`python -m sparsemem`: the command line."""
 
-from .cli import main
+from .cli.main import main
 
 main(prog_name="python -m sparsemem")

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..compare import BASE, Recipe
-from ..mentions import PROBE_FORMS, mention_texts, prose_texts
+from ..comparison.compare import BASE, Recipe
+from ..data.mentions import PROBE_FORMS, mention_texts, prose_texts
 from .forgetting import background, read_prose
 from .questions import general_items, handbook, recall_items, training_records
 from .runs import MEMORY_METHODS, UNTRAINED, costs, precision_setting, refuse_data_dir, spread, stages, told
@@ -137,9 +137,9 @@ def run(
     stage: Callable[[str], None],
 ) -> dict[str, Any]:
     """Teach the model by one method (none for the base) and probe it."""
-    from ..models import load_base
+    from ..data.models import load_base
+    from ..evaluation.probes import recall
     from ..precision import precision_of
-    from ..probes import recall
 
     stage("load the model")
     model, tokenizer = load_base(settings.model)
@@ -199,7 +199,7 @@ def teach(
     records: list[dict[str, Any]],
 ) -> tuple[Any, dict[str, Any]]:
     """The model taught these records, and what teaching cost."""
-    from ..train import finetune
+    from ..training.finetune import finetune
 
     teaching, options = settings.teaching, {}
     if method in MEMORY_METHODS:
@@ -229,7 +229,7 @@ def ask_mentions(
     probing: Probing, model: Any, tokenizer: Any, base: dict[str, Any] | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """A row's figures of texts that mention what was taught, and the base's answers, for the other runs."""
-    from ..probes import BaseMentions, base_mentions, mentions
+    from ..evaluation.probes import BaseMentions, base_mentions, mentions
 
     asked = {
         "subjects": _mention_subjects(probing),
@@ -271,7 +271,7 @@ def examples(shown: dict[str, list[dict[str, Any]]], known: list[bool]) -> list[
 def _with_memory(memory: Memory, model: Any) -> Any:
     from peft import get_peft_model
 
-    from ..methods import memory_config
+    from ..training.methods import memory_config
 
     config = memory_config(
         layers_to_transform=None if memory.layers is None else list(memory.layers),
@@ -286,7 +286,7 @@ def _with_memory(memory: Memory, model: Any) -> Any:
 def _with_lora(dropout: float, model: Any) -> Any:
     from peft import get_peft_model
 
-    from ..methods import lora_config
+    from ..training.methods import lora_config
 
     config = lora_config()
     config.lora_dropout = dropout

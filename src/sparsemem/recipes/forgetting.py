@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ..compare import BASE
-from ..general import prose
+from ..comparison.compare import BASE
+from ..data.general import prose
 from .questions import background_records
 from .runs import MEMORY_METHODS
 
@@ -18,9 +18,9 @@ def read_prose(
     model: Any, tokenizer: Any, base_name: str, method: str, prose_tokens: int, piece_tokens: int
 ) -> dict[str, float]:
     """Perplexity, drift from the base, and of sparse memory exposure, on prose that is in no background."""
-    from ..data import opening_ids
-    from ..models import load_base
-    from ..probes import drift, exposure, perplexity
+    from ..data.models import load_base
+    from ..data.records import opening_ids
+    from ..evaluation.probes import drift, exposure, perplexity
 
     probe = tokens(tokenizer, prose()[1], prose_tokens)
     opening = opening_ids(tokenizer)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..compare import BASE, PARTIAL, Recipe
+from ..comparison.compare import BASE, PARTIAL, Recipe
 from .chapters import chapter_items
 from .forgetting import background, read_prose
 from .questions import capital_items
@@ -115,10 +115,10 @@ def run(
     folder: Path,
 ) -> dict[str, Any]:
     """Teach the model by one method (none for the base) and probe it; an interrupted teaching goes on."""
-    from ..models import load_base
+    from ..data.models import load_base
+    from ..evaluation.probes import multiple_choice, recall
     from ..precision import precision_of
-    from ..probes import multiple_choice, recall
-    from ..train import finetune
+    from ..training.finetune import finetune
 
     stage("load the model")
     model, tokenizer = load_base(settings.model)
@@ -165,7 +165,7 @@ def _record(item: dict[str, Any]) -> dict[str, Any]:
 
 def _tokens(item: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
     """The question alone, and the chapters' names: the model is not shown what it chooses from."""
-    from ..data import choice_text, prompt_ids
+    from ..data.records import choice_text, prompt_ids
 
     names = [choice_text(name, tokenizer) for name in item["choices"]]
     ids = [tokenizer(name, add_special_tokens=False).input_ids for name in names]

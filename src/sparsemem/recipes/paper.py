@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..compare import BASE, Recipe
+from ..comparison.compare import BASE, Recipe
 from .runs import precision_setting
 
 
@@ -174,7 +174,7 @@ def plan(settings: PaperSettings, files: Mapping[str, list[Path]] | None, method
 
     Stage 1 comes on top the first time that an arm needs it.
     """
-    from ..methods import lora_config, memory_config, retrofit_config
+    from ..training.methods import lora_config, memory_config, retrofit_config
     from .planning import empty_model, training_bytes, weight_bytes
 
     model = empty_model(settings.model)
@@ -205,7 +205,7 @@ def _num_steps(settings: PaperSettings, files: Mapping[str, list[Path]] | None) 
 
 
 def _num_stage1_steps(settings: PaperSettings, files: Mapping[str, list[Path]] | None) -> int:
-    from ..retrofit import HELD_OUT, OASST_MOST
+    from ..training.retrofit import HELD_OUT, OASST_MOST
 
     number = OASST_MOST if files is None else _num_lines(files["general"][0])
     kept = number - math.ceil(number / HELD_OUT)

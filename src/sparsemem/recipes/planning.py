@@ -26,7 +26,7 @@ def empty_model(name: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from ..models import config_of
+    from ..data.models import config_of
 
     try:
         config: Any = config_of(name)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..compare import BASE, PARTIAL
+from ..comparison.compare import BASE, PARTIAL
 
 MEMORY_METHODS = ("smf", "smf-open")
 # a row's figures of training, as the base has them
@@ -31,7 +31,7 @@ def precision_setting(name: str) -> str | None:
 
 def keep_metrics(folder: Path) -> None:
     """Training's log, out of what is removed when the run is finished."""
-    from ..callbacks import METRICS_FILE
+    from ..training.callbacks import METRICS_FILE
 
     shutil.copyfile(folder / PARTIAL / METRICS_FILE, folder / METRICS_FILE)
 

@@ -1,0 +1,1 @@
+"""How a memory enters a Hugging Face model, as a PEFT method."""

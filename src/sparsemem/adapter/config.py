@@ -1,0 +1,173 @@
+"""SparseMemoryConfig: what memory is added, and where."""
+
+import enum
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+
+from ..files import write_json
+
+
+class SparseMemoryType(str, enum.Enum):  # noqa: UP042 (PEFT reads "Type.MEMBER" out of str())
+    """A member beside PEFT's own PeftType, which cannot be extended from outside."""
+
+    SPARSE_MEMORY = "SPARSE_MEMORY"
+
+
+WRITES = ("last", "own")
+MODES = ("additive", "replacement")
+VALUE_GATES = ("none", "silu")
+TRAINABLE = ("values", "values+scale", "memory")
+INIT_WEIGHTS = (True, False, "paper")
+_AT_LEAST = {"num_keys": 2, "num_heads": 1, "top_k": 1, "key_dim": 2}
+_ONE_OF = {
+    "write": WRITES,
+    "query_norm": (True, False),
+    "mode": MODES,
+    "value_gate": VALUE_GATES,
+    "trainable": TRAINABLE,
+    "init_weights": INIT_WEIGHTS,
+}
+
+PAPER = {
+    "task_type": "CAUSAL_LM",
+    "layers_to_transform": [6, 12, 18],
+    "num_keys": 128,
+    "num_heads": 4,
+    "top_k": 16,
+    "key_dim": 256,
+    "write": "own",
+    "query_norm": False,
+    "value_gate": "silu",
+    "init_weights": "paper",
+}
+
+
+@dataclass
+class SparseMemoryConfig(PeftConfig):
+    """Configuration of product-key memory layers.
+
+    Args:
+        target_modules: modules that get a memory, in LoRA's forms: names, suffixes, a regular expression. Any
+            module that maps (..., d_in) to (..., d_out), an `nn.Linear` included. None: the blocks' MLPs.
+        exclude_modules: modules that get none, as for LoRA.
+        layers_to_transform: indices of the blocks; None with no target_modules: three late ones, at .8, .9,
+            .97 of the depth (23, 26, 28 of 30), where hidden states tell what is taught from what is known.
+        layers_pattern: name of the list of blocks, as for LoRA.
+        modules_to_save: further modules trained and saved whole, as for LoRA.
+        num_keys: sub-keys per codebook; num_slots = num_keys ** 2.
+        num_heads, top_k: each head reads top_k slots per token.
+        key_dim: width of one head's query, both halves together.
+        write: "last": the tail memory, which adds the sum of all reads to the residual stream behind the last
+            block; "own": each memory adds to its own module's output (the paper).
+        mode: "additive": mlp(x) + scale * y; "replacement": y; with `write="own"` only.
+        query_norm: scale both halves of each head's query to length 1, so that addresses follow directions;
+            the paper: False.
+        value_gate: "none", or "silu" (Memory+, 2412.09764).
+        scale_init: initial alpha.
+        trainable: "values" (the rows alone), "values+scale" (alpha too) or "memory" (all of it).
+        init_weights: True: rows zero, a no-op; "paper": the start of the dense retrofit; False: random.
+        scope_sizes: numbers of centres, known states and known states of tasks, by module path; filled in
+            when the adapter is saved.
+        base_fingerprint: of the base model that the memory was calibrated on; filled in by `calibrate`.
+
+    Raises:
+        ValueError: naming every bad field at once.
+    """
+
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: set[str] | list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    num_keys: int = 64
+    num_heads: int = 16
+    top_k: int = 64
+    key_dim: int = 64
+    query_norm: bool = True
+    write: str = "last"
+    mode: str = "additive"
+    value_gate: str = "none"
+    scale_init: float = 1.0
+    trainable: str = "values"
+    init_weights: bool | str = True
+    scope_sizes: dict[str, list[int]] = field(default_factory=dict, repr=False)
+    base_fingerprint: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SparseMemoryType.SPARSE_MEMORY  # type: ignore[assignment]
+        if isinstance(self.target_modules, list | tuple):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list | tuple):
+            self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.layers_to_transform, tuple | range):
+            self.layers_to_transform = list(self.layers_to_transform)
+        problems = self._problems()
+        if problems:
+            raise ValueError("SparseMemoryConfig: " + "; ".join(problems))
+
+    def save_pretrained(
+        self, save_directory: str, *, auto_mapping_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Write adapter_config.json as PEFT does, but whole or not at all, and with sets in one order."""
+        content = {key: sorted(v) if isinstance(v, set) else v for key, v in sorted(self.to_dict().items())}
+        if auto_mapping_dict is not None:
+            content["auto_mapping"] = auto_mapping_dict
+        write_json(Path(save_directory) / CONFIG_NAME, content)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "SparseMemoryConfig":
+        """The memory of the paper (2605.03229): layers 6, 12, 18 of 24, each writing to its own MLP's output.
+
+        Args:
+            changes: fields that differ.
+        """
+        targeted = {"layers_to_transform": None} if changes.get("target_modules") is not None else {}
+        return cls(**{**PAPER, **targeted, **changes})
+
+    def _problems(self) -> list[str]:
+        have = vars(self)
+        found = [
+            f"{name}={have[name]!r} must be a whole number >= {least}"
+            for name, least in _AT_LEAST.items()
+            if not _is_whole(have[name], least)
+        ]
+        found += [
+            f"{name}={have[name]!r} must be one of {', '.join(map(repr, allowed))}"
+            for name, allowed in _ONE_OF.items()
+            # 1 == True, but it is not what the field means.
+            if not any(have[name] == one and type(have[name]) is type(one) for one in allowed)
+        ]
+        if not found:
+            if self.top_k > self.num_keys**2:
+                found.append(f"top_k={self.top_k} must be at most num_keys ** 2 = {self.num_keys**2}")
+            if self.key_dim % 2:
+                found.append(f"key_dim={self.key_dim} must be even: it is split into two halves")
+        if self.mode == "replacement" and self.write == "last":
+            found.append("mode='replacement' needs write='own': a read behind the last block replaces no MLP")
+        if not isinstance(self.scale_init, int | float) or not math.isfinite(self.scale_init):
+            found.append(f"scale_init={self.scale_init!r} must be a finite number")
+        return found + self._layer_problems()
+
+    def _layer_problems(self) -> list[str]:
+        found, layers = [], self.layers_to_transform
+        if layers is not None:
+            indices = layers if isinstance(layers, list) else [layers]
+            if not indices or not all(_is_whole(index, 0) for index in indices):
+                found.append(f"layers_to_transform={layers!r} must be one or more block indices, from 0 on")
+            if isinstance(self.target_modules, str):
+                found.append("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern is not None and isinstance(self.target_modules, str):
+            found.append("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern is not None and layers is None:
+            found.append("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        return found
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -1,0 +1,265 @@
+"""The PEFT method: a memory beside a module, the tuner that puts it there, and its registration.
+
+What PEFT 0.21 needs to be told that it does not know by itself:
+- peft.PeftType is a closed enum; a str-enum member of ours in the tables of `peft.mapping` takes its place;
+- it switches on every parameter of an active adapter, so what is frozen by design (keys, query) is a buffer;
+- an MLP has no `weight` to read device and dtype from, and it never sees the attention mask.
+"""
+
+import inspect
+import logging
+from collections.abc import Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from peft import mapping
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from ..layer.memory import ProductKeyMemory
+from .blocks import blocks_path, default_targets, final_norm, hidden_size, is_linear, widths
+from .config import TRAINABLE, SparseMemoryConfig, SparseMemoryType
+from .layer import CANNOT_MERGE, SparseMemoryLayer, SparseMemoryLinear, freeze
+from .tail import BASE_ROW, TAIL, Tail, tail_of
+
+logger = logging.getLogger(__name__)
+
+
+class SparseMemoryModel(BaseTuner):
+    """Puts memory layers into a model and keeps the attention mask within their reach."""
+
+    prefix = "sparse_memory_"
+    tuner_layer_cls = SparseMemoryLayer
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = set(
+                default_targets(self.model, peft_config.layers_to_transform, peft_config.layers_pattern)
+            )
+        if peft_config.write == "last" and final_norm(self.model) is None:
+            logger.warning(
+                "write='last': %s has no norm behind a list of decoder blocks; "
+                "each memory writes to its own module's output (write='own')",
+                type(self.model).__name__,
+            )
+            peft_config.write = "own"
+        return peft_config
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        layer: Any = target
+        if not isinstance(target, SparseMemoryLayer):
+            kind = SparseMemoryLinear if is_linear(target) else SparseMemoryLayer
+            layer = kind(target, current_key, *widths(target, current_key, hidden_size(self.model)))
+            self._replace_module(parent, target_name, layer, target)
+        d_out = layer.out_features
+        if peft_config.write == "last":
+            _, norm = final_norm(self.model)  # type: ignore[misc]
+            d_out = len(next(norm.parameters()))
+            if not current_key.startswith(f"{blocks_path(self.model)}."):
+                raise ValueError(
+                    f"target_modules: {current_key} does not lie in a decoder block, as write='last' needs; "
+                    "target modules of the blocks, or give write='own'"
+                )
+        layer.update_layer(adapter_name, peft_config, d_out)
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self):
+        raise ValueError(CANNOT_MERGE)
+
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        if _MASK_HOOK not in vars(model):
+            vars(model)[_MASK_HOOK] = _MaskHooks(model)
+        model.register_state_dict_pre_hook(partial(_note_scope_sizes, config, adapter_name))
+        if config.write == "last":
+            tail = vars(model).get(TAIL)
+            if tail is None:
+                _, norm = final_norm(model)  # type: ignore[misc]
+                tail = vars(model)[TAIL] = Tail(model, norm)
+            tail.layers = {m.path: m for m in model.modules() if isinstance(m, SparseMemoryLayer)}
+            for layer in tail.layers.values():
+                layer.tail = tail
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+        names, tail = kwargs.get("adapter_names"), tail_of(self.model)
+        if names is None:
+            yield
+            return
+        self._check_row_adapters(names)
+        assert tail is not None
+        before = tail.row_adapters
+        tail.row_adapters = names
+        try:
+            yield
+        finally:
+            tail.row_adapters = before
+
+    def _check_row_adapters(self, names: Any) -> None:
+        unknown = [name for name in names if name != BASE_ROW and name not in self.peft_config]
+        if unknown or not names:
+            raise ValueError(
+                f"adapter_names={names}: name one of {sorted(self.peft_config)} or {BASE_ROW!r} "
+                "for each row of the batch"
+            )
+        own = [name for name in names if name != BASE_ROW and self.peft_config[name].write == "own"]  # type: ignore[union-attr]
+        if own:
+            raise ValueError(
+                f"adapter_names={names}: one batch cannot mix memories that write to their own layers "
+                f"(write='own': {own[0]}); call set_adapter and pass one batch per adapter"
+            )
+        if self.training:
+            raise ValueError(
+                f"adapter_names={names}: a batch that mixes adapters cannot train; call model.eval() first"
+            )
+
+    def unload(self) -> nn.Module:
+        model = super().unload()
+        for name in (_MASK_HOOK, TAIL):
+            held = vars(model).pop(name, None)
+            if held is not None:
+                held.remove()
+        return model
+
+
+def memory_layers(model: nn.Module) -> dict[str, ProductKeyMemory]:
+    """The active adapter's memory layers by the base model's module path, in the order of the model.
+
+    Raises:
+        ValueError: the model has no sparse memory, or several are active.
+    """
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, SparseMemoryLayer)
+    }
+    found = {name: layer.active_memories() for name, layer in layers.items()}
+    if not any(found.values()):
+        raise ValueError(
+            f"model: {type(model).__name__} has no active sparse memory; add one with "
+            "get_peft_model(model, SparseMemoryConfig())"
+        )
+    active = {
+        name
+        for layer in layers.values()
+        for name in layer.active_adapters
+        if name in layer.sparse_memory_layers
+    }
+    if len(active) > 1:
+        raise ValueError(
+            f"model: several sparse memories are active ({', '.join(sorted(active))}); "
+            "call set_adapter(name) to make one active"
+        )
+    return {name: memories[0] for name, memories in found.items() if memories}
+
+
+def gated_layers(layers: Mapping[str, ProductKeyMemory]) -> dict[str, ProductKeyMemory]:
+    """Of an adapter's memory layers those that hold a scope: the deepest where they write last, else all."""
+    return dict(list(layers.items())[-1:]) if writes_last(layers) else dict(layers)
+
+
+def layer_gates(layers: Mapping[str, ProductKeyMemory], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """g [tokens] that each layer's read is multiplied by, of the layers' inputs [tokens, d_in]."""
+    gates = {name: memory.relevance(states[name]) for name, memory in gated_layers(layers).items()}
+    return {name: gates.get(name, next(reversed(gates.values()))) for name in layers}
+
+
+def writes_last(layers: Mapping[str, ProductKeyMemory]) -> bool:
+    return all(memory.write == "last" for memory in layers.values())
+
+
+def set_trainable(model: nn.Module, trainable: str) -> None:
+    """Choose anew what of the active adapter's memory trains: `SparseMemoryConfig.trainable`.
+
+    Between the paper's stages: a retrofit trains all of the memory, finetuning its value rows alone.
+
+    Args:
+        trainable: "values", "values+scale" or "memory".
+
+    Raises:
+        ValueError: another word, or a model without sparse memory.
+    """
+    if trainable not in TRAINABLE:
+        raise ValueError(f"trainable={trainable!r} must be one of {', '.join(map(repr, TRAINABLE))}")
+    for memory in memory_layers(model).values():
+        freeze(memory, trainable)
+    model.peft_config[model.active_adapter].trainable = trainable  # type: ignore[index,union-attr]
+
+
+class _MaskHooks:
+    """Around each call of the model: its memory layers know the call's attention mask."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = model.register_forward_pre_hook(_hand_out_mask, with_kwargs=True)
+        self._after = model.register_forward_hook(_take_back_mask, always_call=True)
+
+    def remove(self) -> None:
+        self._before.remove()
+        self._after.remove()
+
+
+def _take_back_mask(model: nn.Module, *_: Any) -> None:
+    """After each call: a part of the model that is called alone must not find another call's mask."""
+    modules = list(model.modules())
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in modules):
+        # the backward pass may run the layers again, and count then
+        return
+    for module in modules:
+        if isinstance(module, ProductKeyMemory):
+            module.token_mask = None
+
+
+def _hand_out_mask(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Before each call of the model: give every memory layer the call's 2-D attention mask, or none."""
+    mask = kwargs.get("attention_mask")
+    if (
+        mask is None
+        and len(args) > 1
+        and list(inspect.signature(model.forward).parameters)[1] == "attention_mask"
+    ):
+        mask = args[1]
+    mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    for module in model.modules():
+        if isinstance(module, ProductKeyMemory):
+            # a model in parts over several devices
+            module.token_mask = None if mask is None else mask.to(module.values.device)
+
+
+def _note_scope_sizes(config: SparseMemoryConfig, adapter: str, model: nn.Module, *_: Any) -> None:
+    """Before a state dict is made: the config, which is saved with it, says how large the scopes are.
+
+    Loaders that compare shapes, transformers' own among them, then find memories of the right shape.
+    """
+    layers = [
+        m for m in model.modules() if isinstance(m, SparseMemoryLayer) and adapter in m.sparse_memory_layers
+    ]
+    held: dict[str, Any] = {layer.path: layer.sparse_memory_layers[adapter] for layer in layers}
+    scopes = {path: memory.scope for path, memory in held.items()}
+    config.scope_sizes = {
+        path: [len(part) for part in (scope.centres, scope.known, scope.task_known)]
+        for path, scope in scopes.items()
+        if scope is not None
+    }
+
+
+_MASK_HOOK = "_sparse_memory_mask_hook"
+
+
+def _register() -> None:
+    kind: Any = SparseMemoryType.SPARSE_MEMORY
+    taken = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if taken is not None and taken is not SparseMemoryConfig:
+        raise ImportError(
+            f"the PEFT method name {kind.value!r} is already taken by {taken.__module__}.{taken.__name__}; "
+            "uninstall the other package, or import only one of the two"
+        )
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = SparseMemoryConfig
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = SparseMemoryModel
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] = SparseMemoryModel.prefix
+
+
+_register()

@@ -1,0 +1,1 @@
+"""What general text says: access counts, calibration, scopes."""

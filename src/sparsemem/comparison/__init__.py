@@ -1,0 +1,1 @@
+"""Many runs: results, tables, figures, pages."""

@@ -1,0 +1,96 @@
+"""Write a comparison down: tables in Markdown, LaTeX and CSV, a figure, and one HTML page."""
+
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json, write_atomically, write_json
+from .page import expected, facts, html_page, title
+from .pareto import pareto_figure
+from .results import LEARNT, LOST, collect
+from .tables import (
+    AGAINST_BASE,
+    AGAINST_BASE_MEANING,
+    against_base_table,
+    align,
+    csv_table,
+    latex_table,
+    one_line,
+    present_columns,
+    text_table,
+)
+
+
+def write_report(results: dict[str, Any], out: str | Path) -> Path:
+    """Write `pareto.png`, `report.md`, `table.tex`, `table.csv` and `report.html` into the folder `out`.
+
+    `results` is what `compare` returns and `results.json` holds. Returns the path of the page.
+
+    Raises:
+        ValueError: when `results` has no rows.
+    """
+    rows = results.get("rows") if isinstance(results, dict) else None
+    rows = rows if isinstance(rows, list) else []
+    named = [row for row in rows if isinstance(row, dict) and "method" in row]
+    if not rows or len(named) < len(rows):
+        raise ValueError("these results have no rows to report; give the content of a results.json")
+    out = Path(out)
+    figure = pareto_figure(named, learnt=results.get("learnt", LEARNT), lost=results.get("lost", LOST))
+    texts = {
+        "report.md": _markdown(results),
+        "table.tex": latex_table(results),
+        "table.csv": csv_table(results),
+        "report.html": html_page(results, figure),
+    }
+    _write(out / "pareto.png", figure)
+    for name, text in texts.items():
+        _write(out / name, text.encode())
+    return out / "report.html"
+
+
+def rebuild_report(folder: str | Path) -> tuple[dict[str, Any], Path]:
+    """Results and report page of a folder that a comparison wrote: from its runs, or else its `results.json`.
+
+    Raises:
+        ValueError: when the folder holds neither, or they cannot be read.
+    """
+    folder = Path(folder)
+    if any(folder.glob("runs/*/result.json")):
+        results = collect(folder)
+        write_json(folder / "results.json", results)
+    elif (folder / "results.json").exists():
+        results = read_json(folder / "results.json")
+    else:
+        missing = "no results.json and no runs/*/result.json"
+        raise ValueError(f"{folder} holds {missing}; give a folder that a comparison wrote")
+    return results, write_report(results, folder)
+
+
+def text_examples(results: dict[str, Any], num_examples: int) -> str:
+    """The first questions with every model's answer, for a terminal."""
+    blocks = []
+    for example in (results.get("examples") or [])[:num_examples]:
+        width = max(map(len, example["answers"]))
+        answers = [f"  {name.ljust(width)}  {one_line(text)}" for name, text in example["answers"].items()]
+        blocks.append("\n".join([f"{example['question']}  (expected: {expected(example)})", *answers]))
+    return "\n\n".join(blocks)
+
+
+def _markdown(results: dict[str, Any]) -> str:
+    compared = against_base_table(results)
+    parts = [
+        f"# {title(results)}",
+        str(results.get("about") or ""),
+        text_table(results),
+        "\n".join(f"- {column.heading}: {column.meaning}" for column in present_columns(results)),
+        f"## {AGAINST_BASE}\n\n{align(compared)}\n\n{AGAINST_BASE_MEANING}" if compared else "",
+        "![What was learnt against what was lost](pareto.png)",
+        "\n".join(f"- {name}: {value}" for name, value in facts(results)),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _write(path: Path, data: bytes) -> None:
+    def write(part: Path) -> None:
+        part.write_bytes(data)
+
+    write_atomically(path, write)

@@ -1,0 +1,119 @@
+"""The results of a comparison, always made from its run folders: one row per method, over its seeds.
+
+Choices: what a report needs to know of the recipe (the order of its methods, which figures are learnt and
+which are lost) lies in every run's `result.json`, so that nobody needs the recipe to report. Where a run says
+nothing of this, it is the demo's.
+"""
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ..files import read_json
+from .paired import against_base
+
+BASE = "base"
+LEARNT = ("recall_heldout", "recall_train")
+LOST = ("knowledge", "perplexity", "drift")
+_ORDER = (BASE, "smf", "smf-open", "lora", "full")
+
+Run: TypeAlias = tuple[str, int | None]
+
+
+def run_name(method: str, seed: int | None) -> str:
+    """The name of a run's folder."""
+    return method if seed is None else f"{method}-seed{seed}"
+
+
+def collect(out: str | Path) -> dict[str, Any]:
+    """Results of all finished runs under `out`: per method one row, with mean and spread of its seeds.
+
+    Raises:
+        ValueError: when there is no finished run, or a file cannot be read, or runs answered other questions.
+    """
+    out = Path(out)
+    results = [read_json(path) for path in sorted(out.glob("runs/*/result.json"))]
+    if not results:
+        raise ValueError(
+            f"{out} holds no finished run (no runs/*/result.json); give a folder that a comparison wrote"
+        )
+    order = _recorded(results, "order", _ORDER)
+    results.sort(key=lambda r: (_place(r["method"], order), r["seed"] or 0))
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        by_method.setdefault(result["method"], []).append(result)
+    seeds = sorted({r["seed"] for r in results if r["seed"] is not None})
+    versions = [r["versions"] for r in results]
+    return {
+        **{key: results[0][key] for key in ("recipe", "model", "about")},
+        "learnt": _recorded(results, "learnt", LEARNT),
+        "lost": _recorded(results, "lost", LOST),
+        "seed": seeds[0] if seeds else None,
+        "seeds": seeds,
+        "rows": [_mean_row(method, group) for method, group in by_method.items()],
+        "against_base": _against_base(by_method),
+        "runs": [{"method": r["method"], "seed": r["seed"], **r["row"]} for r in results],
+        "examples": _merge_examples({method: group[0] for method, group in by_method.items()}),
+        "settings": {run_name(r["method"], r["seed"]): r["settings"] for r in results},
+        "versions": {name: _joined(v.get(name) for v in versions) for name in versions[0]},
+        "machine": _joined(r["machine"] for r in results),
+        "commit": _joined(r["commit"] for r in results),
+    }
+
+
+def _recorded(results: list[dict[str, Any]], key: str, default: tuple[str, ...]) -> list[str]:
+    return list(next((result[key] for result in results if key in result), default))
+
+
+def _place(method: str, order: list[str]) -> tuple[int, str]:
+    # an order without the base puts it first all the same
+    named = [BASE, *(name for name in order if name != BASE)]
+    return (named.index(method) if method in named else len(named), method)
+
+
+def _mean_row(method: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = [result["row"] for result in results]
+    row: dict[str, Any] = {"method": method, "seeds": [r["seed"] for r in results if r["seed"] is not None]}
+    if len(rows) == 1:
+        return {**row, **rows[0]}
+    spread = {}
+    for key, first in rows[0].items():
+        values = [r.get(key) for r in rows]
+        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+            row[key] = statistics.fmean(values)
+            spread[key] = statistics.stdev(values)
+        else:
+            row[key] = first if all(v == first for v in values) else None
+    return {**row, "spread": spread}
+
+
+def _against_base(by_method: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Per method and task what `paired.against_base` says; a task that a run did not answer is left out."""
+    base = by_method[BASE][0].get("items", {}) if BASE in by_method else {}
+    compared: dict[str, dict[str, Any]] = {}
+    for method, results in by_method.items():
+        for task, answered in base.items() if method != BASE else ():
+            runs = [result.get("items", {}).get(task) for result in results]
+            if all(run is not None for run in runs):
+                try:
+                    compared.setdefault(method, {})[task] = against_base(answered, runs)
+                except ValueError as error:
+                    raise ValueError(f"{task} of {method} cannot be held against the base: {error}") from None
+    return compared
+
+
+def _merge_examples(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    merged: dict[str, dict[str, Any]] = {}
+    for method, result in results.items():
+        for example in result.get("examples", []):
+            question = {"question": example["question"], "expected": example["expected"]}
+            entry = merged.setdefault(example["question"], {**question, "answers": {}, "right": {}})
+            entry["answers"][method] = example["answer"]
+            entry["right"][method] = example["right"]
+    return list(merged.values())
+
+
+def _joined(values: Iterable[Any]) -> str | None:
+    """The one value of all runs, or each of them: runs of two versions must not pass for one."""
+    return ", ".join(dict.fromkeys(str(v) for v in values if v is not None)) or None

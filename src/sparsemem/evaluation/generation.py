@@ -1,0 +1,111 @@
+"""Greedy answers to many prompts at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn import functional
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.records import QUESTION
+from ..precision import autocast, device_of
+from .likelihood import by_length, pad_left, read_beginning, rows_of
+
+
+def complete(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    stop: str | None = None,
+    batch_size: int = 64,
+    precision: str | None = None,
+) -> list[str]:
+    """Greedy continuations of token ids, as texts without white space around them; `stop` ends a text."""
+    tokens = complete_tokens(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        batch_size=batch_size,
+        precision=precision,
+    )
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [text.split(stop)[0].strip() if stop else text.strip() for text in texts]
+
+
+@torch.inference_mode()
+def complete_tokens(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    stop: str | None = None,
+    batch_size: int = 64,
+    precision: str | None = None,
+) -> list[list[int]]:
+    """Greedy continuations of token ids, as token ids; the token that ended one is its last.
+
+    Args:
+        stop: a text that ends a continuation; it, and what its last token has behind it, is still in there.
+        precision: "float32", "bfloat16", or None for the faster of the two.
+    """
+    model.eval()
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends: Any = tokenizer.eos_token_id if own is None else own
+    pad: Any = tokenizer.pad_token_id
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        stop_strings=stop,
+    )
+    continued: list[list[int]] = [[]] * len(prompts)
+    shared, read = read_beginning(model, prompts, precision=precision)
+    beginning = torch.tensor([prompts[0][:shared]], dtype=torch.int64, device=device_of(model))
+    for chosen in by_length(prompts, batch_size):
+        ids, mask = pad_left([prompts[index][shared:] for index in chosen], model)
+        ids = torch.cat([beginning.expand(len(ids), -1), ids], 1)
+        mask = functional.pad(mask, (shared, 0), value=1)
+        with autocast(model, precision=precision):
+            out = model.generate(  # type: ignore
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=rows_of(read, [0] * len(chosen)),
+                generation_config=config,
+                tokenizer=tokenizer,
+            )
+        for index, answer in zip(chosen, out[:, ids.shape[1] :].tolist(), strict=True):
+            continued[index] = _until_end(answer, ends, pad)
+    return continued
+
+
+def answer_tokens(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    precision: str | None = None,
+) -> list[list[int]]:
+    """`complete_tokens` of questions; without a chat template an answer ends at the next question."""
+    stop = None if tokenizer.chat_template else f"\n{QUESTION}"
+    return complete_tokens(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop, precision=precision
+    )
+
+
+def _until_end(tokens: list[int], ends: int | list[int] | None, pad: int | None) -> list[int]:
+    """Tokens up to the first that ends a text, or without the padding behind a text that `stop` ended."""
+    final = {ends} if isinstance(ends, int) else set(ends or ())
+    last = next((place for place, token in enumerate(tokens) if token in final), None)
+    if last is not None:
+        return tokens[: last + 1]
+    while tokens and tokens[-1] == pad:
+        tokens = tokens[:-1]
+    return tokens

@@ -1,0 +1,198 @@
+"""How likely a model finds several continuations of each context, with one forward pass for the context.
+
+Choices: what all contexts begin with is read once; contexts of like length share a batch, padded on the left,
+and leave a key-value cache, of which each continuation, padded on the right, takes its context's row. The
+first token of a continuation is predicted by the context's pass, and the last one predicts nothing.
+"""
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..precision import autocast, device_of, takes
+
+logger = logging.getLogger(__name__)
+
+
+@torch.inference_mode()
+def log_probs(
+    model: PreTrainedModel | PeftModel,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    *,
+    batch_size: int = 16,
+    precision: str | None = None,
+) -> list[list[Tensor]]:
+    """Log-probabilities of each continuation's tokens after its context, float32 [tokens] on the CPU.
+
+    A context that leaves too little of the model's own context length loses its first tokens.
+
+    Args:
+        contexts: token ids.
+        continuations: for each context, the token ids of all its continuations.
+        batch_size: rows of one forward pass, be they contexts or continuations.
+        precision: "float32", "bfloat16", or None for the faster of the two.
+
+    Raises:
+        ValueError: as many contexts as continuations are not given, or one of them has no token or too many.
+    """
+    kept = _fitting(model, contexts, continuations)
+    model.eval()
+    found = [[torch.empty(0)] * len(several) for several in continuations]
+    num_shared, beginning = read_beginning(model, kept, precision=precision)
+    for chosen in by_length([context[num_shared:] for context in kept], batch_size, tight=True):
+        ids, mask = pad_left([kept[index][num_shared:] for index in chosen], model)
+        # padding stands between the shared beginning and what follows it
+        mask = functional.pad(mask, (num_shared, 0), value=1)
+        places = (mask.cumsum(1) - 1).clamp(min=0)[:, num_shared:]
+        with autocast(model, precision=precision):
+            out = model(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=rows_of(beginning, [0] * len(chosen)),
+                use_cache=True,
+                **_known(model, position_ids=places, logits_to_keep=1),
+            )
+        first = out.logits[:, -1].float().log_softmax(-1)
+        owners = [(row, n) for row, index in enumerate(chosen) for n in range(len(continuations[index]))]
+        tokens = [continuations[chosen[row]][n] for row, n in owners]
+        scores = list(first[[row for row, _ in owners], [one[0] for one in tokens]].cpu()[:, None])
+        longer = [place for place, one in enumerate(tokens) if len(one) > 1]
+        for part in by_length([tokens[place] for place in longer], batch_size, tight=True):
+            several = [longer[index] for index in part]
+            rows = [owners[place][0] for place in several]
+            past, read = rows_of(out.past_key_values, rows), mask[rows]
+            rests = _rests(model, past, read, [tokens[place] for place in several], precision=precision)
+            for place, rest in zip(several, rests, strict=True):
+                scores[place] = torch.cat([scores[place], rest])
+        for (row, n), score in zip(owners, scores, strict=True):
+            found[chosen[row]][n] = score
+    return found
+
+
+def read_beginning(
+    model: Any, prompts: Sequence[Sequence[int]], *, precision: str | None
+) -> tuple[int, DynamicCache | None]:
+    """How many tokens all prompts begin with (a system prompt, worked examples), and the cache of these.
+
+    Every prompt keeps a token of its own; without shared tokens there is no cache.
+    """
+    differ = (place for place, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)
+    num_shared = next(differ, min(map(len, prompts)) - 1)
+    if not num_shared:
+        return 0, None
+    ids = torch.tensor([list(prompts[0][:num_shared])], device=device_of(model))
+    with autocast(model, precision=precision):
+        out = model(input_ids=ids, use_cache=True, **_known(model, logits_to_keep=1))
+    return num_shared, out.past_key_values
+
+
+def rows_of(cache: DynamicCache | None, rows: Sequence[int]) -> DynamicCache | None:
+    """A cache of the given rows, repeated as they are; the cache that they are taken from stays."""
+    if cache is None:
+        return None
+    taken = copy.copy(cache)
+    taken.layers = [copy.copy(layer) for layer in cache.layers]
+    taken.batch_select_indices(torch.tensor(rows))
+    return taken
+
+
+def split_tokens(
+    tokenizer: PreTrainedTokenizerBase, context: str, continuations: Sequence[str]
+) -> tuple[list[int], list[list[int]]]:
+    """Tokens of a context and of its continuations, as lm-evaluation-harness splits them.
+
+    Context and continuation are tokenised together, and a continuation is what follows as many tokens as the
+    context has alone; white space at the context's end belongs to the continuation.
+    """
+    bare = context.rstrip()
+    ids = tokenizer(bare).input_ids
+    wholes = tokenizer([context + one for one in continuations]).input_ids
+    return ids, [whole[len(ids) :] for whole in wholes]
+
+
+def by_length(sequences: Sequence[Sequence[int]], batch_size: int, *, tight: bool = False) -> list[list[int]]:
+    """Indices in batches of like length, the longest first; `tight` batches are at most a quarter padding."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(sequences)), key=lambda index: -len(sequences[index])):
+        room = batches and len(batches[-1]) < batch_size
+        if room and not (tight and len(sequences[index]) < 0.75 * len(sequences[batches[-1][0]])):
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def pad_left(sequences: Sequence[Sequence[int]], model: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, int64 [batch, seq] on the model's device, padded on the left with token 0."""
+    length, device = max(map(len, sequences)), device_of(model)
+    ids = torch.tensor([[0] * (length - len(one)) + list(one) for one in sequences], device=device)
+    mask = torch.tensor([[0] * (length - len(one)) + [1] * len(one) for one in sequences], device=device)
+    return ids, mask
+
+
+def _rests(
+    model: Any, past: DynamicCache | None, mask: Tensor, tokens: list[Sequence[int]], *, precision: str | None
+) -> list[Tensor]:
+    """Log-probabilities of all but the first token of continuations of what `past` has read."""
+    # padding is read and its predictions are left out: causal attention keeps it from the tokens before
+    length = max(map(len, tokens))
+    ids = torch.tensor([list(one) + [0] * (length - len(one)) for one in tokens], device=mask.device)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    there = torch.arange(length - 1, device=mask.device)
+    taken = torch.tensor([len(one) - 1 for one in tokens], device=mask.device)
+    with autocast(model, precision=precision):
+        logits = model(
+            input_ids=inputs,
+            attention_mask=torch.cat([mask, (there < taken[:, None]).long()], 1),
+            past_key_values=past,
+            use_cache=True,
+            **_known(model, position_ids=mask.sum(1, keepdim=True) + there),
+        ).logits.float()
+    scores = (logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)).cpu()
+    return [row[: len(one) - 1] for row, one in zip(scores, tokens, strict=True)]
+
+
+def _known(model: Any, **inputs: Any) -> dict[str, Any]:
+    """Those of the inputs that this family of models takes."""
+    return {name: value for name, value in inputs.items() if takes(model, name)}
+
+
+def _fitting(
+    model: Any, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
+) -> list[Sequence[int]]:
+    """The contexts' last tokens, as many as the model's context length has room for."""
+    if len(contexts) != len(continuations):
+        raise ValueError(
+            f"continuations: {len(continuations)} lists for {len(contexts)} contexts; give one for each"
+        )
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    kept = []
+    for index, (context, several) in enumerate(zip(contexts, continuations, strict=True)):
+        if not context or not several or not all(several):
+            raise ValueError(
+                f"item {index}: context or continuation without a token; give at least one for each"
+            )
+        longest = max(map(len, several))
+        if longest > room:
+            raise ValueError(
+                f"item {index}: a continuation of {longest} tokens, the model reads {room}; shorten it"
+            )
+        # the last token of a continuation is predicted, not read
+        kept.append(context[-(room + 1 - longest) :])
+    num_cut = sum(len(a) < len(b) for a, b in zip(kept, contexts, strict=True))
+    if num_cut:
+        logger.warning(
+            "%d of %d contexts longer than the model's %d tokens, cut at the left",
+            num_cut,
+            len(contexts),
+            room,
+        )
+    return kept

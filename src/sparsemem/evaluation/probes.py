@@ -1,0 +1,399 @@
+"""What a model knows, what it has lost, and how much of a text the memory touches.
+
+Choices: greedy decoding, batches sorted by length; the faster precision unless one is asked for; drift alone
+is always measured in the model's own precision, since bfloat16's rounding is larger than the drifts that
+matter.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..adapter.tuner import gated_layers, layer_gates, memory_layers
+from ..background.access import layer_inputs
+from ..data.mentions import PROBE_FORMS, mention_texts, prose_texts
+from ..data.models import tokenizer_of
+from ..data.records import QUESTION, choice_tokens, question_ids
+from ..precision import autocast, device_of
+from .generation import answer_tokens, complete
+from .likelihood import log_probs
+
+ARTICLES = {"a", "an", "the"}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Generated answers in the order of the questions, and which of them are right."""
+
+    correct: list[bool]
+    texts: list[str]
+
+    @property
+    def share(self) -> float:
+        """Share of right answers."""
+        return sum(self.correct) / len(self.correct)
+
+
+def recall(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[dict],
+    *,
+    max_new_tokens: int = 12,
+    batch_size: int = 64,
+    precision: str | None = None,
+) -> Answers:
+    """Greedy answers to `{"question", "answer": str | list[str]}` items.
+
+    An answer is right when an expected one is contained in it as whole words, case, punctuation and articles
+    aside. Without a chat template it ends where the model asks the next question itself. `precision` is
+    "float32", "bfloat16", or None for the faster of the two.
+
+    Raises:
+        ValueError: no items.
+    """
+    if not items:
+        raise ValueError("items is empty; give at least one question")
+    prompts = [question_ids(item["question"], tokenizer) for item in items]
+    texts = complete(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, precision=precision
+    )
+    if not tokenizer.chat_template:
+        texts = [text.partition(f"\n{QUESTION}")[0].strip() for text in texts]
+    pairs = zip(texts, items, strict=True)
+    return Answers([is_right(text, item["answer"]) for text, item in pairs], texts)
+
+
+def is_right(text: str, answer: str | Sequence[str]) -> bool:
+    """Whether an expected answer is contained in the text as whole words, both normalised."""
+    expected = [answer] if isinstance(answer, str) else answer
+    return any(f" {_normalised(one)} " in f" {_normalised(text)} " for one in expected)
+
+
+def contains(text: str, answers: Sequence[str]) -> bool:
+    """Whether an expected answer is a substring of the text, both normalised, be it within a word.
+
+    Normalised as TriviaQA is: lower case, without punctuation, articles and surplus white space.
+    """
+    expected = [_normalised(one) for one in answers]
+    return any(one and one in _normalised(text) for one in expected)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Which items' right option is the likeliest by the mean over its tokens, and which by their sum."""
+
+    correct: list[bool]
+    correct_by_sum: list[bool]
+
+    @property
+    def share(self) -> float:
+        """Share of right choices by the mean."""
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def share_by_sum(self) -> float:
+        """Share of right choices by the sum."""
+        return sum(self.correct_by_sum) / len(self.correct_by_sum)
+
+
+def multiple_choice(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[dict],
+    *,
+    tokens: Callable[[dict, Any], tuple[list[int], list[list[int]]]] = choice_tokens,
+    batch_size: int = 16,
+    precision: str | None = None,
+) -> Choices:
+    """Choices of `{"question", "choices", "answer": int}` items by log-likelihood of the options' texts.
+
+    Ties go to the first option.
+
+    Args:
+        tokens: gives an item's prompt and options as token ids.
+        precision: "float32", "bfloat16", or None for the faster of the two.
+
+    Raises:
+        ValueError: no items.
+    """
+    if not items:
+        raise ValueError("items is empty; give at least one question")
+    prompts, options = zip(*(tokens(item, tokenizer) for item in items), strict=True)
+    scores = log_probs(model, prompts, options, batch_size=batch_size, precision=precision)
+
+    def correct(reduce: Callable[[Tensor], Tensor]) -> list[bool]:
+        best = [int(torch.stack([reduce(option) for option in several]).argmax()) for several in scores]
+        return [found == item["answer"] for found, item in zip(best, items, strict=True)]
+
+    return Choices(correct(torch.mean), correct(torch.sum))
+
+
+@torch.inference_mode()
+def perplexity(
+    model: PreTrainedModel | PeftModel,
+    input_ids: Tensor,
+    *,
+    window: int = 1024,
+    stride: int = 512,
+    opening: Sequence[int] = (),
+    precision: str | None = None,
+) -> float:
+    """Sliding-window perplexity of `input_ids` [tokens]: each window's mean loss weighted by its new tokens.
+
+    Every window begins with `opening`, the tokenizer's `opening_ids`, which are in its length and not scored.
+    `precision` is "float32", "bfloat16", or None for the faster of the two.
+
+    Raises:
+        ValueError: fewer than two tokens, or a stride outside 1..window.
+    """
+    if input_ids.ndim != 1 or len(input_ids) < 2:
+        raise ValueError(
+            f"input_ids has shape {list(input_ids.shape)}; give one dimension of two or more tokens"
+        )
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride={stride} is outside 1..window={window}; choose a smaller stride")
+    room = window - len(opening)
+    if room < 1:
+        raise ValueError(
+            f"window={window} has no room beside {len(opening)} opening tokens; give a wider one"
+        )
+    model.eval()
+    total, done = 0.0, 0
+    first = torch.tensor(opening, dtype=input_ids.dtype)
+    for start in range(0, len(input_ids), min(stride, room)):
+        end = min(start + room, len(input_ids))
+        ids = torch.cat([first, input_ids[start:end]])
+        # the very first token has nothing before it that could predict it
+        num_scored = min(end - done, len(ids) - 1)
+        losses = _losses(model, ids[None].to(device_of(model)), num_scored, precision=precision)
+        total += losses.cpu().double().mean().item() * (end - done)
+        done = end
+        if end == len(input_ids):
+            break
+    return float(torch.tensor(total / len(input_ids), dtype=torch.float64).exp())
+
+
+@torch.inference_mode()
+def drift(
+    model: PreTrainedModel | PeftModel,
+    base: PreTrainedModel | None,
+    input_ids: Tensor,
+    *,
+    window: int = 256,
+    opening: Sequence[int] = (),
+) -> float:
+    """Mean KL(base || model) of the next-token distributions over `input_ids` [tokens], in nats per token.
+
+    The tokens are read in windows that do not overlap, each behind `opening`, the tokenizer's `opening_ids`;
+    `base=None` is the model without its adapter.
+
+    Raises:
+        ValueError: no tokens, or `base=None` for a model without an adapter.
+    """
+    if input_ids.ndim != 1 or len(input_ids) < 1:
+        raise ValueError(
+            f"input_ids has shape {list(input_ids.shape)}; give one dimension of one or more tokens"
+        )
+    if base is None and not isinstance(model, PeftModel):
+        raise ValueError("base=None needs a model with an adapter; give the untouched base model")
+    model.eval()
+    total = 0.0
+    first = torch.tensor(opening, dtype=input_ids.dtype)
+    for piece in input_ids.split(window):
+        ids = torch.cat([first, piece])[None].to(device_of(model))
+        ours = model(input_ids=ids, use_cache=False).logits[:, len(opening) :].float().log_softmax(-1)
+        with model.disable_adapter() if isinstance(model, PeftModel) and base is None else nullcontext():
+            logits = (base or model)(input_ids=ids, use_cache=False).logits[:, len(opening) :]
+        theirs = logits.float().log_softmax(-1)
+        total += functional.kl_div(ours, theirs, log_target=True, reduction="sum").item()
+    return total / len(input_ids)
+
+
+@dataclass(frozen=True)
+class BaseMentions:
+    """What `mentions` is measured against: the base's answers as token ids, and its perplexities."""
+
+    answers: list[list[int]]
+    perplexity: float
+    prose_perplexity: float
+
+
+@dataclass(frozen=True)
+class Mentions:
+    """What teaching did to texts that name a taught subject but do not ask what was taught.
+
+    Attributes:
+        changed: share of questions that are answered with other tokens than the base's.
+        base_perplexity, perplexity: of the base's own answers, under the base and under the taught model.
+        prose_base_perplexity, prose_perplexity: of prose that names the subjects, under both.
+    """
+
+    changed: float
+    base_perplexity: float
+    perplexity: float
+    prose_base_perplexity: float
+    prose_perplexity: float
+
+
+def mentions(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    subjects: Sequence[str],
+    *,
+    base: BaseMentions | None = None,
+    forms: Sequence[str] = PROBE_FORMS,
+    max_new_tokens: int = 24,
+    precision: str | None = None,
+) -> Mentions:
+    """Compare answers and prose that name the subjects with the base's.
+
+    Args:
+        subjects: as `subjects_of` returns them.
+        base: what `base_mentions` returned with the same subjects, forms and precision; None: it is measured
+            here, on the model without its adapter.
+        forms: questions with a place for the subject.
+        precision: "float32", "bfloat16", or None for the faster of the two.
+
+    Raises:
+        ValueError: no subjects or forms, or `base=None` for a model without an adapter.
+    """
+    if base is None and not isinstance(model, PeftModel):
+        raise ValueError(
+            "base=None needs a model with an adapter; give what base_mentions(base, ...) returned"
+        )
+    options = {"forms": forms, "max_new_tokens": max_new_tokens, "precision": precision}
+    if base is None:
+        with model.disable_adapter():  # type: ignore[operator]
+            base = base_mentions(model, tokenizer, subjects, **options)
+    prompts = _mention_prompts(tokenizer, subjects, forms)
+    if len(base.answers) != len(prompts):
+        raise ValueError(
+            f"base: has {len(base.answers)} answers to {len(prompts)} questions; call base_mentions with the "
+            "same subjects and forms"
+        )
+    answers = answer_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, precision=precision)
+    return Mentions(
+        changed=sum(a != b for a, b in zip(answers, base.answers, strict=True)) / len(answers),
+        base_perplexity=base.perplexity,
+        perplexity=_perplexity_of(model, prompts, base.answers, precision=precision),
+        prose_base_perplexity=base.prose_perplexity,
+        prose_perplexity=_mention_prose(model, tokenizer, subjects, precision=precision),
+    )
+
+
+def base_mentions(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    subjects: Sequence[str],
+    *,
+    forms: Sequence[str] = PROBE_FORMS,
+    max_new_tokens: int = 24,
+    precision: str | None = None,
+) -> BaseMentions:
+    """A model's own answers to questions that name the subjects, and its perplexities; see `mentions`.
+
+    Raises:
+        ValueError: no subjects or forms.
+    """
+    prompts = _mention_prompts(tokenizer, subjects, forms)
+    answers = answer_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, precision=precision)
+    return BaseMentions(
+        answers=answers,
+        perplexity=_perplexity_of(model, prompts, answers, precision=precision),
+        prose_perplexity=_mention_prose(model, tokenizer, subjects, precision=precision),
+    )
+
+
+def exposure(
+    model: PeftModel, texts: str | Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> float:
+    """Share of the texts' tokens that lie in scope and read a row that is not zero in some memory layer.
+
+    Without a tokenizer the one that the model's name leads to is taken.
+
+    Raises:
+        ValueError: no memory, no texts, or no tokenizer.
+    """
+    tokenizer = tokenizer or tokenizer_of(model)
+    texts = [texts] if isinstance(texts, str) else texts
+    layers = memory_layers(model)
+    written = {name: memory.values.any(dim=1) for name, memory in layers.items()}
+    num_exposed = num_tokens = 0
+    inputs = [{"input_ids": tokenizer(text, return_tensors="pt").input_ids} for text in texts]
+    for batch, states in layer_inputs(model, inputs):
+        exposed = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool, device=device_of(model))
+        gates = layer_gates(layers, states)
+        for name, memory in layers.items():
+            slots, _ = memory.address(states[name])
+            exposed |= written[name][slots].any(dim=1) & (gates[name] > 0)
+        num_exposed += int(exposed.sum())
+        num_tokens += len(exposed)
+    return num_exposed / num_tokens
+
+
+def scope_gate(model: PeftModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How far inside the scope each token is, per layer that holds one: g [batch, seq], 0 at padding.
+
+    A memory that writes last holds one scope, in its deepest layer. States are read with the memory switched
+    off, as the scope's centres were.
+
+    Raises:
+        ValueError: no memory.
+    """
+    _, states = next(layer_inputs(model, [batch]))
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().to(device_of(model))
+    gates = {}
+    for name, memory in gated_layers(memory_layers(model)).items():
+        gates[name] = torch.zeros(mask.shape, device=mask.device)
+        gates[name][mask] = memory.relevance(states[name])
+    return gates
+
+
+def _mention_prompts(
+    tokenizer: PreTrainedTokenizerBase, subjects: Sequence[str], forms: Sequence[str]
+) -> list[list[int]]:
+    if not subjects or not forms:
+        raise ValueError(
+            f"subjects and forms are {len(subjects)} and {len(forms)}; give at least one subject and one form"
+        )
+    return [question_ids(text, tokenizer) for subject in subjects for text in mention_texts(subject, forms)]
+
+
+def _mention_prose(
+    model: Any, tokenizer: PreTrainedTokenizerBase, subjects: Sequence[str], *, precision: str | None
+) -> float:
+    """Perplexity of one short text for each subject, all but its first token."""
+    ids = tokenizer(prose_texts(subjects)).input_ids
+    return _perplexity_of(model, [one[:1] for one in ids], [one[1:] for one in ids], precision=precision)
+
+
+def _perplexity_of(
+    model: Any, contexts: Sequence[list[int]], continuations: Sequence[list[int]], *, precision: str | None
+) -> float:
+    scores = log_probs(model, contexts, [[one] for one in continuations], precision=precision)
+    return float(torch.cat([score for (score,) in scores]).double().mean().neg().exp())
+
+
+def _losses(model: Any, ids: Tensor, num_kept: int, *, precision: str | None) -> Tensor:
+    """Losses of the last `num_kept` tokens, float32 [batch, num_kept]."""
+    with autocast(model, precision=precision):
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=num_kept + 1).logits
+    scores, targets = logits[:, :-1].float(), ids[:, -num_kept:]
+    return functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none").view(
+        targets.shape
+    )
+
+
+def _normalised(text: str) -> str:
+    words = re.sub(r"[\W_]", " ", text.casefold()).split()
+    # an answer that is nothing but an article stands for itself
+    return " ".join([word for word in words if word not in ARTICLES] or words)

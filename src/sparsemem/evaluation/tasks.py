@@ -1,0 +1,165 @@
+"""The tasks of `sparsemem eval`: four probes, each over a file of the user's or the paper's benchmark.
+
+| task            | metrics      | prompt                            | from the Hub                        |
+| --------------- | ------------ | --------------------------------- | ----------------------------------- |
+| recall          | contains_acc | chat template, else `Question: `  | needs a file                        |
+| triviaqa        | contains_acc | `triviaqa_prompt`                 | trivia_qa, rc.nocontext, validation |
+| multiple-choice | acc, acc_sum | chat template where there is one  | needs a file                        |
+| medmcqa         | acc, acc_sum | `medmcqa_prompt`                  | medmcqa, validation                 |
+| perplexity      | ppl          | BOS, if any, then the text        | needs a file                        |
+| wikitext        | ppl          | lines, a blank line between them  | wikitext-103-raw-v1, test           |
+| mentions        | changed, ... | chat template where there is one  | needs a file                        |
+
+`acc` goes by the mean log-probability of an option's tokens, `acc_sum` by their sum. An answer to triviaqa is
+right if a normalised alias is a substring of it; recall asks for whole words. mentions, of an adapter alone,
+asks about taught subjects what was not taught: `changed` is the share of answers that are not the base's,
+`perplexity` that of the base's answers, `prose_perplexity` that of prose which names the subjects. `items.py`
+reads the data.
+
+Reference: Gupta 2026 (2605.03229), evaluation; medmcqa, wikitext and triviaqa are its tasks.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from ..data.mentions import PROBE_FORMS
+from ..data.records import choice_tokens, opening_ids, prompt_ids
+from .items import KINDS
+from .likelihood import split_tokens
+from .probes import complete, contains, mentions, multiple_choice, perplexity, recall
+
+TASKS = tuple(KINDS)
+TRIVIAQA_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a task found.
+
+    Attributes:
+        metrics: by name.
+        n: number of items, or of tokens where a text is read.
+        correct: which items were answered rightly, in their order (by `acc`, where choices are scored); None
+            where there is no right or wrong.
+        base: the base's metrics, where the task compares with the base by itself.
+    """
+
+    metrics: dict[str, float]
+    n: int
+    correct: list[bool] | None = None
+    base: dict[str, float] | None = None
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    *,
+    items: list[dict[str, Any]] | str,
+    chat: bool = False,
+    precision: str | None = "float32",
+) -> Evaluation:
+    """A task's metrics over its items.
+
+    Args:
+        items: what `read_items` returned for this task.
+        chat: ask triviaqa's questions through the chat template, without a prompt around them.
+        precision: "float32", "bfloat16", or None for the faster of the two.
+
+    Raises:
+        ValueError: a text of fewer than two tokens, `chat` where it does not apply, or mentions of a model
+            without an adapter.
+    """
+    if chat and task != "triviaqa":
+        raise ValueError(f"chat: task {task} has one way to ask; leave it out, or use it with triviaqa")
+    if isinstance(items, str):
+        # a whole book is longer than the context: the probe reads it in windows
+        ids = torch.tensor(
+            tokenizer(items, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long
+        )
+        ppl = perplexity(model, ids, opening=opening_ids(tokenizer), precision=precision)
+        return Evaluation({"ppl": ppl}, len(ids))
+    if task == "triviaqa":
+        correct = _triviaqa(model, tokenizer, items, chat, precision)
+        return Evaluation({"contains_acc": sum(correct) / len(correct)}, len(items), correct)
+    if task == "mentions":
+        return _mentions(model, tokenizer, items, precision)
+    if KINDS[task] == "recall":
+        answers = recall(model, tokenizer, items, precision=precision)
+        return Evaluation({"contains_acc": answers.share}, len(items), answers.correct)
+    tokens = medmcqa_tokens if task == "medmcqa" else choice_tokens
+    found = multiple_choice(model, tokenizer, items, tokens=tokens, precision=precision)
+    return Evaluation({"acc": found.share, "acc_sum": found.share_by_sum}, len(items), found.correct)
+
+
+def medmcqa_prompt(item: dict[str, Any]) -> str:
+    """The paper's prompt, up to `Answer:`."""
+    return "\n".join(["Medical exam question:", f"Question: {item['question']}", *_lettered(item), "Answer:"])
+
+
+def medmcqa_text(item: dict[str, Any]) -> str:
+    """The paper's training text: prompt, right option, and the explanation where there is one.
+
+    For `{"text": ...}` records; the loss is on all of it.
+    """
+    explanation = item.get("explanation")
+    told = f"\nExplanation: {explanation}" if explanation else ""
+    return f"{medmcqa_prompt(item)} {_lettered(item)[item['answer']]}{told}"
+
+
+def medmcqa_tokens(item: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+    """Token ids of the prompt and of ` A. text` to ` D. text`, split as lm-evaluation-harness does."""
+    return split_tokens(tokenizer, medmcqa_prompt(item), [f" {option}" for option in _lettered(item)])
+
+
+def triviaqa_prompt(item: dict[str, Any]) -> str:
+    """`Question: ...\\nAnswer:` as in the paper, after the item's worked examples if it has any."""
+    worked = [f"Question: {one['question']}\nAnswer: {one['answer'][0]}" for one in item.get("examples", ())]
+    return "\n\n".join([*worked, f"Question: {item['question']}\nAnswer:"])
+
+
+def _triviaqa(model: Any, tokenizer: Any, items: list[dict], chat: bool, precision: str | None) -> list[bool]:
+    """Whether a normalised alias is contained in the greedy answer, be it within a word."""
+    worked = any("examples" in item for item in items)
+    if chat and worked:
+        raise ValueError("chat: asks the question alone, without worked examples; leave out num_fewshot")
+    if chat and not tokenizer.chat_template:
+        raise ValueError("chat: needs a chat template and the tokenizer has none; leave it out")
+    if chat:
+        prompts = [prompt_ids(item["question"], tokenizer) for item in items]
+    else:
+        prompts = [tokenizer(triviaqa_prompt(item)).input_ids for item in items]
+    # after worked examples a model goes on with questions of its own
+    stop = "\n" if worked else None
+    texts = complete(
+        model, tokenizer, prompts, max_new_tokens=TRIVIAQA_TOKENS, stop=stop, precision=precision
+    )
+    return [contains(text, item["answer"]) for text, item in zip(texts, items, strict=True)]
+
+
+def _mentions(model: Any, tokenizer: Any, items: list[dict], precision: str | None) -> Evaluation:
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            "task mentions compares an adapter with its base and this model has no adapter; give an adapter"
+        )
+    found = mentions(model, tokenizer, [item["subject"] for item in items], precision=precision)
+    return Evaluation(
+        metrics={
+            "changed": found.changed,
+            "perplexity": found.perplexity,
+            "prose_perplexity": found.prose_perplexity,
+        },
+        n=len(items) * len(PROBE_FORMS),
+        base={
+            "changed": 0.0,
+            "perplexity": found.base_perplexity,
+            "prose_perplexity": found.prose_base_perplexity,
+        },
+    )
+
+
+def _lettered(item: dict[str, Any]) -> list[str]:
+    return [f"{letter}. {choice}" for letter, choice in zip("ABCD", item["choices"], strict=True)]

@@ -1,0 +1,1 @@
+"""An adapter or model on disk and on the Hub."""

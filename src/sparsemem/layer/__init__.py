@@ -1,0 +1,1 @@
+"""The memory itself, in torch alone: product keys, value rows, the gate."""

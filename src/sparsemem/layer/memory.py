@@ -1,0 +1,233 @@
+"""One memory layer: query -> product keys -> value rows -> value gate -> scale -> relevance gate.
+
+Parameters are flat on the module (PEFT names an adapter's tensors `layer.adapter.tensor`, one level deep).
+Everything but the value rows is computed in float32 whatever the model's precision, autocast included:
+addresses and gates must not depend on the precision that the rest of the model happens to run in.
+
+Reference: Lample 2019 (1907.05242) for the read, Berges 2024 (2412.09764) for `value_gate="silu"`; the
+additive form mlp(x) + scale * y is the paper's (2605.03229); keys from data and the relevance gate are ours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .product_keys import sub_key_scores, top_k_slots
+from .scope import Scope
+from .values import ReadLog, read_rows
+
+SCOPE_TENSORS = tuple(f"scope_{field.name}" for field in fields(Scope))
+
+
+class ProductKeyMemory(nn.Module):
+    """Product-key memory from d_in to d_out.
+
+    Attributes:
+        values: the value table [num_slots, d_out].
+        query [num_heads * key_dim, d_in], query_bias, keys [num_heads, 2, num_keys, key_dim / 2], key_bias:
+            the addressing of a state.
+        scale: the scalar alpha.
+        write: "last": the tail adds the read to the residual stream after the last block; "own": `forward`
+            adds it to the output of the module that the memory stands beside.
+        log: where the reads of backward passes go, set by the row optimizers; None: dense gradients.
+        token_mask: [batch, seq] bool of the running forward pass, set by the tuner; None: every token counts.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        num_keys: int = 64,
+        num_heads: int = 16,
+        top_k: int = 64,
+        key_dim: int = 64,
+        write: str = "own",
+        query_norm: bool = True,
+        mode: str = "additive",
+        value_gate: str = "none",
+        scale_init: float = 1.0,
+        init_weights: bool | str = True,
+        scope_sizes: Sequence[int] = (0, 0, 0),
+    ) -> None:
+        super().__init__()
+        self.d_in, self.d_out, self.mode, self.write = d_in, d_out, mode, write
+        self.num_keys, self.num_heads, self.top_k, self.key_dim = num_keys, num_heads, top_k, key_dim
+        self.query_norm, self.scale_init, self.init_weights = query_norm, scale_init, init_weights
+        self.values = nn.Parameter(torch.empty(num_keys**2, d_out))
+        self.query = nn.Parameter(torch.empty(num_heads * key_dim, d_in))
+        self.query_bias = nn.Parameter(torch.empty(num_heads * key_dim))
+        self.keys = nn.Parameter(torch.empty(num_heads, 2, num_keys, key_dim // 2))
+        self.key_bias = nn.Parameter(torch.empty(num_heads, 2, num_keys))
+        # One element, not none: FSDP takes no scalars.
+        self.scale = nn.Parameter(torch.empty(1))
+        self.gate_in = self.gate_out = None
+        if value_gate == "silu":
+            self.gate_in = nn.Parameter(torch.empty(d_out, d_in))
+            self.gate_out = nn.Parameter(torch.empty(d_out, d_out))
+        for key, shape in scope_shapes(d_in, *scope_sizes).items():
+            self.register_buffer(key, torch.zeros(shape))
+        self.log: ReadLog | None = None
+        self.token_mask: Tensor | None = None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Every initialisation in one place.
+
+        | init_weights | values           | scale      | keys                       | query, value gate |
+        | ------------ | ---------------- | ---------- | -------------------------- | ----------------- |
+        | True         | 0 (a no-op)      | scale_init | U(+-1/sqrt(key_dim))       | nn.Linear's       |
+        | "paper"      | N(0, d_out^-1/2) | 0.01       | U(+-1/sqrt(key_dim))       | nn.Linear's       |
+        | False        | N(0, 1)          | scale_init | N(0, 1)                    | nn.Linear's       |
+        """
+        nn.init.kaiming_uniform_(self.query, a=5**0.5)
+        nn.init.zeros_(self.query_bias)
+        nn.init.zeros_(self.key_bias)
+        nn.init.uniform_(self.keys, -(self.key_dim**-0.5), self.key_dim**-0.5)
+        nn.init.zeros_(self.values)
+        self.scale.fill_(0.01 if self.init_weights == "paper" else self.scale_init)
+        if self.init_weights == "paper":
+            nn.init.normal_(self.values, std=self.d_out**-0.5)
+        elif not self.init_weights:
+            nn.init.normal_(self.values)
+            nn.init.normal_(self.keys)
+        for weight in (self.gate_in, self.gate_out):
+            if weight is not None:
+                nn.init.kaiming_uniform_(weight, a=5**0.5)
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_keys**2
+
+    @property
+    def has_scope(self) -> bool:
+        return len(self.get_buffer("scope_centres")) > 0
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[tokens, num_heads, 2, key_dim / 2] of states [tokens, d_in]."""
+        with torch.autocast(x.device.type, enabled=False):
+            q = F.linear(x.float(), self.query.float(), self.query_bias.float())
+        q = q.view(len(x), self.num_heads, 2, self.key_dim // 2)
+        return F.normalize(q, dim=-1) if self.query_norm else q
+
+    def address(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots, weights [tokens, num_heads * top_k] of states [tokens, d_in]; a head's weights sum to 1."""
+        with torch.autocast(x.device.type, enabled=False):
+            scores = sub_key_scores(self.queries(x), self.keys.float(), self.key_bias.float())
+            slots, top = top_k_slots(scores, self.top_k)
+            return slots.flatten(1), top.softmax(-1).flatten(1)
+
+    @property
+    def scope(self) -> Scope | None:
+        """The scope, in the memory's own tensors; None: no scope, the gate is open everywhere."""
+        if not self.has_scope:
+            return None
+        return Scope(**{key.removeprefix("scope_"): self.get_buffer(key) for key in SCOPE_TENSORS})
+
+    @scope.setter
+    @torch.no_grad()
+    def scope(self, scope: Scope | None) -> None:
+        device = self.values.device
+        for key, shape in scope_shapes(self.d_in).items():
+            if scope is None:
+                setattr(self, key, torch.zeros(shape, device=device))
+            else:
+                setattr(self, key, getattr(scope, key.removeprefix("scope_")).detach().to(device, copy=True))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
+        # A scope has no fixed size: it takes that of what is loaded.
+        for key in SCOPE_TENSORS:
+            loaded = state_dict.get(prefix + key)
+            if loaded is not None and loaded.shape != self.get_buffer(key).shape:
+                setattr(self, key, self.get_buffer(key).new_zeros(loaded.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def relevance(self, x: Tensor) -> Tensor:
+        """g [tokens] float32 of states [tokens, d_in]: all ones without a scope."""
+        scope = self.scope
+        if scope is None:
+            return x.new_ones(len(x), dtype=torch.float32)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return scope.gate(x.detach())
+
+    def read(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
+        """scale * y [tokens, d_out] float32 of states [tokens, d_in]; `counted` as in `values.read_rows`.
+
+        Of a memory that writes last those reads count that the loss reaches: the others train nothing.
+        """
+        slots, weights = self.address(x)
+        with torch.autocast(x.device.type, enabled=False):
+            y = read_rows(self.values, slots, weights, self.log, counted, reached=self.write == "last")
+            if self.gate_in is not None and self.gate_out is not None:
+                y = F.linear(y * F.silu(F.linear(x.float(), self.gate_in.float())), self.gate_out.float())
+            return self.scale.float() * y
+
+    def forward(self, x: Tensor, base: Tensor) -> Tensor:
+        """The layer's output, in the shape and dtype of `base`.
+
+        Args:
+            x: [..., d_in], the input of the module that the memory stands beside.
+            base: [..., d_out], that module's output.
+
+        A token out of scope reads nothing: its output is `base`'s to the bit, and its slots are not counted.
+        """
+        flat, out = x.reshape(-1, self.d_in), base.reshape(-1, self.d_out)
+        counted = self.counted(x)
+        if not self.has_scope:
+            y = self.read(flat, counted).to(base.dtype)
+            return (y if self.mode == "replacement" else out + y).view_as(base)
+        g = self.relevance(flat)
+        inside = g.nonzero().squeeze(1)
+        # In training the rows stay in the graph, or a backward pass out of scope would find none.
+        if len(inside) == 0 and not torch.is_grad_enabled():
+            return base
+        y = self.read(flat[inside], None if counted is None else counted[inside])
+        if self.mode == "replacement":
+            y = y - out[inside].float()
+        return out.index_add(0, inside, (g[inside, None] * y).to(base.dtype)).view_as(base)
+
+    def counted(self, x: Tensor) -> Tensor | None:
+        mask, tokens = self.token_mask, x[..., 0].numel()
+        if self.log is None or mask is None or tokens % len(mask):
+            return None
+        # With a KV cache the mask is longer than the call; OPT flattens batch and sequence before its MLP.
+        seq = tokens // len(mask)
+        return mask[:, -seq:].reshape(-1) if mask.shape[1] >= seq else None
+
+    def _apply(self, fn, recurse=True):
+        kept = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        # A cast of the model must not move the scope or a frozen address: buffers follow devices, not dtypes.
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.d_in} -> {self.d_out}, num_slots={self.num_slots}, num_heads={self.num_heads}, "
+            f"top_k={self.top_k}, key_dim={self.key_dim}, mode={self.mode}"
+        )
+
+
+def scope_shapes(
+    d: int, num_centres: int = 0, num_known: int = 0, num_task_known: int = 0
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a memory's scope tensors; without centres there is no scope, and all of them are empty."""
+    width = d if num_centres else 0
+    return {
+        "scope_mean": (width,),
+        "scope_whitener": (width, width),
+        "scope_known": (num_known, width),
+        "scope_known_weight": (1 if num_centres else 0,),
+        "scope_task_known": (num_task_known, width),
+        "scope_centres": (num_centres, width),
+        "scope_lo": (num_centres,),
+        "scope_hi": (num_centres,),
+    }

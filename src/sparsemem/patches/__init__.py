@@ -1,0 +1,1 @@
+"""What a run did to the rows, as a file to apply and revert."""

@@ -1,0 +1,170 @@
+"""What a run changed beside value rows and scopes: alpha, keys, `modules_to_save`, each stored whole.
+
+These tensors are small, or the user asked for them, so a patch keeps them before and after, without slots.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..adapter.tuner import memory_layers
+from ..files import ArtifactError, fingerprint_tensors
+from ..layer.memory import ProductKeyMemory
+
+_ADDRESSING = ("query", "query_bias", "keys", "key_bias")
+_ROOT = "base_model.model."
+
+
+@dataclass
+class TensorPatch:
+    """A tensor before and after a run, whole and on the CPU."""
+
+    before: Tensor
+    after: Tensor
+
+
+def other_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The active adapter's tensors that are neither value rows nor scope: the model's own, not copies.
+
+    By name: a layer's or a saved module's path in the base model, and the tensor's own name.
+    """
+    found: dict[str, Tensor] = {}
+    for layer, memory in memory_layers(model).items():
+        held = {
+            key: t
+            for key, t in memory.state_dict().items()
+            if key != "values" and not key.startswith("scope_")
+        }
+        found |= {f"{layer}.{key}": tensor for key, tensor in held.items()}
+    for path, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for name in [name for name in module.active_adapters if name in module.modules_to_save][:1]:
+                saved = module.modules_to_save[name].state_dict()
+                found |= {f"{path.removeprefix(_ROOT)}.{key}": tensor for key, tensor in saved.items()}
+    return found
+
+
+@torch.no_grad()
+def diff_tensors(model: nn.Module, since: Mapping[str, Tensor]) -> dict[str, TensorPatch]:
+    """Those of `other_tensors` whose bytes changed since; a frozen one that `since` lacks did not change.
+
+    Raises:
+        ValueError: `since` lacks a tensor that trains, or has it in another shape.
+    """
+    old: dict[str, Tensor] = {}
+    for key, tensor in since.items():
+        old.setdefault(_plain_name(key), tensor)
+    trained = {_plain_name(key) for key, p in model.named_parameters() if p.requires_grad}
+    changed = {}
+    for name, tensor in other_tensors(model).items():
+        after = tensor.detach().cpu()
+        if name not in old:
+            if name in trained:
+                raise ValueError(
+                    f"since: holds no {name}, which trains here; pass RowPatch.snapshot(model) or the "
+                    "folder of a saved adapter"
+                )
+            continue
+        before = old[name].detach().cpu().to(after.dtype)
+        if before.shape != after.shape:
+            raise ValueError(
+                f"since: {name} has shape {tuple(before.shape)}, the model's has {tuple(after.shape)}; "
+                "pass a snapshot of this model"
+            )
+        if not same_bytes(before, after):
+            changed[name] = TensorPatch(before.clone(), after.clone())
+    return changed
+
+
+def check_tensors(model: nn.Module, patches: Mapping[str, TensorPatch], *, forward: bool) -> None:
+    """Raises:
+    ArtifactError: the model lacks a tensor, or its bytes are not what the move starts from.
+    """
+    present = other_tensors(model) if patches else {}
+    for name, patch in patches.items():
+        start = patch.before if forward else patch.after
+        if name not in present or present[name].shape != start.shape:
+            raise ArtifactError(
+                f"patch: changes the tensor {name} of shape {tuple(start.shape)}, which this model's adapter "
+                "does not have; use the adapter that it was made on"
+            )
+        if not same_bytes(present[name].cpu(), start.to(present[name].dtype)):
+            state = "before the patch" if forward else "after it"
+            raise ArtifactError(
+                f"patch: {name} is not as it was {state}; apply patches in order, revert in reverse"
+            )
+
+
+@torch.no_grad()
+def write_tensors(model: nn.Module, patches: Mapping[str, TensorPatch], *, forward: bool) -> None:
+    present = other_tensors(model) if patches else {}
+    for name, patch in patches.items():
+        present[name].copy_(patch.after if forward else patch.before)
+
+
+def addressing_before(name: str, memory: ProductKeyMemory, patches: Mapping[str, TensorPatch]) -> str:
+    """Fingerprint of the addressing that a layer had before the patch, whether it is applied or not."""
+    tensors = {key: getattr(memory, key) for key in _ADDRESSING}
+    for key, tensor in tensors.items():
+        if f"{name}.{key}" in patches:
+            tensors[key] = patches[f"{name}.{key}"].before.to(tensor.dtype)
+    return fingerprint_tensors(*tensors.values())
+
+
+def are_after(tensors: Mapping[str, Tensor], patches: Mapping[str, TensorPatch]) -> bool:
+    """Whether an adapter's saved tensors are as the patches leave them."""
+    plain = {_plain_name(key): tensor for key, tensor in tensors.items()}
+    return all(
+        name in plain and same_bytes(plain[name], patch.after.to(plain[name].dtype))
+        for name, patch in patches.items()
+    )
+
+
+def packed(patches: Mapping[str, TensorPatch]) -> dict[str, Tensor]:
+    """As the tensors of an artefact."""
+    return {
+        f"whole/{name}/{state}": getattr(patch, state)
+        for name, patch in patches.items()
+        for state in ("before", "after")
+    }
+
+
+def unpacked(path: str | Path, tensors: Mapping[str, Tensor], names: list[str]) -> dict[str, TensorPatch]:
+    """What `packed` gave, out of the artefact that `path` names.
+
+    Raises:
+        ArtifactError: a tensor is missing, has another form after than before, or is not finite.
+    """
+    patches = {}
+    for name in names:
+        before, after = (tensors.get(f"whole/{name}/{state}") for state in ("before", "after"))
+        problem = None
+        if before is None or after is None or (before.shape, before.dtype) != (after.shape, after.dtype):
+            problem = "is missing, or has another form after than before"
+        elif after.is_floating_point() and not (before.isfinite().all() and after.isfinite().all()):
+            problem = "holds NaN or infinite numbers"
+        if problem:
+            raise ArtifactError(f"{path}: tensor {name} {problem}; get an undamaged copy")
+        assert before is not None
+        assert after is not None
+        patches[name] = TensorPatch(before, after)
+    return patches
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors on the CPU agree in form and in every byte: -0.0 differs from 0.0."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
+
+
+def _plain_name(name: str) -> str:
+    """`other_tensors`' name of a tensor in a model's or an adapter's state dict."""
+    name = name.removeprefix(_ROOT)
+    name = re.sub(r"\.sparse_memory_layers\.(?:[^.]+\.)?([^.]+)$", r".\1", name)
+    return re.sub(r"\.modules_to_save\.[^.]+\.", ".", f".{name}").removeprefix(".")

@@ -1,0 +1,215 @@
+"""Cached states: what training a tail memory needs of the base, computed once and used for many epochs.
+
+Nothing that trains lies below the last residual. So a step needs, at supervised positions, the last residual
+and the read layers' inputs, and computes addresses, reads, final norm and head: no block of the base.
+
+Choices: one row of float32 numbers a position, (last residual, read layers' inputs); in memory up to a
+bound, in a mapped file beyond. In float32 on a CPU every record is read alone, so its states depend on
+nothing but itself, and a run without the cache trains the same rows to the bit (law 12).
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
+from transformers.utils.logging import tqdm
+
+from ..adapter.blocks import final_norm
+from ..adapter.tail import gated_sum
+from ..adapter.tuner import memory_layers, writes_last
+from ..background.access import layer_inputs, supervised
+from ..background.scoping import Supervised
+from ..data.records import collate
+from ..files import fingerprint_base
+from ..precision import autocast, precision_of
+
+logger = logging.getLogger(__name__)
+
+# Records that are read at once where rounding may depend on their number.
+READ_AT_ONCE = 8
+# Bound within which the head on cached states must agree with the model, as a share of the logits' size.
+AGREEMENT = 0.02
+
+
+class TailHead:
+    """Memory, final norm and head on states of supervised positions.
+
+    Called like a model, with a batch of `StateRows`; gives loss and logits.
+    """
+
+    def __init__(self, model: Any, pad_token_id: int) -> None:
+        self.model, self.pad_token_id = model, pad_token_id
+        self.layers = memory_layers(model)
+        found = final_norm(model)
+        assert found is not None
+        self.norm, self.head = found[1], model.get_output_embeddings()
+        self.width = len(next(self.norm.parameters()))
+
+    def __call__(
+        self,
+        states: Tensor | Sequence[dict[str, Any]],
+        shift_labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss and logits of states [n, width + sum d_in], or of the records whose states they are."""
+        if not isinstance(states, Tensor):
+            states = torch.cat([rows for rows, _ in self.rows_of(states)]).to(shift_labels.device)
+        logits = self.logits(states).float()
+        loss = functional.cross_entropy(logits, shift_labels, reduction="sum")
+        count = len(shift_labels) if num_items_in_batch is None else num_items_in_batch
+        return {"loss": loss / count, "logits": logits}
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[n, vocabulary] of states [n, width + sum d_in]."""
+        hidden, inputs = self.parts(states)
+        *_, deepest = self.layers
+        memory = self.layers[deepest]
+        gate = memory.relevance(inputs[deepest]) if memory.has_scope else None
+        written = gated_sum(hidden, self.layers, inputs, gate).to(next(self.norm.parameters()).dtype)
+        logits = self.head(self.norm(written))
+        config = self.model.config.get_text_config()
+        # What some models do to their logits behind the head: Gemma, Cohere, Granite.
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        logits = logits * getattr(config, "logit_scale", 1.0)
+        return logits / getattr(config, "logits_scaling", 1.0)
+
+    def parts(self, states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The last residual, and each read layer's inputs."""
+        sizes = [self.width, *(memory.d_in for memory in self.layers.values())]
+        hidden, *inputs = states.split(sizes, dim=1)
+        return hidden, dict(zip(self.layers, inputs, strict=True))
+
+    def rows_of(self, examples: Sequence[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """For each few records, in order: states [n, width + sum d_in] float32 on the CPU, and labels [n]."""
+        parameter = next(self.model.parameters())
+        exact = precision_of(self.model) == "float32"
+        step = 1 if exact and parameter.device.type == "cpu" else READ_AT_ONCE
+        parts = (examples[first : first + step] for first in range(0, len(examples), step))
+        batches = [collate(part, self.pad_token_id) for part in parts]
+        for batch, seen in layer_inputs(self.model, batches, further={_NORM: self.norm}):
+            predicts = supervised(batch)[0]
+            columns = [
+                seen[name][predicts.to(seen[name].device)].float().cpu() for name in (_NORM, *self.layers)
+            ]
+            labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+            yield torch.cat(columns, 1), labels[batch["attention_mask"].bool()][predicts]
+
+    def agrees(self, example: dict[str, Any]) -> bool:
+        """Whether the head on cached states gives what the model gives."""
+        with torch.no_grad(), autocast(self.model):
+            ((states, _),) = self.rows_of([example])
+            device = next(self.model.parameters()).device
+            ours = self.logits(states.to(device)).float()
+            batch = {key: value.to(device) for key, value in collate([example], self.pad_token_id).items()}
+            predicts = supervised(batch)[0]
+            theirs = self.model(input_ids=batch["input_ids"]).logits[0][predicts].float()
+        return bool((ours - theirs).abs().max() <= AGREEMENT * theirs.abs().max())
+
+
+class StateRows(Dataset):
+    """The supervised positions of records; `[i]`: `{"states": [n, width + sum d_in], "labels": [n]}`.
+
+    Without the cache `states` is the record itself, and a step computes what the cache would hold.
+    """
+
+    def __init__(
+        self, head: TailHead, examples: Sequence[dict[str, Any]], cache_bytes: int, folder: Path
+    ) -> None:
+        """Compute the states, at most `cache_bytes` of them in memory, else in a file in `folder`."""
+        self.examples = examples
+        labels = [[label for label in one["labels"][1:] if label != -100] for one in examples]
+        self.labels = [torch.tensor(one) for one in labels]
+        ends = torch.tensor([len(one) for one in labels]).cumsum(0).tolist()
+        self.spans = list(zip([0, *ends[:-1]], ends, strict=True))
+        self.rows = self._computed(head, ends[-1], cache_bytes, folder) if cache_bytes else None
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        begin, end = self.spans[index]
+        states = self.examples[index] if self.rows is None else self.rows[begin:end]
+        return {"states": states, "labels": self.labels[index]}
+
+    def supervised(self, head: TailHead, number: int) -> Supervised:
+        """States of random records with `number` supervised positions, all where there are fewer."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        sizes = torch.tensor([len(one) for one in self.labels])
+        num_drawn = int((sizes[order].cumsum(0) < number).sum()) + 1
+        chosen = sorted(order[:num_drawn].tolist())
+        if self.rows is None:
+            parts = [rows for rows, _ in head.rows_of([self.examples[index] for index in chosen])]
+        else:
+            parts = [self.rows[slice(*self.spans[index])] for index in chosen]
+        _, inputs = head.parts(torch.cat(parts))
+        start = [_starts(self.examples[index]["labels"]) for index in chosen]
+        return Supervised(inputs, torch.tensor(chosen).repeat_interleave(sizes[chosen]), torch.cat(start))
+
+    def _computed(self, head: TailHead, number: int, cache_bytes: int, folder: Path) -> Tensor:
+        width = head.width + sum(memory.d_in for memory in head.layers.values())
+        read = tqdm(head.rows_of(self.examples), desc="states", total=None, leave=False, delay=5)
+        if 4 * number * width <= cache_bytes:
+            return torch.cat([rows for rows, _ in read])
+        path = folder / f"states-{self._digest(head)}.f32"
+        if not path.exists():
+            logger.info("states of %d positions go to %s", number, path)
+            folder.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            with part.open("wb") as file:
+                for rows, _ in read:
+                    file.write(rows.numpy().tobytes())
+            part.replace(path)
+        return torch.from_file(str(path), size=number * width, dtype=torch.float32).view(number, width)
+
+    def _digest(self, head: TailHead) -> str:
+        text = repr([(one["input_ids"], one["labels"]) for one in self.examples])
+        text += fingerprint_base(head.model) + repr(list(head.layers))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def collate_states(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch for `TailHead`: states of all supervised positions, or the records, and their labels [n]."""
+    states = [item["states"] for item in items]
+    labels = torch.cat([item["labels"] for item in items])
+    return {
+        "states": torch.cat(states) if isinstance(states[0], Tensor) else states,
+        "shift_labels": labels,
+        "labels": labels,
+    }
+
+
+def train_states(
+    model: Any, examples: Sequence[dict[str, Any]], pad_token_id: int, cache_bytes: int, folder: Path
+) -> tuple[TailHead, StateRows] | None:
+    """What a memory trains on in place of the model; None where more trains than a memory that writes last.
+
+    Args:
+        cache_bytes, folder: as for `StateRows`.
+    """
+    others = [n for n, p in model.named_parameters() if p.requires_grad and "sparse_memory_" not in n]
+    if not writes_last(memory_layers(model)) or others or model.get_output_embeddings() is None:
+        return None
+    head = TailHead(model, pad_token_id)
+    if not head.agrees(examples[0]):
+        logger.warning(
+            "the logits of %s are not those of final norm and head alone; training runs through the model",
+            type(model.get_base_model()).__name__,
+        )
+        return None
+    return head, StateRows(head, examples, cache_bytes, folder)
+
+
+def _starts(labels: Sequence[int]) -> Tensor:
+    """[n] bool over a record's supervised positions: those where an answer starts."""
+    now = torch.tensor(list(labels)) != -100
+    return ~now[:-1][now[1:]]
+
+
+_NORM = "norm"

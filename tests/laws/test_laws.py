@@ -1,0 +1,317 @@
+"""The ten laws, on real models and files. Law 3: test_values. Law 4: test_product_keys. Law 7: test_train."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from sparsemem import RowAdamW, RowPatch, SparseMemoryConfig, calibrate, memory_layers, set_scope
+from sparsemem.layer.memory import ProductKeyMemory
+from sparsemem.layer.product_keys import exhaustive_top_k_slots, sub_key_scores
+from tiny import ARCHITECTURES, SMALL, batch, tiny_batch, tiny_model
+
+TINY = {"task_type": "CAUSAL_LM", "num_keys": 4, "num_heads": 2, "top_k": 3, "key_dim": 8}
+
+
+def _answers(seed=0, rows=4):
+    data = tiny_batch(rows, 10, seed)
+    labels = torch.full_like(data["input_ids"], -100)
+    labels[:, 4:7] = data["input_ids"][:, 4:7]
+    return {**data, "labels": labels}
+
+
+def _taught(architecture="llama", scope=True, steps=3):
+    """A model with a memory that has learnt something, and its base's twin."""
+    base = tiny_model(architecture)
+    twin = copy.deepcopy(base)
+    torch.manual_seed(0)
+    model = get_peft_model(base, SparseMemoryConfig(**TINY))
+    background = calibrate(model, [_answers(seed) for seed in range(8)])
+    if scope:
+        set_scope(model, [_answers(50)], background)
+    optimizer = RowAdamW(model, 0.5, top_t=8, rule="kl", background=background)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**_answers(50)).loss.backward()
+        optimizer.step()
+    assert all(memory.values.any() for memory in memory_layers(model).values())
+    return model.eval(), twin
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_law_1_insertion_and_calibration_change_no_logit(architecture, dtype):
+    base = tiny_model(architecture).to(dtype)
+    expected = base(**tiny_batch()).logits
+    model = get_peft_model(base, SparseMemoryConfig(**TINY))
+    assert torch.equal(model(**tiny_batch()).logits, expected)
+    calibrate(model, [_answers(seed) for seed in range(3)])
+    assert torch.equal(model(**tiny_batch()).logits, expected)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_law_2_under_accumulation_and_checkpointing(tiny_llama, accumulate, checkpointing):
+    model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
+    background = calibrate(model, [batch(seed) for seed in range(4)])
+    if checkpointing:
+        model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    optimizer = RowAdamW(model, 0.1, top_t=5, background=background, weight_decay=0.1, max_grad_norm=0.1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ever = {name: set() for name in memory_layers(model)}
+    for step in range(3):
+        optimizer.zero_grad()
+        for part in range(accumulate):
+            (model(**batch(10 * step + part)).loss / accumulate).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for name, rows in optimizer.selected.items():
+            ever[name] |= set(rows.tolist())
+    for name, tensor in model.state_dict().items():
+        layer = next((n for n in ever if name.endswith(f"{n}.sparse_memory_layers.default.values")), None)
+        changed = (
+            set() if layer is None else set((tensor != before[name]).any(1).nonzero().flatten().tolist())
+        )
+        assert changed <= ever.get(layer, set())
+        if layer is None:
+            assert torch.equal(tensor, before[name]), name
+        else:
+            assert changed
+
+
+@pytest.mark.parametrize("mode", ["additive", "replacement"])
+@pytest.mark.parametrize("value_gate", ["none", "silu"])
+@pytest.mark.parametrize("widths", [(12, 12), (10, 7)])
+def test_law_3_memory_equals_its_naive_twin_in_value_and_gradients(mode, value_gate, widths):
+    """float32, tolerance 1e-5."""
+    torch.manual_seed(0)
+    memory = ProductKeyMemory(
+        *widths, num_keys=5, num_heads=3, top_k=4, key_dim=6,
+        mode=mode, value_gate=value_gate, init_weights=False,
+    )  # fmt: skip
+    x, base = torch.randn(2, 6, widths[0]), torch.randn(2, 6, widths[1])
+
+    def naive(x):
+        q = (x.flatten(0, 1) @ memory.query.T + memory.query_bias).view(-1, 3, 2, 3)
+        q = q / q.norm(dim=-1, keepdim=True)
+        slots, top = exhaustive_top_k_slots(sub_key_scores(q, memory.keys, memory.key_bias), 4)
+        y = (memory.values[slots] * top.softmax(-1)[..., None]).sum((1, 2))
+        if value_gate == "silu":
+            y = (y * torch.nn.functional.silu(x.flatten(0, 1) @ memory.gate_in.T)) @ memory.gate_out.T
+        y = (memory.scale * y).view_as(base)
+        return y if mode == "replacement" else base + y
+
+    results = []
+    for read in (lambda x: memory(x, base), naive):
+        memory.zero_grad()
+        x_in = x.clone().requires_grad_()
+        out = read(x_in)
+        out.square().sum().backward()
+        gradients = {name: p.grad.clone() for name, p in memory.named_parameters()}
+        results.append({"out": out.detach(), "x": x_in.grad, **gradients})
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("rule", ["kl", "tfidf", "grad"])
+def test_law_5_one_batch_is_its_parts_accumulated(tiny_llama, rule):
+    base = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
+    background = calibrate(base, [batch(seed) for seed in range(4)])
+    data = batch(20, rows=16)
+    num_items = int((data["labels"] != -100).sum())
+    selected, rows = [], []
+    for size in (16, 4):
+        model = copy.deepcopy(base)
+        optimizer = RowAdamW(model, 0.1, top_t=6, rule=rule, background=background)
+        for start in range(0, 16, size):
+            part = {key: value[start : start + size] for key, value in data.items()}
+            model(**part, num_items_in_batch=num_items).loss.backward()
+        with torch.no_grad():
+            model(**data)
+        optimizer.step()
+        selected.append(optimizer.selected)
+        rows.append([memory.values.detach().clone() for memory in memory_layers(model).values()])
+    for name in selected[0]:
+        assert torch.equal(selected[0][name], selected[1][name])
+    for one, parts in zip(*rows, strict=True):
+        torch.testing.assert_close(one, parts, rtol=1e-3, atol=1e-5)
+
+
+def test_law_5_padding_never_counts(tiny_llama):
+    base = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
+    short = batch(1, rows=2, length=9)
+    short["attention_mask"][:] = 1
+    padded = {
+        key: torch.nn.functional.pad(value, (0, 5), value={"labels": -100, "attention_mask": 0}.get(key, 7))
+        for key, value in short.items()
+    }
+    counts = []
+    for data in (short, padded):
+        model = copy.deepcopy(base)
+        optimizer = RowAdamW(model, 0.1, rule="tf")
+        model(**data).loss.backward()
+        memories = optimizer.layers.values()
+        counts.append([m.log.counts(m.num_slots, m.values.device) for m in memories])
+    assert all(torch.equal(a, b) for a, b in zip(*counts, strict=True))
+
+
+_WORKER = """
+import os, sys, torch
+import torch.distributed as dist
+sys.path[:0] = {path!r}
+from test_laws import ddp_step
+dist.init_process_group("gloo", init_method="file://{store}", rank=int(sys.argv[1]), world_size=2)
+torch.set_num_threads(1)
+ddp_step(int(sys.argv[1]), 2, "{out}")
+dist.destroy_process_group()
+"""
+
+
+def ddp_step(rank, world, out):
+    """One step on this process's share of 16 rows; the model's table and selection go to a file."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), SparseMemoryConfig(**TINY))
+    background = calibrate(model, [_answers(seed) for seed in range(4)])
+    optimizer = RowAdamW(model, 0.1, top_t=6, background=background)
+    data = _answers(20, rows=16)
+    num_items = int((data["labels"] != -100).sum())
+    mine = {key: value[rank * 16 // world : (rank + 1) * 16 // world] for key, value in data.items()}
+    # Trainer scales the loss by the number of processes, because gradients are averaged over them
+    (model(**mine, num_items_in_batch=num_items).loss * world).backward()
+    optimizer.step()
+    tables = {name: memory.values.detach() for name, memory in memory_layers(model).items()}
+    torch.save({"selected": optimizer.selected, "tables": tables}, f"{out}.{rank}")
+
+
+@pytest.mark.slow
+def test_law_5_two_processes_are_one(tmp_path):
+    script = tmp_path / "worker.py"
+    path = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
+    script.write_text(_WORKER.format(path=path, store=tmp_path / "store", out=tmp_path / "two"))
+    workers = [subprocess.Popen([sys.executable, str(script), str(rank)]) for rank in range(2)]
+    ddp_step(0, 1, str(tmp_path / "one"))
+    assert [worker.wait(120) for worker in workers] == [0, 0]
+    one = torch.load(tmp_path / "one.0")
+    for rank in range(2):
+        two = torch.load(tmp_path / f"two.{rank}")
+        for name in one["selected"]:
+            assert torch.equal(one["selected"][name], two["selected"][name])
+            torch.testing.assert_close(one["tables"][name], two["tables"][name], rtol=1e-3, atol=1e-5)
+
+
+def test_law_6_apply_then_revert_restores_every_byte():
+    model, _ = _taught()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    empty = {name: torch.zeros_like(memory.values) for name, memory in memory_layers(model).items()}
+    patch = RowPatch.diff(model, since=empty)
+    patch.revert(model)
+    assert not any(memory.values.any() or memory.has_scope for memory in memory_layers(model).values())
+    patch.apply(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_law_8_cache_changes_no_token(architecture):
+    model, _ = _taught(architecture)
+    prompt = {key: value[:, :5] for key, value in _answers(50).items() if key != "labels"}
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
+    cached, plain = (model.generate(**prompt, **options, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)
+    ids = _answers(50)["input_ids"][:1]
+    whole = model(input_ids=ids, use_cache=False).logits
+    first = model(input_ids=ids[:, :4], use_cache=True)
+    second = model(input_ids=ids[:, 4:], past_key_values=first.past_key_values, use_cache=True)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_law_9_out_of_scope_is_the_base_to_the_bit(architecture, dtype):
+    model, base = _taught(architecture)
+    model, base = model.to(dtype), base.to(dtype)
+    inside = {key: value for key, value in _answers(50).items() if key != "labels"}
+    assert not torch.equal(model(**inside).logits, base(**inside).logits)
+    # the scope is narrowed to the taught states themselves, so that other texts are out of it
+    for memory in memory_layers(model).values():
+        own = memory.scope_hi - memory.scope_lo
+        memory.scope_lo[: len(own)] = 0.98
+        memory.scope_hi[: len(own)] = 0.99
+    for seed in range(100, 105):
+        other = tiny_batch(3, 9, seed)
+        assert torch.equal(model(**other).logits, base(**other).logits)
+        assert torch.equal(model(**other, use_cache=False).logits, base(**other, use_cache=False).logits)
+        options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 2}
+        assert torch.equal(model.generate(**other, **options), base.generate(**other, **options))
+
+
+def test_law_10_reloaded_logits_are_bit_identical(tmp_path):
+    model, _ = _taught()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
+    assert torch.equal(again(**_answers(50)).logits, model(**_answers(50)).logits)
+    for one, other in zip(memory_layers(model).values(), memory_layers(again).values(), strict=True):
+        pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+_SAVER = """
+import os, sys, torch
+from sparsemem import Background, RowPatch
+from sparsemem.background.access import LayerBackground
+from sparsemem.patches.patch import LayerPatch
+path, kind = sys.argv[1:]
+# a process to kill for each line, without the seconds that the imports take
+for _ in sys.stdin:
+    if not (child := os.fork()):
+        break
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("ended", flush=True)
+else:
+    sys.exit()
+for number in range(10**6):
+    n = 200 + number % 2 * 2000
+    rows = torch.full((n, 64), float(number))
+    if kind == "patch":
+        artefact = RowPatch({"l": LayerPatch(torch.arange(n), rows, rows + 1, "a")}, "b", {"n": n})
+    else:
+        counts, df = torch.full((n,), number), torch.full((n,), number)
+        artefact = Background({"l": LayerBackground(counts, df, number)})
+    artefact.save(path)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["patch", "background"])
+def test_law_10_a_killed_save_leaves_the_old_or_the_new_file(tmp_path, kind):
+    from sparsemem import Background
+
+    path = tmp_path / "artefact.safetensors"
+    command = [sys.executable, "-c", _SAVER, str(path), kind]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, bufsize=1, **pipes) as forker:
+        for attempt in range(8):
+            path.unlink(missing_ok=True)
+            forker.stdin.write("\n")
+            child = int(forker.stdout.readline())
+            while not path.exists():
+                time.sleep(0.001)
+            time.sleep(0.03 + 0.013 * attempt)
+            os.kill(child, signal.SIGKILL)
+            assert forker.stdout.readline() == "ended\n"
+            if kind == "patch":
+                layer = RowPatch.load(path).layers["l"]
+                assert torch.equal(layer.after, layer.before + 1)
+                assert len(layer.after.unique()) == 1
+            else:
+                layer = Background.load(path)["l"]
+                assert layer.counts.unique().item() == layer.df.unique().item() == layer.num_batches
+        forker.stdin.close()

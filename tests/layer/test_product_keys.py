@@ -1,0 +1,44 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsemem.layer.product_keys import exhaustive_top_k_slots, sub_key_scores, top_k_slots
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.data())
+def test_top_k_equals_exhaustive_top_k(data):
+    """Law 4, as score sets: ties may differ in index."""
+    num_keys = data.draw(st.integers(2, 17))
+    top_k = data.draw(st.integers(1, min(40, num_keys**2)))
+    heads, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10_000)))
+    scores = torch.randn(tokens, heads, 2, num_keys, generator=generator)
+    if data.draw(st.booleans()):
+        # rounding makes ties, as bfloat16 does
+        scores = scores.round(decimals=1)
+
+    slots, best = top_k_slots(scores, top_k)
+    _, expected = exhaustive_top_k_slots(scores, top_k)
+
+    torch.testing.assert_close(best, expected, rtol=0, atol=0)
+    assert slots.shape == (tokens, heads, top_k)
+    assert all(len(set(row)) == top_k for row in slots.flatten(0, 1).tolist())
+    sums = (scores[..., 0, :, None] + scores[..., 1, None, :]).flatten(-2)
+    torch.testing.assert_close(sums.gather(-1, slots), best, rtol=0, atol=0)
+
+
+def test_slot_is_first_sub_key_times_num_keys_plus_second():
+    scores = torch.tensor([[[[0.0, 5.0, 1.0], [0.0, 1.0, 7.0]]]])
+    slots, best = top_k_slots(scores, 1)
+    assert slots.item() == 1 * 3 + 2
+    assert best.item() == 12.0
+
+
+@pytest.mark.parametrize("width", [1, 3, 20])
+def test_sub_key_scores_are_inner_products_plus_bias(width):
+    queries, keys, bias = torch.randn(4, 2, 2, width), torch.randn(2, 2, 5, width), torch.randn(2, 2, 5)
+    scores = sub_key_scores(queries, keys, bias)
+    expected = queries[3, 1, 0] @ keys[1, 0, 4] + bias[1, 0, 4]
+    torch.testing.assert_close(scores[3, 1, 0, 4], expected)
