@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsemem.data.batching import by_length, read_beginning, rows_of
 from sparsemem.data.models import autocast, load_base
 from sparsemem.data.records import collate, encode, prompt_ids
-from sparsemem.evaluation.likelihood import by_length, read_beginning, rows_of
 
 LAYERS = (21, 23, 25, 26, 27, 28)
 FOLDER = Path(os.environ.get("LAB_CACHE", "/tmp/lab-cache"))

@@ -12,6 +12,7 @@ import torch
 from peft import get_peft_model
 
 from sparsemem import SparseMemoryConfig, memory_layers, precision
+from sparsemem.data.generation import answer_tokens
 from sparsemem.data.mentions import (
     KEEP_FORMS,
     PROBE_FORMS,
@@ -22,7 +23,6 @@ from sparsemem.data.mentions import (
 )
 from sparsemem.data.records import encode, question_ids
 from sparsemem.evaluation import probes
-from sparsemem.evaluation.generation import answer_tokens
 from sparsemem.recipes import questions
 from tiny import SMALL
 

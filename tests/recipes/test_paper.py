@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import sparsemem  # noqa: F401 (registers the adapter type)
 from sparsemem.cli.main import main
-from sparsemem.recipes.paper import ARMS, METHODS, SETTINGS, method_settings
+from sparsemem.recipes.paper.settings import ARMS, METHODS, SETTINGS, method_settings
 
 pytestmark = pytest.mark.slow
 

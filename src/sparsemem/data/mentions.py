@@ -164,7 +164,7 @@ def mention_records(
     """
     from peft import PeftModel
 
-    from ..evaluation.generation import answer_tokens
+    from .generation import answer_tokens
     from .records import QUESTION, question_ids
 
     asked = [text for subject in subjects_of(records) for text in mention_texts(subject, forms)]

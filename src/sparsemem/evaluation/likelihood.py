@@ -5,7 +5,6 @@ and leave a key-value cache, of which each continuation, padded on the right, ta
 first token of a continuation is predicted by the context's pass, and the last one predicts nothing.
 """
 
-import copy
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..precision import autocast, device_of, takes
+from ..data.batching import accepted, by_length, pad_left, read_beginning, rows_of
+from ..precision import autocast
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def log_probs(
                 attention_mask=mask,
                 past_key_values=rows_of(beginning, [0] * len(chosen)),
                 use_cache=True,
-                **_known(model, position_ids=places, logits_to_keep=1),
+                **accepted(model, position_ids=places, logits_to_keep=1),
             )
         first = out.logits[:, -1].float().log_softmax(-1)
         owners = [(row, n) for row, index in enumerate(chosen) for n in range(len(continuations[index]))]
@@ -77,33 +77,6 @@ def log_probs(
     return found
 
 
-def read_beginning(
-    model: Any, prompts: Sequence[Sequence[int]], *, precision: str | None
-) -> tuple[int, DynamicCache | None]:
-    """How many tokens all prompts begin with (a system prompt, worked examples), and the cache of these.
-
-    Every prompt keeps a token of its own; without shared tokens there is no cache.
-    """
-    differ = (place for place, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)
-    num_shared = next(differ, min(map(len, prompts)) - 1)
-    if not num_shared:
-        return 0, None
-    ids = torch.tensor([list(prompts[0][:num_shared])], device=device_of(model))
-    with autocast(model, precision=precision):
-        out = model(input_ids=ids, use_cache=True, **_known(model, logits_to_keep=1))
-    return num_shared, out.past_key_values
-
-
-def rows_of(cache: DynamicCache | None, rows: Sequence[int]) -> DynamicCache | None:
-    """A cache of the given rows, repeated as they are; the cache that they are taken from stays."""
-    if cache is None:
-        return None
-    taken = copy.copy(cache)
-    taken.layers = [copy.copy(layer) for layer in cache.layers]
-    taken.batch_select_indices(torch.tensor(rows))
-    return taken
-
-
 def split_tokens(
     tokenizer: PreTrainedTokenizerBase, context: str, continuations: Sequence[str]
 ) -> tuple[list[int], list[list[int]]]:
@@ -116,26 +89,6 @@ def split_tokens(
     ids = tokenizer(bare).input_ids
     wholes = tokenizer([context + one for one in continuations]).input_ids
     return ids, [whole[len(ids) :] for whole in wholes]
-
-
-def by_length(sequences: Sequence[Sequence[int]], batch_size: int, *, tight: bool = False) -> list[list[int]]:
-    """Indices in batches of like length, the longest first; `tight` batches are at most a quarter padding."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(sequences)), key=lambda index: -len(sequences[index])):
-        room = batches and len(batches[-1]) < batch_size
-        if room and not (tight and len(sequences[index]) < 0.75 * len(sequences[batches[-1][0]])):
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
-
-
-def pad_left(sequences: Sequence[Sequence[int]], model: Any) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, int64 [batch, seq] on the model's device, padded on the left with token 0."""
-    length, device = max(map(len, sequences)), device_of(model)
-    ids = torch.tensor([[0] * (length - len(one)) + list(one) for one in sequences], device=device)
-    mask = torch.tensor([[0] * (length - len(one)) + [1] * len(one) for one in sequences], device=device)
-    return ids, mask
 
 
 def _rests(
@@ -154,15 +107,10 @@ def _rests(
             attention_mask=torch.cat([mask, (there < taken[:, None]).long()], 1),
             past_key_values=past,
             use_cache=True,
-            **_known(model, position_ids=mask.sum(1, keepdim=True) + there),
+            **accepted(model, position_ids=mask.sum(1, keepdim=True) + there),
         ).logits.float()
     scores = (logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)).cpu()
     return [row[: len(one) - 1] for row, one in zip(scores, tokens, strict=True)]
-
-
-def _known(model: Any, **inputs: Any) -> dict[str, Any]:
-    """Those of the inputs that this family of models takes."""
-    return {name: value for name, value in inputs.items() if takes(model, name)}
 
 
 def _fitting(

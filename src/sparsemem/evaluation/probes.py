@@ -19,11 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter.tuner import gated_layers, layer_gates, memory_layers
 from ..background.access import layer_inputs
+from ..data.generation import answer_tokens, complete
 from ..data.mentions import PROBE_FORMS, mention_texts, prose_texts
 from ..data.models import tokenizer_of
 from ..data.records import QUESTION, choice_tokens, question_ids
 from ..precision import autocast, device_of
-from .generation import answer_tokens, complete
 from .likelihood import log_probs
 
 ARTICLES = {"a", "an", "the"}

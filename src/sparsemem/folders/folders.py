@@ -63,8 +63,8 @@ def graft(
     from peft import get_peft_model
     from transformers import set_seed
 
-    from .. import calibrate, memory_layers
-    from ..background.calibration import addressing_report
+    from ..adapter.tuner import memory_layers
+    from ..background.calibration import addressing_report, calibrate
     from ..data.models import load_base
     from ..data.records import batches, encode
     from ..training.methods import memory_config, retrofit_config

@@ -23,76 +23,21 @@ Reference: 2605.03229, sections on both stages, baselines and evaluation.
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..comparison.compare import BASE, Recipe
-from .runs import precision_setting
+from ...comparison.compare import BASE, Recipe
+from ..runs import precision_setting
+from .run import run
+from .settings import ARMS, HUB, METHODS, SETTINGS, PaperSettings, method_settings
 
-
-@dataclass(frozen=True)
-class Arm:
-    """One sparse memory arm: how the memory is made useful, where it stands, what trains, by which rule."""
-
-    retrofit: str
-    mode: str
-    trainable: str
-    rule: str
-
-
-_RULES = ("kl", "tfidf")
-ARMS = {
-    **{f"replacement-{rule}": Arm("dense", "replacement", "values", rule) for rule in _RULES},
-    **{f"additive-{rule}": Arm("dense", "additive", "values", rule) for rule in _RULES},
-    **{f"additive-scale-{rule}": Arm("dense", "additive", "values+scale", rule) for rule in _RULES},
-    **{f"calibrated-{rule}": Arm("calibrate", "additive", "values", rule) for rule in _RULES},
-}
-METHODS = (BASE, *ARMS, "smf", "lora", "full")
-
-
-@dataclass(frozen=True)
-class PaperSettings:
-    """The recipe's numbers, by default the paper's."""
-
-    model: str = "Qwen/Qwen2.5-0.5B-Instruct"
-    # "float32", "bfloat16", or "auto": the faster one on this machine
-    precision: str = "auto"
-    train_items: int = 60_000
-    epochs: int = 3
-    max_steps: int | None = None
-    batch_size: int = 4
-    accumulation: int = 4
-    max_length: int = 1024
-    warmup_steps: int = 100
-    top_t: int = 512
-    smf_background: int = 300
-    lr: Mapping[str, float] = field(
-        default_factory=lambda: {"sparse": 5e-4, "smf": 0.8, "lora": 2e-4, "full": 5e-5}
-    )
-    stage1_epochs: int = 2
-    stage1_max_steps: int | None = None
-    stage1_batch_size: int = 4
-    stage1_accumulation: int = 4
-    limit: int = 1000
-    fewshot: int = 0
-    quirks: bool = False
-
-
-SETTINGS = PaperSettings()
 _FILES = {
     "train": ("medmcqa*train*.jsonl", "MedMCQA's training items, {question, choices, answer} per line"),
     "medmcqa": ("medmcqa*test*.jsonl", "MedMCQA's items to test on, {question, choices, answer} per line"),
     "wikitext": ("wikitext*raw_test.txt", "WikiText's raw test split"),
     "triviaqa": ("triviaqa*.jsonl", "TriviaQA's questions, {question, answers} per line"),
     "general": ("oasst*.jsonl", "OpenAssistant's replies, {messages} per line"),
-}
-HUB = {
-    "train": "openlifescienceai/medmcqa, train",
-    "medmcqa": "openlifescienceai/medmcqa, validation",
-    "wikitext": "Salesforce/wikitext wikitext-103-raw-v1, test",
-    "triviaqa": "mandarjoshi/trivia_qa rc.nocontext, validation",
-    "general": "hub:OpenAssistant/oasst1",
 }
 # expected seconds on two cores, for the time left
 _TEACHING, _ASKING = 6.0, {"medmcqa": 0.4, "wikitext": 0.1, "triviaqa": 0.4}
@@ -106,8 +51,6 @@ def recipe(
     Raises:
         ValueError: a file that `data_dir` lacks.
     """
-    from .paper_run import run
-
     chosen = settings or SETTINGS
     chosen = replace(chosen, model=model or chosen.model)
     files = None if data_dir is None else {name: _found(data_dir, name) for name in _FILES}
@@ -131,42 +74,10 @@ def recipe(
     )
 
 
-def method_settings(settings: PaperSettings, method: str, data: Mapping[str, str]) -> dict[str, Any]:
-    """The settings that decide this method's outcome."""
-    kept: dict[str, Any] = {"limit": settings.limit, "fewshot": settings.fewshot}
-    kept["data"] = {name: data[name] for name in ("medmcqa", "wikitext", "triviaqa")}
-    if method == BASE:
-        return kept
-    names = ("train_items", "epochs", "max_steps", "batch_size", "accumulation", "max_length", "warmup_steps")
-    kept |= {name: getattr(settings, name) for name in names}
-    kept["lr"] = settings.lr["sparse" if method in ARMS else method]
-    kept["data"]["train"] = data["train"]
-    if method in ARMS or method == "smf":
-        kept["data"]["general"] = data["general"]
-    if method == "smf":
-        kept["smf_background"] = settings.smf_background
-    if method in ARMS:
-        kept |= {**asdict(ARMS[method]), "top_t": settings.top_t, "quirks": settings.quirks}
-        if ARMS[method].retrofit == "dense":
-            kept["stage1"] = stage1_options(settings)
-    return kept
-
-
 def stages(settings: PaperSettings, files: Mapping[str, list[Path]] | None, method: str) -> dict[str, float]:
     """Stages of one run with their expected seconds; stage 1 counts as part of teaching."""
     teach = {} if method == BASE else {"teach": _TEACHING * _num_steps(settings, files)[1]}
     return {"load the model": 15, **teach, **{task: one * settings.limit for task, one in _ASKING.items()}}
-
-
-def stage1_options(settings: PaperSettings) -> dict[str, Any]:
-    """Of the dense retrofit's training run."""
-    return {
-        "lr": 5e-4,
-        "epochs": settings.stage1_epochs,
-        "max_steps": settings.stage1_max_steps,
-        "batch_size": settings.stage1_batch_size,
-        "gradient_accumulation_steps": settings.stage1_accumulation,
-    }
 
 
 def plan(settings: PaperSettings, files: Mapping[str, list[Path]] | None, method: str) -> dict[str, Any]:
@@ -174,8 +85,8 @@ def plan(settings: PaperSettings, files: Mapping[str, list[Path]] | None, method
 
     Stage 1 comes on top the first time that an arm needs it.
     """
-    from ..training.methods import lora_config, memory_config, retrofit_config
-    from .planning import empty_model, training_bytes, weight_bytes
+    from ...training.methods import lora_config, memory_config, retrofit_config
+    from ..planning import empty_model, training_bytes, weight_bytes
 
     model = empty_model(settings.model)
     planned = {"test_items": settings.limit, "weight_bytes": weight_bytes(model)}
@@ -205,7 +116,7 @@ def _num_steps(settings: PaperSettings, files: Mapping[str, list[Path]] | None) 
 
 
 def _num_stage1_steps(settings: PaperSettings, files: Mapping[str, list[Path]] | None) -> int:
-    from ..training.retrofit import HELD_OUT, OASST_MOST
+    from ...training.retrofit import HELD_OUT, OASST_MOST
 
     number = OASST_MOST if files is None else _num_lines(files["general"][0])
     kept = number - math.ceil(number / HELD_OUT)

@@ -8,9 +8,9 @@ from peft import PeftModel
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.records import QUESTION
 from ..precision import autocast, device_of
-from .likelihood import by_length, pad_left, read_beginning, rows_of
+from .batching import by_length, pad_left, read_beginning, rows_of
+from .records import QUESTION
 
 
 def complete(

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..comparison.compare import BASE, PARTIAL
-from .paper import ARMS, HUB, Arm, PaperSettings, stage1_options
-from .runs import UNTRAINED, costs, keep_metrics, precision_setting
+from ...comparison.compare import BASE, PARTIAL
+from ..runs import UNTRAINED, costs, keep_metrics, precision_setting
+from .settings import ARMS, HUB, Arm, PaperSettings, stage1_options
 
 
 def run(
@@ -18,10 +18,10 @@ def run(
     folder: Path,
 ) -> dict[str, Any]:
     """Teach the model by one arm (none for the base) and probe it; an interrupted teaching goes on."""
-    from ..data.models import load, load_base
-    from ..evaluation.items import read_items
-    from ..evaluation.tasks import evaluate
-    from ..precision import precision_of
+    from ...data.models import load, load_base
+    from ...evaluation.items import read_items
+    from ...evaluation.tasks import evaluate
+    from ...precision import precision_of
 
     cost = UNTRAINED
     stage("load the model")
@@ -73,13 +73,13 @@ def _taught(
     grafted: Path,
     folder: Path,
 ) -> Any:
-    from ..adapter.tuner import set_trainable
-    from ..background.access import Background
-    from ..evaluation.tasks import medmcqa_prompt, medmcqa_text
-    from ..folders.contents import BACKGROUND_FILE
-    from ..optim.release import QUIRKS
-    from ..training.finetune import finetune
-    from ..training.retrofit import general_records
+    from ...adapter.tuner import set_trainable
+    from ...background.access import Background
+    from ...evaluation.tasks import medmcqa_prompt, medmcqa_text
+    from ...folders.contents import BACKGROUND_FILE
+    from ...optim.release import QUIRKS
+    from ...training.finetune import finetune
+    from ...training.retrofit import general_records
 
     options: dict[str, Any] = {}
     items, arm = _training_items(settings, files), ARMS.get(method)
@@ -120,10 +120,10 @@ def _taught(
 
 def _grafted(settings: PaperSettings, files: Mapping[str, list[Path]] | None, arm: Arm, out: Path) -> Path:
     """The adapter that arms of the same retrofit and mode start from; made once, resumable, checked."""
-    from ..adapter.config import PAPER
-    from ..data.models import load_base
-    from ..folders.folders import graft
-    from ..training.methods import paper_layers
+    from ...adapter.config import PAPER
+    from ...data.models import load_base
+    from ...folders.folders import graft
+    from ...training.methods import paper_layers
 
     folder = out / "stage1" / f"{arm.retrofit}-{arm.mode}"
     memory: dict[str, Any] = {"mode": arm.mode}
@@ -155,7 +155,7 @@ def _right(item: dict[str, Any]) -> str:
 
 def _training_items(settings: PaperSettings, files: Mapping[str, list[Path]] | None) -> list[dict[str, Any]]:
     """The paper's: the first `train_items` questions with a single right answer."""
-    from ..evaluation.items import read_items
+    from ...evaluation.items import read_items
 
     def single(record: Any) -> bool:
         return not isinstance(record, dict) or record.get("choice_type", "single") == "single"
