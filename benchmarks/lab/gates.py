@@ -8,15 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsemem.layer.scope import (
-    KNOWN_WEIGHT,
-    LEAST_RAMP,
-    OWN_SHARE,
-    RAMP,
-    k_means,
-    whiten,
-    whitening,
-)
+from sparsemem.background.fitting import LEAST_RAMP, OWN_SHARE, RAMP, k_means, whitening
+from sparsemem.layer.scope import KNOWN_WEIGHT, whiten
 
 MAX_CENTRES = 1024
 TAUGHT_SIZE = 8_192

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .adapter.config import SparseMemoryConfig
-    from .adapter.tuner import memory_layers, set_trainable
-    from .background.access import Background, count_accesses
+    from .adapter.model import memory_layers, set_trainable
+    from .background.background import Background
     from .background.calibration import calibrate, observe
+    from .background.counting import count_accesses
     from .background.scoping import clear_scope, set_scope
     from .evaluation.probes import exposure, scope_gate
     from .files import ArtifactError
@@ -26,7 +27,7 @@ __version__ = "0.1.0"
 
 _ROOM = {
     "ArtifactError": "files",
-    "Background": "background.access",
+    "Background": "background.background",
     "ProductKeyMemory": "layer.memory",
     "RowAdamW": "optim.rows",
     "RowPatch": "patches.patch",
@@ -34,15 +35,15 @@ _ROOM = {
     "SparseMemoryConfig": "adapter.config",
     "calibrate": "background.calibration",
     "clear_scope": "background.scoping",
-    "count_accesses": "background.access",
+    "count_accesses": "background.counting",
     "exposure": "evaluation.probes",
     "finetune": "training.finetune",
-    "memory_layers": "adapter.tuner",
+    "memory_layers": "adapter.model",
     "observe": "background.calibration",
     "scope_gate": "evaluation.probes",
     "select_rows": "optim.selection",
     "set_scope": "background.scoping",
-    "set_trainable": "adapter.tuner",
+    "set_trainable": "adapter.model",
 }
 
 __all__ = [
@@ -61,4 +62,4 @@ def __getattr__(name: str):
 
 
 if "sparsemem_cli" not in sys.modules:
-    import_module(".adapter.tuner", __name__)
+    import_module(".adapter.registration", __name__)

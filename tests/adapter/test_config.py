@@ -9,7 +9,8 @@ from torch import nn
 
 from sparsemem import SparseMemoryConfig
 from sparsemem.adapter.config import SparseMemoryType
-from sparsemem.adapter.tuner import SparseMemoryModel, _register
+from sparsemem.adapter.model import SparseMemoryModel
+from sparsemem.adapter.registration import _register
 
 
 def test_defaults_are_the_contract():

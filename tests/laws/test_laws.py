@@ -265,7 +265,7 @@ def test_law_10_reloaded_logits_are_bit_identical(tmp_path):
 _SAVER = """
 import os, sys, torch
 from sparsemem import Background, RowPatch
-from sparsemem.background.access import LayerBackground
+from sparsemem.background.background import LayerBackground
 from sparsemem.patches.patch import LayerPatch
 path, kind = sys.argv[1:]
 # a process to kill for each line, without the seconds that the imports take

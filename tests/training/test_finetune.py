@@ -14,7 +14,7 @@ from sparsemem import (
     memory_layers,
     precision,
 )
-from sparsemem.adapter.tuner import gated_layers
+from sparsemem.adapter.model import gated_layers
 from sparsemem.data.general import general_background
 from sparsemem.data.records import batches, collate, encode
 from sparsemem.evaluation import probes

@@ -14,22 +14,14 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..adapter.tuner import memory_layers
+from ..adapter.model import memory_layers
 from ..files import fingerprint_base
 from ..layer.memory import ProductKeyMemory
-from ..layer.scope import k_means, whitening
 from ..precision import precise
-from .access import (
-    CONTEXT_LENGTH,
-    NUM_CONTEXTS,
-    SAMPLE_SIZE,
-    Background,
-    LayerBackground,
-    count_accesses,
-    count_reads,
-    layer_inputs,
-    supervised,
-)
+from .background import CONTEXT_LENGTH, NUM_CONTEXTS, SAMPLE_SIZE, Background, LayerBackground
+from .counting import count_accesses, count_reads
+from .fitting import k_means, whitening
+from .states import layer_inputs, supervised
 
 logger = logging.getLogger(__name__)
 

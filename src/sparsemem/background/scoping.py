@@ -14,20 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter.tuner import gated_layers, memory_layers
+from ..adapter.model import gated_layers, memory_layers
 from ..layer.memory import ProductKeyMemory
-from ..layer.scope import (
-    KNOWN_WEIGHT,
-    START_QUANTILE,
-    STATE_QUANTILE,
-    Scope,
-    k_means,
-    thresholds,
-    whiten,
-    whitening,
-)
+from ..layer.scope import KNOWN_WEIGHT, Scope, whiten
 from ..precision import precise
-from .access import Background, LayerBackground, layer_inputs, supervised
+from .background import Background, LayerBackground
+from .fitting import START_QUANTILE, STATE_QUANTILE, k_means, thresholds, whitening
+from .states import layer_inputs, supervised
 
 logger = logging.getLogger(__name__)
 

@@ -143,7 +143,7 @@ def _show_report(out: Path, as_json: bool) -> None:
 @click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True)
 def chat(model: str, show_scope: bool, max_new_tokens: int) -> None:
     """Talk to MODEL or ADAPTER in the terminal; /exit, Ctrl-D or Ctrl-C ends it."""
-    from ..adapter.tuner import memory_layers
+    from ..adapter.model import memory_layers
     from ..data.models import load
     from .chat import converse
 

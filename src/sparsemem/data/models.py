@@ -37,7 +37,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 # what it registers with PEFT an adapter may be of
-from ..adapter import tuner  # noqa: F401
+from ..adapter import registration  # noqa: F401
 from ..files import fingerprint_base
 
 logger = logging.getLogger(__name__)

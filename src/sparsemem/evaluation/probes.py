@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapter.tuner import gated_layers, layer_gates, memory_layers
-from ..background.access import layer_inputs
+from ..adapter.model import gated_layers, layer_gates, memory_layers
+from ..background.states import layer_inputs
 from ..data.generation import answer_tokens, complete
 from ..data.mentions import PROBE_FORMS, mention_texts, prose_texts
 from ..data.models import tokenizer_of

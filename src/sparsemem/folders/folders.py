@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..background.access import Background
+from ..background.background import Background
 from ..data.general import SHIPPED, general_background, say_shipped
 from ..files import read_json, write_atomically, write_json
 from ..processes import is_first
@@ -63,7 +63,7 @@ def graft(
     from peft import get_peft_model
     from transformers import set_seed
 
-    from ..adapter.tuner import memory_layers
+    from ..adapter.model import memory_layers
     from ..background.calibration import addressing_report, calibrate
     from ..data.models import load_base
     from ..data.records import batches, encode
@@ -134,7 +134,7 @@ def train(
     from peft import get_peft_model
     from transformers import set_seed
 
-    from ..adapter.tuner import set_trainable
+    from ..adapter.model import set_trainable
     from ..data.models import load
     from ..data.records import read_records
     from ..training.finetune import finetune

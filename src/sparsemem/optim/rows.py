@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..adapter.tuner import memory_layers
-from ..background.access import Background
+from ..adapter.model import memory_layers
+from ..background.background import Background
 from ..layer.memory import ProductKeyMemory
 from ..layer.values import ReadLog
 from ..processes import averaged, num_processes, of_first, summed

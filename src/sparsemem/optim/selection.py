@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..background.access import LayerBackground
+from ..background.background import LayerBackground
 
 RULES = ("kl", "tfidf", "tf", "grad", "random")
 NEEDS_BACKGROUND = ("kl", "tfidf")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..adapter.tuner import memory_layers
+from ..adapter.model import memory_layers
 from ..files import ArtifactError, fingerprint_base, load_artifact, save_artifact
 from ..layer.memory import ProductKeyMemory, scope_shapes
 from ..layer.scope import Scope

@@ -12,7 +12,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..adapter.tuner import memory_layers
+from ..adapter.model import memory_layers
 from ..files import ArtifactError, fingerprint_tensors
 from ..layer.memory import ProductKeyMemory
 

@@ -21,10 +21,10 @@ from torch.utils.data import Dataset
 from transformers.utils.logging import tqdm
 
 from ..adapter.blocks import final_norm
+from ..adapter.model import memory_layers, writes_last
 from ..adapter.tail import gated_sum
-from ..adapter.tuner import memory_layers, writes_last
-from ..background.access import layer_inputs, supervised
 from ..background.scoping import Supervised
+from ..background.states import layer_inputs, supervised
 from ..data.records import collate
 from ..files import fingerprint_base
 from ..precision import autocast, precision_of

@@ -30,7 +30,7 @@ from transformers import (
     set_seed,
 )
 
-from ..background.access import Background
+from ..background.background import Background
 from ..data.elsewhere import answers_elsewhere
 from ..data.general import general_background, say_shipped
 from ..data.mentions import KEEP_FORMS, mention_records, subjects_of

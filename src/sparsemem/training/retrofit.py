@@ -9,8 +9,8 @@ Reference: 2605.03229, stage 1.
 from pathlib import Path
 from typing import Any
 
-from ..adapter.tuner import set_trainable
-from ..background.access import Background
+from ..adapter.model import set_trainable
+from ..background.background import Background
 from ..background.calibration import observe
 from ..data.records import batches, read_records
 from .finetune import finetune

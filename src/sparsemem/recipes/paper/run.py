@@ -73,8 +73,8 @@ def _taught(
     grafted: Path,
     folder: Path,
 ) -> Any:
-    from ...adapter.tuner import set_trainable
-    from ...background.access import Background
+    from ...adapter.model import set_trainable
+    from ...background.background import Background
     from ...evaluation.tasks import medmcqa_prompt, medmcqa_text
     from ...folders.contents import BACKGROUND_FILE
     from ...optim.release import QUIRKS

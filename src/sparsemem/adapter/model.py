@@ -1,7 +1,6 @@
-"""The PEFT method: a memory beside a module, the tuner that puts it there, and its registration.
+"""The PEFT tuner: puts memories into a model, and knows which of them are active.
 
 What PEFT 0.21 needs to be told that it does not know by itself:
-- peft.PeftType is a closed enum; a str-enum member of ours in the tables of `peft.mapping` takes its place;
 - it switches on every parameter of an active adapter, so what is frozen by design (keys, query) is a buffer;
 - an MLP has no `weight` to read device and dtype from, and it never sees the attention mask.
 """
@@ -13,13 +12,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..layer.memory import ProductKeyMemory
 from .blocks import blocks_path, default_targets, final_norm, hidden_size, is_linear, widths
-from .config import TRAINABLE, SparseMemoryConfig, SparseMemoryType
+from .config import TRAINABLE, SparseMemoryConfig
 from .layer import CANNOT_MERGE, SparseMemoryLayer, SparseMemoryLinear, freeze
 from .tail import BASE_ROW, TAIL, Tail, tail_of
 
@@ -247,19 +245,3 @@ def _note_scope_sizes(config: SparseMemoryConfig, adapter: str, model: nn.Module
 
 
 _MASK_HOOK = "_sparse_memory_mask_hook"
-
-
-def _register() -> None:
-    kind: Any = SparseMemoryType.SPARSE_MEMORY
-    taken = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
-    if taken is not None and taken is not SparseMemoryConfig:
-        raise ImportError(
-            f"the PEFT method name {kind.value!r} is already taken by {taken.__module__}.{taken.__name__}; "
-            "uninstall the other package, or import only one of the two"
-        )
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] = SparseMemoryConfig
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] = SparseMemoryModel
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] = SparseMemoryModel.prefix
-
-
-_register()

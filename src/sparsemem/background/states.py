@@ -1,0 +1,120 @@
+"""The hidden states that a memory reads, of a model that reads batches."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter.layer import SparseMemoryLayer
+from ..adapter.model import memory_layers
+from ..layer.memory import ProductKeyMemory
+from ..precision import autocast, precise, takes
+
+
+def layer_inputs(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    memory: bool = False,
+    further: Mapping[str, nn.Module] | None = None,
+):
+    """For each batch: (batch, {layer name: its inputs [tokens, d_in] at unpadded positions}).
+
+    `further` modules' inputs are given beside the layers'.
+
+    With `memory=False` the layers pass through, so that the inputs are the base model's. The model runs in
+    bfloat16 autocast where that is faster; work on its states is not rounded.
+
+    Raises:
+        ValueError: no batches, or a batch without input_ids.
+    """
+    seen: dict[str, Tensor] = {}
+    layers = memory_layers(model)
+    modules: dict[str, nn.Module] = {name: _module_of(model, memory) for name, memory in layers.items()}
+    modules |= further or {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _m, args, kw, name=name: seen.__setitem__(
+                name, args[0] if args else next(iter(kw.values()))
+            ),
+            with_kwargs=True,
+        )
+        for name, module in modules.items()
+    ]
+    # no logit is looked at, and the vocabulary's are a fifth of a small model's work
+    least = {
+        key: value for key, value in {"logits_to_keep": 1, "use_cache": False}.items() if takes(model, key)
+    }
+    empty = True
+    try:
+        ours = [module for module in modules.values() if isinstance(module, SparseMemoryLayer)]
+        off = nullcontext() if memory else memory_off(ours)
+        with torch.no_grad(), precise(model), off, evaluating(model):
+            for batch in batches:
+                if not isinstance(batch, Mapping) or "input_ids" not in batch:
+                    raise ValueError(
+                        f"batches: got {type(batch).__name__}, each batch must be a dict with 'input_ids'"
+                    )
+                empty = False
+                device = next(model.parameters()).device
+                ids = batch["input_ids"].to(device)
+                mask = batch.get("attention_mask")
+                mask = torch.ones_like(ids) if mask is None else mask.to(device)
+                places = {}
+                if takes(model, "position_ids") and not mask[:, 0].all():
+                    # as generation counts them: the first token behind padding on the left is at 0
+                    places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+                with autocast(model):
+                    model(input_ids=ids, attention_mask=mask, **least, **places)
+                yield batch, {n: seen[n].reshape(*mask.shape, -1)[mask.bool()] for n in modules}
+    finally:
+        for handle in handles:
+            handle.remove()
+    if empty:
+        raise ValueError("batches: is empty; pass at least one batch")
+
+
+def supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the unpadded positions [tokens]: which predict a label, which start an answer, which go on with one.
+
+    Text that is all label starts no answer.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    predicts, labelled = torch.zeros_like(mask), labels != -100
+    predicts[:, :-1] = labelled[:, 1:]
+    starts = predicts & ~labelled
+    goes_on = predicts & labelled & starts.any(1, keepdim=True)
+    return predicts[mask], starts[mask], goes_on[mask]
+
+
+@contextmanager
+def memory_off(layers: Iterable[SparseMemoryLayer]):
+    """The given layers pass their base module through, without touching anybody's requires_grad."""
+    before = [(layer, layer._disable_adapters) for layer in layers]
+    try:
+        for layer, _ in before:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in before:
+            layer._disable_adapters = disabled
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Evaluation mode within; afterwards every module has its own mode again."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _module_of(model: nn.Module, memory: ProductKeyMemory) -> SparseMemoryLayer:
+    return next(
+        m for m in model.modules() if isinstance(m, SparseMemoryLayer) and memory in m.active_memories()
+    )
