@@ -10,7 +10,7 @@ nothing but itself, and a run without the cache trains the same rows to the bit 
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers.utils.logging import tqdm
 from .access import layer_inputs, supervised
 from .blocks import final_norm
 from .data import collate
-from .files import fingerprint_base
+from .files import fingerprint_base, write_atomically
 from .precision import autocast, precision_of
 from .scoping import Supervised
 from .tail import gated_sum
@@ -160,12 +160,7 @@ class StateRows(Dataset):
         path = folder / f"states-{self._digest(head)}.f32"
         if not path.exists():
             logger.info("states of %d positions go to %s", number, path)
-            folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            with part.open("wb") as file:
-                for rows, _ in read:
-                    file.write(rows.numpy().tobytes())
-            part.replace(path)
+            write_atomically(path, lambda part: _write_rows(part, read))
         return torch.from_file(str(path), size=number * width, dtype=torch.float32).view(number, width)
 
     def _digest(self, head: TailHead) -> str:
@@ -204,6 +199,12 @@ def train_states(
         )
         return None
     return head, StateRows(head, examples, cache_bytes, folder)
+
+
+def _write_rows(path: Path, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
+    with path.open("wb") as file:
+        for rows, _ in parts:
+            file.write(rows.numpy().tobytes())
 
 
 def _starts(labels: Sequence[int]) -> Tensor:
