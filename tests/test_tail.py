@@ -196,6 +196,22 @@ def test_gradient_checkpointing_trains_the_same_rows():
     assert all(table.any() for table in moved[0])
 
 
+def test_an_aborted_pass_leaves_nothing_behind():
+    model, batch = written(with_memory()), tiny_batch(4, 9, 0)
+    base = tiny_model()(**batch).logits
+    _, norm = final_norm(model.get_base_model())
+    stop = norm.register_forward_pre_hook(
+        lambda *_: (_ for _ in ()).throw(RuntimeError("stop")), prepend=True
+    )
+    with pytest.raises(RuntimeError, match="stop"):
+        model(**tiny_batch(2, 5, 1))
+    stop.remove()
+    with model.disable_adapter():
+        assert torch.equal(model(**batch).logits, base)
+    assert torch.equal(model(**batch).logits, written(with_memory())(**batch).logits)
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_it_compiles():
@@ -245,6 +261,7 @@ def rows_of(model):
     return [memory.values.detach().clone() for memory in memory_layers(model).values()]
 
 
+@pytest.mark.slow
 @ON_ALL
 @WITHOUT_BF16
 def test_law_12_cached_is_not_cached(architecture, tokenizer, tmp_path):
@@ -262,6 +279,7 @@ def test_law_12_cached_is_not_cached(architecture, tokenizer, tmp_path):
     assert torch.equal(cached.get_buffer("scope_centres"), not_cached.get_buffer("scope_centres"))
 
 
+@pytest.mark.slow
 @ON_ALL
 @WITHOUT_BF16
 def test_plain_trainer_trains_the_rows_that_finetune_trains(architecture, tokenizer, tmp_path):
