@@ -1,14 +1,15 @@
 """What training and reading a tail memory cost, against LoRA and against the base.
 
-    OMP_NUM_THREADS=1 python benchmarks/tail_speed.py benchmarks/results/tail_speed.json
+    OMP_NUM_THREADS=1 python benchmarks/tail_speed.py ADAPTER benchmarks/results/tail_speed.json
 
-SmolLM2 on one thread, in eager attention. The ways take turns in one process, and medians count, since the
+ADAPTER is a folder with an adapter that was taught the demo's handbook. SmolLM2 on one thread, in eager attention. The ways take turns in one process, and medians count, since the
 machine may have other work. Steps are on batches of 8 handbook records under `finetune`'s autocast; "kept
 logits" computes logits where there is loss alone, as `finetune` does, the others are a plain Trainer's.
-Memory is `finetune`'s peak_bytes of NUM_STEPS steps, calibration included, each method in a process of its own.
+Memory is `finetune`'s peak_bytes of NUM_STEPS steps, calibration included, each method in its own process.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,11 +25,12 @@ from peft import get_peft_model
 from torch import nn
 
 from sparsemem.cached import collate_states, train_states
-from sparsemem.data import batches, collate, encode, opening_ids, question_ids, read_records
+from sparsemem.data import collate, encode, opening_ids, question_ids
 from sparsemem.files import write_json
-from sparsemem.general import general_background, prose
-from sparsemem.methods import MAX_GRAD_NORM, lora_config, prepare
-from sparsemem.models import autocast, load_base
+from sparsemem.general import prose
+from sparsemem.methods import MAX_GRAD_NORM, TOP_T, lora_config, prepare
+from sparsemem.models import autocast, load, load_base
+from sparsemem.optim import RowAdamW
 from sparsemem.provenance import environment
 from sparsemem.recipes.questions import training_records
 from sparsemem.train import CACHE_BYTES, finetune
@@ -72,27 +74,31 @@ def step(model: Any, optimizer: Any, forward: Callable[[int], Any], run: int) ->
     optimizer.zero_grad()
 
 
-def measure() -> dict[str, Any]:
-    model, tokenizer = base()
+def measure(adapter: str) -> dict[str, Any]:
+    model, tokenizer = load(adapter)
+    model.set_attn_implementation("eager")
+    model.requires_grad_(False)
+    model.set_requires_grad("default", True)
     pad = tokenizer.pad_token_id
-    examples = encode(training_records(), tokenizer)
-    general = encode(read_records(general_background(), mixed=True), tokenizer)
-    general = batches(sorted(general, key=lambda one: len(one["input_ids"])), BATCH_SIZE, pad)
+    examples = encode(training_records(), tokenizer)[: BATCH_SIZE * (NUM_RUNS + 1)]
     with tempfile.TemporaryDirectory() as folder:
-        smf = prepare(
+        held = train_states(model, examples, pad, CACHE_BYTES, Path(folder))
+        assert held is not None
+        head, rows = held
+        # as `prepare` makes it, at a rate that moves next to nothing
+        row_adamw = RowAdamW(
             model,
-            "smf",
-            batches=batches(examples, BATCH_SIZE, pad),
-            background=general,
-            states=lambda prepared: train_states(prepared, examples, pad, CACHE_BYTES, Path(folder)),
+            1e-6,
+            betas=(0.9, 0.95),
+            moments="table",
+            rule="grad",
+            top_t=TOP_T,
+            max_grad_norm=MAX_GRAD_NORM,
         )
-        assert smf.states is not None
-        head, rows = smf.states
         lora = prepare(with_lora(base()[0]), "lora", batches=())
 
         def several(run: int) -> range:
-            first = BATCH_SIZE * run % (len(examples) - BATCH_SIZE)
-            return range(first, first + BATCH_SIZE)
+            return range(BATCH_SIZE * run, BATCH_SIZE * (run + 1))
 
         def on_states(run: int) -> Any:
             batch = collate_states([rows[index] for index in several(run)])
@@ -108,9 +114,9 @@ def measure() -> dict[str, Any]:
             return trained(**batch, logits_to_keep=which, shift_labels=labels[:, which].contiguous())
 
         ways = {
-            "smf_cached": partial(step, smf.model.train(), smf.optimizer, on_states),
-            "smf_not_cached": partial(step, smf.model, smf.optimizer, partial(plain, smf.model)),
-            "smf_not_cached_kept_logits": partial(step, smf.model, smf.optimizer, partial(kept, smf.model)),
+            "smf_cached": partial(step, model.train(), row_adamw, on_states),
+            "smf_not_cached": partial(step, model, row_adamw, partial(plain, model)),
+            "smf_not_cached_kept_logits": partial(step, model, row_adamw, partial(kept, model)),
             "lora": partial(step, lora.model.train(), lora.optimizer, partial(plain, lora.model)),
             "lora_kept_logits": partial(step, lora.model, lora.optimizer, partial(kept, lora.model)),
         }
@@ -118,7 +124,7 @@ def measure() -> dict[str, Any]:
         positions = median(len(on_states(run)["logits"]) for run in range(1, NUM_RUNS + 1))
     del lora, ways
     untouched = base()[0]
-    forward = forwards(untouched, smf.model.eval(), tokenizer)
+    forward = forwards(untouched, model.eval(), tokenizer)
     return {
         "step_seconds": steps,
         "step_ratios": {
@@ -196,9 +202,12 @@ def peak_in_process(method: str) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "--peak":
-        print(peak_bytes(sys.argv[2]))
+        sys.stdout.write(f"{peak_bytes(sys.argv[2])}\n")
     else:
-        peaks = {method: peak_in_process(method) for method in ("smf", "lora")}
-        sizes = {"peak_bytes": peaks, "peak_ratio": peaks["smf"] / peaks["lora"]}
+        found = measure(sys.argv[1])
+        if "--no-peaks" not in sys.argv:
+            peaks = {method: peak_in_process(method) for method in ("smf", "lora")}
+            found |= {"peak_bytes": peaks, "peak_ratio": peaks["smf"] / peaks["lora"]}
         settings = {"batch_size": BATCH_SIZE, "runs": NUM_RUNS, "steps_of_peak": NUM_STEPS}
-        write_json(Path(sys.argv[1]), {**measure(), **sizes, **settings, **environment()})
+        load_average = dict(zip(("1 min", "5 min", "15 min"), os.getloadavg(), strict=True))
+        write_json(Path(sys.argv[2]), {**found, "load": load_average, **settings, **environment()})
