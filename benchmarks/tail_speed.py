@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/tail_speed.py ADAPTER benchmarks/results/tail_speed.json
 
-ADAPTER is a folder with an adapter that was taught the demo's handbook. SmolLM2 on one thread, in eager attention. The ways take turns in one process, and medians count, since the
-machine may have other work. Steps are on batches of 8 handbook records under `finetune`'s autocast; "kept
-logits" computes logits where there is loss alone, as `finetune` does, the others are a plain Trainer's.
-Memory is `finetune`'s peak_bytes of NUM_STEPS steps, calibration included, each method in its own process.
+ADAPTER is a folder with an adapter that was taught the demo's handbook. SmolLM2 on one thread, in eager
+attention. The ways take turns in one process, and medians count, since the machine may have other work (its
+load is written down). Steps are on batches of 8 handbook records under `finetune`'s autocast; "kept logits"
+computes logits where there is loss alone, as `finetune` does, the others are a plain Trainer's. Memory is
+`finetune`'s peak_bytes of NUM_STEPS steps, calibration included, each method in its own process.
 """
 
 import json
