@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainingArguments
 
 from sparsemem import (
@@ -18,6 +19,7 @@ from sparsemem import (
     tail,
 )
 from sparsemem.blocks import final_norm
+from sparsemem.cached import TailHead
 from tiny import ARCHITECTURES, VOCABULARY, tiny_batch, tiny_model
 
 SIZES = {"num_keys": 8, "num_heads": 2, "top_k": 4, "key_dim": 8, "task_type": "CAUSAL_LM"}
@@ -363,3 +365,19 @@ def test_taught_states_are_in_scope_and_others_are_not(tokenizer):
     assert g[0, 2] > 0.5
     (g,) = scope_gate(done.model, {"input_ids": torch.tensor([GENERAL[3]["input_ids"]])}).values()
     assert (g == 0).float().mean() > 0.5
+
+
+def test_on_cached_states_the_heads_weight_is_cast_once_and_to_what_autocast_makes_of_it():
+    model = scoped()
+    head = TailHead(model, pad_token_id=0)
+    states = torch.cat([rows for rows, _ in head.rows_of(FACTS)])
+    weight = model.get_output_embeddings().weight
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+            ours = [head.logits(states) for _ in range(3)]
+        head.head = torch.nn.Sequential(head.head)
+        autocasts = head.logits(states)
+    casts = [e for e in seen.events() if e.name == "aten::_to_copy" and e.input_shapes[0] == [*weight.shape]]
+    assert len(casts) == 1
+    assert ours[0].dtype == torch.bfloat16
+    assert all(torch.equal(one, autocasts) for one in ours)

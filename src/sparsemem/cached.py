@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers.utils.logging import tqdm
@@ -50,6 +50,7 @@ class TailHead:
         assert found is not None
         self.norm, self.head = found[1], model.get_output_embeddings()
         self.width = len(next(self.norm.parameters()))
+        self._cast: Tensor | None = None
 
     def __call__(
         self,
@@ -72,13 +73,22 @@ class TailHead:
         memory = self.layers[deepest]
         gate = memory.relevance(inputs[deepest]) if memory.has_scope else None
         written = gated_sum(hidden, self.layers, inputs, gate).to(next(self.norm.parameters()).dtype)
-        logits = self.head(self.norm(written))
+        logits = self._project(self.norm(written))
         config = self.model.config.get_text_config()
         # What some models do to their logits behind the head: Gemma, Cohere, Granite.
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
             logits = cap * torch.tanh(logits / cap)
         logits = logits * getattr(config, "logit_scale", 1.0)
         return logits / getattr(config, "logits_scaling", 1.0)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """The head, its frozen weight cast once where autocast would cast it in every step."""
+        kind = x.device.type
+        if type(self.head) is not nn.Linear or not torch.is_autocast_enabled(kind):
+            return self.head(x)
+        if self._cast is None:
+            self._cast = self.head.weight.detach().to(torch.get_autocast_dtype(kind))
+        return functional.linear(x, self._cast, self.head.bias)
 
     def parts(self, states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The last residual, and each read layer's inputs."""
