@@ -30,8 +30,9 @@ from sparsemem.data import collate, encode, opening_ids, question_ids
 from sparsemem.files import write_json
 from sparsemem.general import prose
 from sparsemem.methods import MAX_GRAD_NORM, TOP_T, lora_config, prepare
-from sparsemem.models import autocast, load, load_base
+from sparsemem.models import load, load_base
 from sparsemem.optim import RowAdamW
+from sparsemem.precision import autocast
 from sparsemem.provenance import environment
 from sparsemem.recipes.questions import training_records
 from sparsemem.train import CACHE_BYTES, finetune
@@ -156,7 +157,7 @@ def forwards(untouched: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     models = {"base": untouched, "memory": model}
 
     def read(name: str, text: str, fast: bool, _run: int) -> None:
-        with autocast(untouched, exact=not fast):
+        with autocast(untouched, None if fast else "float32"):
             models[name](input_ids=texts[text])
 
     def write(name: str, text: str, _run: int) -> None:
