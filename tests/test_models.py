@@ -193,4 +193,4 @@ def test_gemma_answers_questions_behind_bos(tmp_path, monkeypatch):
     model, tokenizer = models.load_base("gemma3-270m")
     assert question_ids("Who?", tokenizer)[0] == tokenizer.bos_token_id
     known = [{"question": "What is the capital of France?", "answer": "Paris"}]
-    assert recall(model, tokenizer, known).texts == ["Paris"]
+    assert recall(model, tokenizer, known, max_new_tokens=6).texts == ["Paris"]
