@@ -23,10 +23,10 @@ from cache import (
 )
 
 from sparsemem.data import prompt_ids
+from sparsemem.general import prose as topics
 from sparsemem.probes import complete, is_right
 from sparsemem.recipes.chapters import chapter_items
 from sparsemem.recipes.forgetting import background, tokens
-from sparsemem.recipes.questions import prose as topics
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
