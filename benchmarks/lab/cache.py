@@ -24,7 +24,7 @@ from sparsemem.models import load_base
 from sparsemem.precision import autocast
 
 LAYERS = (21, 23, 25, 26, 27, 28)
-FOLDER = Path(os.environ.get("LAB_CACHE", "/tmp/lab-cache"))
+FOLDER = Path(os.environ.get("LAB_CACHE") or "~/.cache/sparsemem-lab").expanduser()
 
 
 @dataclass
