@@ -27,7 +27,7 @@ def test_the_example_teaches_keeps_and_takes_back(tmp_path, monkeypatch):
     scope = {}
     exec(compile(_example(), "README.md", "exec"), scope)
     assert "Tarsipol" in scope["taught"][0]
-    assert "Rome" in scope["taught"][1]
+    assert "Stockholm" in scope["taught"][1]
     untaught = scope["recall"](scope["done"].model, scope["tokenizer"], scope["items"]).texts
     assert "Tarsipol" not in untaught[0]
     assert (tmp_path / "taught" / "patch.safetensors").is_file()

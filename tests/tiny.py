@@ -3,6 +3,8 @@
 import torch
 import transformers
 
+from sparsemem.layer.scope import KNOWN_WEIGHT, Scope
+
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")
 # Room for the ids of conftest's byte-level tokenizer.
 VOCABULARY = 260
@@ -111,3 +113,13 @@ def batch(seed=0, rows=6, length=12, labels=True):
         out["labels"] = torch.full_like(ids, -100)
         out["labels"][:, 5:8] = ids[:, 5:8]
     return out
+
+
+def scope_of(centres, lo, hi, known=None):
+    """A scope in a space that is not whitened."""
+    d = centres.shape[1]
+    known = torch.zeros(0, d) if known is None else known
+    thresholds = torch.as_tensor(lo), torch.as_tensor(hi)
+    return Scope(
+        torch.zeros(d), torch.eye(d), known, torch.tensor([KNOWN_WEIGHT]), known[:0], centres, *thresholds
+    )

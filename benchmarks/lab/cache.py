@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsemem.data.batching import by_length, read_beginning, rows_of
-from sparsemem.data.models import autocast, load_base
+from sparsemem.data.models import load_base
 from sparsemem.data.records import collate, encode, prompt_ids
+from sparsemem.precision import autocast
 
 LAYERS = (21, 23, 25, 26, 27, 28)
-FOLDER = Path(os.environ.get("LAB_CACHE", "/tmp/lab-cache"))
+FOLDER = Path(os.environ.get("LAB_CACHE") or "~/.cache/sparsemem-lab").expanduser()
 
 
 @dataclass
@@ -110,7 +111,7 @@ def _read(examples: Sequence[dict], everywhere: bool) -> States:
     parts: dict[int, States] = {}
     # what all prompts begin with is read once, unless its own positions are wanted
     prompts = [one["input_ids"] for one in examples]
-    shared, beginning = (0, None) if everywhere else read_beginning(model, prompts, exact=False)
+    shared, beginning = (0, None) if everywhere else read_beginning(model, prompts, precision=None)
     examples = [{key: value[shared:] for key, value in one.items()} for one in examples]
     for chosen in by_length([one["input_ids"] for one in examples], 16, tight=True):
         batch = collate([examples[index] for index in chosen], tokenizer.pad_token_id)

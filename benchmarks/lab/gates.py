@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsemem.background.fitting import LEAST_RAMP, OWN_SHARE, RAMP, k_means, whitening
+from sparsemem.background.fitting import OWN_SHARE, RAMP, WIDE_RAMP, k_means, whitening
 from sparsemem.layer.scope import KNOWN_WEIGHT, whiten
 
 MAX_CENTRES = 1024
@@ -90,8 +90,8 @@ def thresholds(
     own = float((1 - among_known).quantile(1 - OWN_SHARE))
     typical = float(alone.median())
     if typical <= lo or own <= lo:
-        lo = min(lo, own - LEAST_RAMP)
-        return lo, lo + LEAST_RAMP
+        lo = min(lo, own - WIDE_RAMP)
+        return lo, lo + WIDE_RAMP
     hi = min(lo + ramp * (typical - lo), own)
     if reach is not None:
         hi = min(max(hi, float(alone.quantile(reach))), own)
@@ -168,8 +168,8 @@ def _starts_decide(z, example, start, centres, known, among, prose, options) -> 
     own = float((1 - among_known).quantile(1 - OWN_SHARE))
     if typical > lo and own > lo:
         return lo, min(lo + options["ramp"] * (typical - lo), own)
-    lo = min(lo, own - LEAST_RAMP)
-    return lo, lo + LEAST_RAMP
+    lo = min(lo, own - WIDE_RAMP)
+    return lo, lo + WIDE_RAMP
 
 
 def _centres(z: Tensor, room: int) -> Tensor:

@@ -88,7 +88,7 @@ def addressing(name: str, layer: int, seen: Callable[[], Any], seed: int) -> Pro
 
 
 def _empty() -> ProductKeyMemory:
-    return ProductKeyMemory(576, 576, num_keys=64, num_heads=16, top_k=64, key_dim=64, max_centres=1)
+    return ProductKeyMemory(576, 576, num_keys=64, num_heads=16, top_k=64, key_dim=64)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainingArguments
 
 from sparsemem import (
@@ -18,6 +19,7 @@ from sparsemem import (
 )
 from sparsemem.adapter import tail
 from sparsemem.adapter.blocks import final_norm
+from sparsemem.training.cached import TailHead
 from tiny import ARCHITECTURES, VOCABULARY, tiny_batch, tiny_model
 
 SIZES = {"num_keys": 8, "num_heads": 2, "top_k": 4, "key_dim": 8, "task_type": "CAUSAL_LM"}
@@ -196,6 +198,22 @@ def test_gradient_checkpointing_trains_the_same_rows():
     assert all(table.any() for table in moved[0])
 
 
+def test_an_aborted_pass_leaves_nothing_behind():
+    model, batch = written(with_memory()), tiny_batch(4, 9, 0)
+    base = tiny_model()(**batch).logits
+    _, norm = final_norm(model.get_base_model())
+    stop = norm.register_forward_pre_hook(
+        lambda *_: (_ for _ in ()).throw(RuntimeError("stop")), prepend=True
+    )
+    with pytest.raises(RuntimeError, match="stop"):
+        model(**tiny_batch(2, 5, 1))
+    stop.remove()
+    with model.disable_adapter():
+        assert torch.equal(model(**batch).logits, base)
+    assert torch.equal(model(**batch).logits, written(with_memory())(**batch).logits)
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_it_compiles():
@@ -245,6 +263,7 @@ def rows_of(model):
     return [memory.values.detach().clone() for memory in memory_layers(model).values()]
 
 
+@pytest.mark.slow
 @ON_ALL
 @WITHOUT_BF16
 def test_law_12_cached_is_not_cached(architecture, tokenizer, tmp_path):
@@ -262,6 +281,7 @@ def test_law_12_cached_is_not_cached(architecture, tokenizer, tmp_path):
     assert torch.equal(cached.get_buffer("scope_centres"), not_cached.get_buffer("scope_centres"))
 
 
+@pytest.mark.slow
 @ON_ALL
 @WITHOUT_BF16
 def test_plain_trainer_trains_the_rows_that_finetune_trains(architecture, tokenizer, tmp_path):
@@ -345,3 +365,19 @@ def test_taught_states_are_in_scope_and_others_are_not(tokenizer):
     assert g[0, 2] > 0.5
     (g,) = scope_gate(done.model, {"input_ids": torch.tensor([GENERAL[3]["input_ids"]])}).values()
     assert (g == 0).float().mean() > 0.5
+
+
+def test_on_cached_states_the_heads_weight_is_cast_once_and_to_what_autocast_makes_of_it():
+    model = scoped()
+    head = TailHead(model, pad_token_id=0)
+    states = torch.cat([rows for rows, _ in head.rows_of(FACTS)])
+    weight = model.get_output_embeddings().weight
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+            ours = [head.logits(states) for _ in range(3)]
+        head.head = torch.nn.Sequential(head.head)
+        autocasts = head.logits(states)
+    casts = [e for e in seen.events() if e.name == "aten::_to_copy" and e.input_shapes[0] == [*weight.shape]]
+    assert len(casts) == 1
+    assert ours[0].dtype == torch.bfloat16
+    assert all(torch.equal(one, autocasts) for one in ours)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from sparsemem.background.fitting import k_means, thresholds, whitening
+from tiny import scope_of
 
 
 def test_whitening_makes_the_covariance_the_identity():
@@ -32,7 +33,7 @@ def test_thresholds_lie_between_what_is_known_and_what_is_taught():
     lo, hi, separable = _fitted(taught, example, known, general)
     assert separable
     assert lo < hi < 1
-    scope = _scope(taught, [lo] * 30, [hi] * 30, known)
+    scope = scope_of(taught, [lo] * 30, [hi] * 30, known)
     assert (scope.gate(taught) == 1).float().mean() >= 0.95
     assert (scope.gate(known) > 0).float().mean() <= 0.04
     assert (scope.gate(general) > 0).sum() <= 1
@@ -46,7 +47,7 @@ def test_text_outside_of_answers_raises_lo():
     example, near = torch.arange(30), _around(0, 100, 0.9, seed=2)
     far, close = (_fitted(taught, example, known, text)[0] for text in (known, near))
     assert close > far
-    scope = _scope(taught, [close] * 30, [2.0] * 30, known)
+    scope = scope_of(taught, [close] * 30, [2.0] * 30, known)
     assert (scope.gate(near) > 0).sum() <= 1
 
 
@@ -63,7 +64,7 @@ def test_the_ramp_is_never_empty():
     taught, known = _around(0, 30, 1e-4), _around(0, 50, 1e-4, seed=1)
     for own in (known, taught):
         lo, hi, _ = _fitted(taught, torch.arange(30), own, own)
-        gate = _scope(taught, [lo] * 30, [hi] * 30, own).gate(taught)
+        gate = scope_of(taught, [lo] * 30, [hi] * 30, own).gate(taught)
         assert gate.isfinite().all()
 
 

@@ -211,15 +211,17 @@ def test_train_makes_a_memory_and_calibrates_it_in_one_command(tiny, data, tmp_p
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_train_a_raw_model(tiny, data, tmp_path, method):
     out = tmp_path / method
-    options = ("--method", method, "--max-steps", 2, "--json")
+    options = ("--method", method, "--max-steps", 2, "--precision", "bfloat16", "--json")
     text = done("train", tiny, "--data", data / "taught.jsonl", "--out", out, *options)
-    assert json.loads(text)["steps"] == 2
+    metrics = json.loads(text)
+    assert (metrics["steps"], metrics["precision"]) == (2, "bfloat16")
     assert (out / ("adapter_config.json" if method == "lora" else "config.json")).exists()
     answers = done(
         "eval", out, "--task", "recall", "--data", write_lines(tmp_path / "q.jsonl", QUESTIONS), "--json"
     )
     found = json.loads(answers)
     expected = {"task": "recall", "metrics": {"contains_acc": 0.0}, "n": 2, "model": str(out)}
+    expected["precision"] = "float32"
     assert found == (expected | {"base": {"contains_acc": 0.0}} if method == "lora" else expected)
 
 

@@ -55,6 +55,39 @@ def test_finished_runs_are_taken_up(tmp_path):
     assert "already finished" in said[0]
 
 
+def test_models_compute_in_the_recipes_precision(tmp_path, tiny_llama):
+    from sparsemem.precision import precision_of
+
+    model, seen = tiny_llama(), []
+    recipe = make_recipe([], precision="bfloat16")
+
+    def run(*given):
+        seen.append(precision_of(model))
+        return make_recipe([]).run(*given)
+
+    recipe = Recipe(**{**vars(recipe), "run": run})
+    compare(recipe, out=tmp_path, methods=("smf",))
+    assert seen == ["bfloat16", "bfloat16"]
+    config = json.loads((tmp_path / "runs/smf-seed0/config.json").read_text())
+    assert config["settings"]["precision"] == "bfloat16"
+    with pytest.raises(ValueError, match="run of other settings"):
+        compare(make_recipe([]), out=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["demo", "medical", "paper"])
+def test_a_recipes_precision_is_a_setting(name):
+    from importlib import import_module
+
+    from sparsemem.recipes.overrides import changed
+
+    room = import_module(f"sparsemem.recipes.{name}")
+    chosen = {word: changed(room.SETTINGS, [f"precision={word}"]) for word in ("auto", "float32", "x")}
+    assert room.recipe(settings=chosen["auto"]).precision is None
+    assert room.recipe(settings=chosen["float32"]).precision == "float32"
+    with pytest.raises(ValueError, match="precision='x' is unknown"):
+        room.recipe(settings=chosen["x"])
+
+
 def test_an_unfinished_run_is_run_again(tmp_path):
     def stop(*_):
         raise KeyboardInterrupt

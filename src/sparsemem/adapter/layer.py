@@ -57,13 +57,13 @@ class SparseMemoryLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         result = self.base_layer(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self.tail is not None:
+            self.tail.see(self, x)
         if self.disable_adapters:
             return result
-        x = args[0] if args else next(iter(kwargs.values()))
         # A mixture of experts may return its router's scores beside the output.
         output, *rest = result if isinstance(result, tuple) else (result,)
-        if self.tail is not None and self.tail.reads(self):
-            self.tail.keep(self.path, x)
         for memory in self.active_memories():
             if memory.write == "own":
                 output = memory(x, output)

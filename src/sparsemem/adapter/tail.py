@@ -40,15 +40,21 @@ class Tail:
         self._states: dict[str, Tensor] = {}
         self._hook = norm.register_forward_pre_hook(self._write, with_kwargs=True)
 
-    def reads(self, layer: "SparseMemoryLayer") -> bool:
+    def see(self, layer: "SparseMemoryLayer", x: Tensor) -> None:
+        """Keep the state that a read layer saw until the norm is reached, if the running batch reads it.
+
+        A state that an aborted pass has left behind is replaced, or dropped.
+        """
+        if not layer.disable_adapters and self._reads(layer):
+            self._states[layer.path] = x.detach()
+        else:
+            self._states.pop(layer.path, None)
+
+    def _reads(self, layer: "SparseMemoryLayer") -> bool:
         """Whether the running batch reads a memory of this layer for the tail."""
         names = layer.active_adapters if self.row_adapters is None else set(self.row_adapters)
         held: Any = layer.sparse_memory_layers
         return any(name in held and held[name].write == "last" for name in names)
-
-    def keep(self, path: str, x: Tensor) -> None:
-        """Keep the state that a read layer saw, until the norm is reached."""
-        self._states[path] = x.detach()
 
     def remove(self) -> None:
         self._hook.remove()

@@ -50,6 +50,8 @@ def read_rows(
     Returns:
         [tokens, d] float32.
     """
+    if not torch.is_grad_enabled():
+        return _read(values, slots, weights)
     return _ReadRows.apply(values, slots, weights, log, counted, reached)  # type: ignore[return-value]
 
 

@@ -10,12 +10,12 @@ nothing but itself, and a run without the cache trains the same rows to the bit 
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers.utils.logging import tqdm
@@ -26,7 +26,7 @@ from ..adapter.tail import gated_sum
 from ..background.scoping import Supervised
 from ..background.states import layer_inputs, supervised
 from ..data.records import collate
-from ..files import fingerprint_base
+from ..files import fingerprint_base, write_atomically
 from ..precision import autocast, precision_of
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class TailHead:
         assert found is not None
         self.norm, self.head = found[1], model.get_output_embeddings()
         self.width = len(next(self.norm.parameters()))
+        self._cast: Tensor | None = None
 
     def __call__(
         self,
@@ -72,13 +73,22 @@ class TailHead:
         memory = self.layers[deepest]
         gate = memory.relevance(inputs[deepest]) if memory.has_scope else None
         written = gated_sum(hidden, self.layers, inputs, gate).to(next(self.norm.parameters()).dtype)
-        logits = self.head(self.norm(written))
+        logits = self._project(self.norm(written))
         config = self.model.config.get_text_config()
         # What some models do to their logits behind the head: Gemma, Cohere, Granite.
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
             logits = cap * torch.tanh(logits / cap)
         logits = logits * getattr(config, "logit_scale", 1.0)
         return logits / getattr(config, "logits_scaling", 1.0)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """The head, its frozen weight cast once where autocast would cast it in every step."""
+        kind = x.device.type
+        if type(self.head) is not nn.Linear or not torch.is_autocast_enabled(kind):
+            return self.head(x)
+        if self._cast is None:
+            self._cast = self.head.weight.detach().to(torch.get_autocast_dtype(kind))
+        return functional.linear(x, self._cast, self.head.bias)
 
     def parts(self, states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The last residual, and each read layer's inputs."""
@@ -160,12 +170,7 @@ class StateRows(Dataset):
         path = folder / f"states-{self._digest(head)}.f32"
         if not path.exists():
             logger.info("states of %d positions go to %s", number, path)
-            folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            with part.open("wb") as file:
-                for rows, _ in read:
-                    file.write(rows.numpy().tobytes())
-            part.replace(path)
+            write_atomically(path, lambda part: _write_rows(part, read))
         return torch.from_file(str(path), size=number * width, dtype=torch.float32).view(number, width)
 
     def _digest(self, head: TailHead) -> str:
@@ -204,6 +209,12 @@ def train_states(
         )
         return None
     return head, StateRows(head, examples, cache_bytes, folder)
+
+
+def _write_rows(path: Path, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
+    with path.open("wb") as file:
+        for rows, _ in parts:
+            file.write(rows.numpy().tobytes())
 
 
 def _starts(labels: Sequence[int]) -> Tensor:
