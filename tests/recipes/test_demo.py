@@ -17,7 +17,7 @@ from sparsemem.recipes.demo import (
 )
 
 SETTINGS = DemoSettings(
-    teaching=Teaching(max_epochs=1),
+    teaching=Teaching(max_epochs=1, memory_steps=15),
     memory=Memory(num_keys=8, prose_tokens=300),
     probing=Probing(prose_tokens=300, max_new_tokens=2, mention_subjects=3, mention_tokens=4),
 )
