@@ -1,6 +1,8 @@
-"""Which optimizer has the rows of a memory: the row optimizer that was made last, until it lets go.
+"""Which optimizer updates the rows of a memory.
 
-Another kind of optimizer that steps on a table takes it: the table's gradient is an ordinary one again.
+It is the row optimizer that was created last, until it is deleted or its `release` is called. If an optimizer
+of another kind steps on a value table, the row optimizer loses the table, and the table gets an ordinary
+dense `.grad` again.
 """
 
 import logging
@@ -19,13 +21,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-# Those that may hold tables, and whether other optimizers are watched for taking these.
+# All row optimizers. Each may still own tables.
 _row_optimizers: "weakref.WeakSet[RowOptimizer]" = weakref.WeakSet()
+# The handle of the hook on all other optimizers, once it is registered.
 _watching: list[Any] = []
 
 
 def take_rows(optimizer: "RowOptimizer") -> None:
-    """The rows of its layers are the optimizer's: reads go to its logs until it is gone or lets go."""
+    """Make the optimizer the owner of its layers' rows: their reads are recorded in its logs."""
     for name, memory in optimizer.layers.items():
         log = memory.log = optimizer.read_logs[name]
         weakref.finalize(optimizer, let_go, weakref.ref(memory), log)
@@ -35,7 +38,7 @@ def take_rows(optimizer: "RowOptimizer") -> None:
 
 
 def _hand_over(optimizer: Optimizer, _args: tuple, _kwargs: dict) -> None:
-    """Before another optimizer's step on a table: the table's gradient is where that one looks for it."""
+    """Before an optimizer of another kind steps on a table: write the table's gradient to `.grad`."""
     if not _row_optimizers or optimizer in _row_optimizers:
         return
     wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -44,15 +47,15 @@ def _hand_over(optimizer: Optimizer, _args: tuple, _kwargs: dict) -> None:
             log = rows.read_logs[name]
             if id(memory.values) in wanted and memory.log is log:
                 logger.warning(
-                    "%s steps on the rows of %s, which belonged to a %s; from now on they are its alone",
-                    type(optimizer).__name__, name, type(rows).__name__,
+                    "%s steps on the rows of %s, which belonged to a %s; now only the %s updates them",
+                    type(optimizer).__name__, name, type(rows).__name__, type(optimizer).__name__,
                 )  # fmt: skip
                 memory.values.grad = log.table_gradient(memory.values.detach())
                 let_go(weakref.ref(memory), log)
 
 
 def let_go(memory: "weakref.ref[ProductKeyMemory]", log: ReadLog) -> None:
-    """A memory whose log has nobody to read it any more keeps none."""
+    """Empty a log that no optimizer reads any more, and remove it from the memory if it is still there."""
     log.clear()
     layer = memory()
     if layer is not None and layer.log is log:

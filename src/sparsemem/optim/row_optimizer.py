@@ -1,25 +1,26 @@
-"""RowOptimizer: what RowSGD and RowAdamW share. It selects rows and changes these alone.
+"""RowOptimizer, the base class of RowSGD and RowAdamW: selects value rows and updates only these.
 
-`step()` consumes what the backward passes since the last step left in the memory layers' read logs: it counts
-the accesses of the whole step, selects `top_t` rows per layer, computes the gradient of these rows alone,
-clips by the norm over them, and updates them. Every other row, and every other row's optimizer state, is not
-touched: law 2. The tables never get a `.grad`, so Trainer's own clipping and zeroing find nothing there.
+Each memory layer has a log of what the backward passes since the last step read. `step()` uses these logs. It
+counts the accesses of the whole step, selects `top_t` rows per layer, computes the gradients of only these
+rows, clips them by their norm, and updates the rows. All other rows and their optimizer state stay as they
+are (law 2). The tables never get a `.grad`, so clipping and zeroing by Trainer do not affect them.
 
-Several processes: counts are summed over processes, all take the first one's selection, and gradients are
-averaged, as DDP would; the model need not be wrapped in DDP, and must not be when only value tables train.
+Several processes: counts are summed over processes, all processes use the selection of the first one, and
+gradients are averaged, as in DDP. The model need not be wrapped in DDP. It must not be wrapped if only value
+tables train.
 
-Whatever else is trainable (alpha, keys, modules_to_save) gets torch's plain AdamW inside the same optimizer,
-at a rate of its own: steps as large as the rows' would ruin weights.
+All other trainable parameters (alpha, keys, modules_to_save) are updated by torch's AdamW inside this
+optimizer. They have their own learning rate, because rates that suit rows are too large for weights.
 
-A table's gradient goes to the optimizer that was made last. It is an ordinary gradient again when that
-optimizer is gone, or when another kind of optimizer steps on the table.
+If several row optimizers are created for one table, the last one gets its gradients (see `ownership`).
 
-fp16: rows' gradients are not in `.grad`, where `torch.amp.GradScaler` looks. So the optimizer holds a probe,
-a parameter of one number that is in no model: its `.grad` tells the scaler of infinite gradients, and tells
-the optimizer by how much the scaler divides. A step with infinite gradients is skipped.
+fp16: `torch.amp.GradScaler` looks at `.grad`, but the gradients of rows are not there. So the optimizer has a
+probe: a parameter with one element that belongs to no model. Its `.grad` shows the scaler whether a gradient
+is infinite, and shows the optimizer by what factor the scaler divided. A step with infinite gradients is
+skipped.
 
-Reference: 2605.03229, stage 2. Deviation: moments belong to selected rows and rest with them; the authors'
-release masks gradients only, so that rows keep moving after they were deselected.
+Reference: 2605.03229, stage 2. Deviation: the moments of a row change only when the row is selected. The
+authors' code masks only gradients, so rows keep changing after they were deselected.
 """
 
 import weakref
@@ -39,18 +40,19 @@ from ..processes import averaged, num_processes, of_first, summed
 from .ownership import let_go, take_rows
 from .selection import NEEDS_BACKGROUND, Rule, check_selection, select_rows
 
-# Of what trains beside rows: alpha, keys, modules_to_save.
+# Default learning rate of everything except rows: alpha, keys, modules_to_save.
 REST_LR = 1e-3
 
 
 class RowOptimizer(Optimizer):
-    """Selection, clipping and state of rows; a subclass says how a row moves (`_update`).
+    """Selects rows, clips their gradients and stores their state. A subclass updates rows in `_update`.
 
     Attributes:
         layers: the memory layers, by `memory_layers` name.
         read_logs: by layer, what the backward passes since the last step read.
-        selected: by layer, the rows of the last step, int64 on the CPU, ascending.
-        last_grad_norm: norm of these rows' gradients before clipping, a float32 scalar; None before a step.
+        selected: by layer, the rows that the last step selected: int64 on the CPU, ascending.
+        last_grad_norm: norm of the gradients of these rows before clipping, a float32 scalar. None before the
+            first step.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class RowOptimizer(Optimizer):
         if frozen:
             raise ValueError(
                 f"model: the value rows of {frozen[0]} are frozen; load the adapter with is_trainable=True, "
-                "or call model.set_adapter(...)"
+                "or call model.set_adapter(name)"
             )
         self.top_t, self.rule, self.background, self.max_grad_norm = top_t, rule, background, max_grad_norm
         self.generator = torch.Generator().manual_seed(seed)
@@ -99,19 +101,29 @@ class RowOptimizer(Optimizer):
         }
         take_rows(self)
 
-    # Whether the micro-batches of a step are looked at one by one.
+    # Whether the logs keep the micro-batches of a step apart.
     _apart = False
-    # A GradScaler then calls every step, and says in `grad_scale` and `found_inf` what it knows.
+    # With this, a GradScaler always calls `step()`, and sets the attributes `grad_scale` and `found_inf`.
     _step_supports_amp_scaling = True
 
     def release(self) -> None:
-        """Leave the tables to other optimizers: their gradients are ordinary ones again."""
+        """Give the tables up: their gradients are ordinary dense gradients again, for other optimizers."""
         for name, memory in self.layers.items():
             let_go(weakref.ref(memory), self.read_logs[name])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Select and update. With nothing read since the last step, value rows stay as they are."""
+        """Select rows and update them. If nothing was read since the last step, no row changes.
+
+        Args:
+            closure: computes the loss again, as in `torch.optim.Optimizer.step`.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            ValueError: another optimizer owns the rows now.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -151,7 +163,8 @@ class RowOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        # torch casts state to the parameter's dtype: in bfloat16, slot ids and moments would be destroyed.
+        # torch casts state to the dtype of the parameter. In bfloat16, slot ids and moments would be
+        # destroyed.
         tables = self.param_groups[0]["params"][:-1]
         for index, table in enumerate(tables):
             saved = state_dict["state"].get(index)
@@ -163,10 +176,13 @@ class RowOptimizer(Optimizer):
         self.generator.set_state(state_dict["generator"].cpu())
 
     def _choose(self, name: str, memory: ProductKeyMemory, log: ReadLog) -> tuple[Tensor, Tensor]:
-        """Rows of one layer that this step changes, ascending, on the CPU; and their gradient [t, d_out].
+        """The rows of one layer that this step changes, and their gradient.
 
-        Which rows move is known on the CPU alone, so that a step waits for the device once per layer, and
-        once more with rule "grad".
+        The selection runs on the CPU, so a step waits for the device once per layer, or twice with rule
+        "grad".
+
+        Returns:
+            rows [t] int64 on the CPU, ascending; gradient [t, d_out] float32 on the device of the table.
         """
         values = memory.values
         counts = summed(log.counts(memory.num_slots, values.device)).cpu()
@@ -184,10 +200,10 @@ class RowOptimizer(Optimizer):
         return rows, gradients[torch.searchsorted(read, rows).to(values.device)]
 
     def _gradients(self, log: ReadLog, rows: Tensor, values: Tensor) -> Tensor:
-        """Gradient [t, d_out] of rows, without a scaler's factor, averaged over processes."""
+        """Gradient [t, d_out] of rows, without the factor of a GradScaler, averaged over processes."""
         gradient = log.row_gradients(rows.to(values.device), values)
         if self._probe.grad is not None:
-            # a scaler's unscale_ has divided the probe's gradient, 1; without a scaler it may be infinite
+            # the probe's gradient was 1 before the scaler's unscale_; without a scaler it may be infinite
             factor = self._probe.grad.where(self._probe.grad.isfinite(), 1.0)
             if getattr(self, "grad_scale", None) is not None:
                 factor = factor / self.grad_scale.to(factor.device)  # type: ignore[attr-defined]
@@ -195,7 +211,7 @@ class RowOptimizer(Optimizer):
         return averaged(gradient)
 
     def _overflowed(self) -> bool:
-        """Whether a GradScaler has found an infinite gradient, in any process."""
+        """Whether a GradScaler found an infinite gradient in any process."""
         if not hasattr(self, "found_inf"):
             return False
         found = torch.as_tensor(self.found_inf, dtype=torch.float32).clone()  # type: ignore[attr-defined]
@@ -204,18 +220,18 @@ class RowOptimizer(Optimizer):
     def _log(self, name: str, memory: ProductKeyMemory) -> ReadLog:
         if memory.log is not self.read_logs[name]:
             raise ValueError(
-                f"{type(self).__name__}: another optimizer has taken the rows of {name}; "
-                "step that one, or make a new row optimizer"
+                f"{type(self).__name__}: another optimizer now owns the rows of {name}; "
+                "call step() of that one, or make a new row optimizer"
             )
         return self.read_logs[name]
 
     def _clip(self, rows: list[Tensor], others: list[Tensor]) -> None:
-        """Clip by the norm over all of them, and keep the rows' own."""
+        """Clip all gradients by their common norm, and store the norm of the rows' gradients."""
         self.last_grad_norm = get_total_norm(rows)
         if self.max_grad_norm is None:
             return
         norm = get_total_norm([self.last_grad_norm, *(gradient.float() for gradient in others)])
-        # clip_grads_with_norm_ scales parameters' `.grad`, and rows' gradients are not there.
+        # clip_grads_with_norm_ scales the `.grad` of parameters, but the gradients of rows are not there.
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
         for gradient in (*rows, *others):
             gradient.mul_(scale.to(gradient.device))
@@ -228,10 +244,18 @@ class RowOptimizer(Optimizer):
     def _rows_of(
         self, table: Tensor, rows: Tensor, shapes: dict[str, tuple[int, ...]]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The table's state, grown to hold `rows`, and where these lie in it.
+        """Extend the optimizer state of a table by those of `rows` that are new.
 
-        State: "slots" [n] ascending on the CPU, the rows ever selected, and one tensor [n, ...] per entry of
-        shapes on the table's device.
+        The state has "slots", the rows that were ever selected: [n] int64, ascending, on the CPU. For each
+        entry of `shapes` it has one tensor [n, *shape] on the device of the table; new rows start at 0.
+
+        Args:
+            table: [num_slots, d_out].
+            rows: [t] int64 on the CPU, ascending.
+            shapes: by name, the shape of the state of one row.
+
+        Returns:
+            The state, and for each of `rows` its index in the state, [t] on the device of the table.
         """
         state = self.state[table]
         if "slots" not in state:
@@ -249,11 +273,12 @@ class RowOptimizer(Optimizer):
         return state, torch.searchsorted(state["slots"], rows).to(table.device)
 
     def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Update the rows [t] of a table in place from their gradient [t, d_out]; `group` has the options."""
         raise NotImplementedError
 
 
 def _agreed(rows: Tensor, device: torch.device) -> Tensor:
-    """The rows that the first process has chosen; their number is that of the summed counts everywhere."""
+    """The rows that the first process selected. All processes select equally many, from the same counts."""
     return rows if num_processes() == 1 else of_first(rows.to(device)).cpu()
 
 

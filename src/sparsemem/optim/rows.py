@@ -1,4 +1,4 @@
-"""RowSGD and RowAdamW: how the selected rows move."""
+"""RowSGD and RowAdamW: row optimizers that update rows as SGD or AdamW does."""
 
 from typing import Any
 
@@ -13,18 +13,21 @@ MOMENTS = ("row", "element", "table")
 
 
 class RowSGD(RowOptimizer):
-    """SGD with momentum on the selected rows. A row's momentum rests while the row is not selected.
+    """SGD with momentum on the selected rows. The momentum of a row changes only when the row is selected.
 
     Args:
-        model: with memory layers; rows of the active adapter's tables train.
-        lr, momentum, weight_decay: as torch.optim.SGD; decay and momentum act on selected rows only.
-        rest_lr: of what trains beside rows (alpha, keys, modules_to_save), by AdamW without weight decay.
-        top_t, rule, background: see `select_rows`.
-        max_grad_norm: clip by the norm over the selected rows and whatever else trains; None: no clipping.
-        seed: of rule "random".
+        model: a model with memory layers. The rows of the active adapter train.
+        lr, momentum, weight_decay: as for torch.optim.SGD. They apply to selected rows only.
+        rest_lr: learning rate of everything else that trains (alpha, keys, modules_to_save). It is updated by
+            AdamW without weight decay.
+        top_t, rule, background: as for `select_rows`, for each layer; `background` is that of all layers.
+        max_grad_norm: clip to this norm, computed over the gradients of the selected rows and of everything
+            else that trains. None: no clipping.
+        seed: for rule "random".
 
     Raises:
-        ValueError: an option out of range, a rule without its background, or one of another addressing.
+        ValueError: an option is out of range, the rule needs a background and there is none, the background
+            does not fit the memory, the model has no active sparse memory, or its rows are frozen.
     """
 
     def __init__(
@@ -60,16 +63,17 @@ class RowSGD(RowOptimizer):
 
 
 class RowAdamW(RowOptimizer):
-    """AdamW on the selected rows; bias correction counts each row's own steps.
+    """AdamW on the selected rows. Bias correction uses the number of steps in which the row was selected.
 
     Args:
-        model, rest_lr, top_t, rule, background, max_grad_norm, seed: as `RowSGD`.
-        lr, betas, eps, weight_decay: as torch.optim.AdamW; decay acts on selected rows only.
-        moments: "row": one second moment per row, of its mean squared gradient; "element": one per element;
-            "table": one per value table, so that a step's rows keep the proportions of their gradients.
+        model, rest_lr, top_t, rule, background, max_grad_norm, seed: as for `RowSGD`.
+        lr, betas, eps, weight_decay: as for torch.optim.AdamW. They apply to selected rows only.
+        moments: how many second moments there are. "row": one per row, of the mean of its squared gradient.
+            "element": one per element, as in AdamW. "table": one per value table, so that larger gradients
+            give larger updates, in proportion.
 
     Raises:
-        ValueError: as `RowSGD`.
+        ValueError: as for `RowSGD`.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class RowAdamW(RowOptimizer):
         super().__init__(model, defaults, **options)
 
     def _shapes(self, table: Tensor, group: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Of each row's state."""
+        """The shape of the state of one row, by name."""
         width, kind = table.shape[1], group["moments"]
         second = {} if kind == "table" else {"exp_avg_sq": (width,) if kind == "element" else (1,)}
         return {"exp_avg": (width,), "steps": (1,), **second}
