@@ -1,9 +1,9 @@
-"""RowPatch: what one finetuning run did to the memory, as a file that can be applied and taken back.
+"""RowPatch: what one finetuning run changed in an adapter, as a file that can be applied and reverted.
 
-Per memory layer: the slots that changed with their rows before and after, and the scope that the run added;
-and whole, before and after, whatever else of the adapter changed (alpha, keys, `modules_to_save`).
-Applying checks everything first, base, addressing and the present bytes of all that it will change, so that a
-refused patch changes nothing.
+For each memory layer a patch has the slots that changed, their rows before and after, and the scope that the
+run added. If other tensors of the adapter changed (alpha, keys, `modules_to_save`), it has these in full,
+before and after. Before anything is written, the base model, the addressing and the present bytes of all that
+will change are checked. So if a patch is refused, nothing has changed.
 """
 
 from collections.abc import Mapping
@@ -43,13 +43,13 @@ KIND = "row patch"
 
 @dataclass
 class RowPatch:
-    """Everything that one run changed; see `diff`, `save`, `load`, `apply`, `revert`.
+    """Everything that one run changed. See `diff`, `save`, `load`, `apply` and `revert`.
 
     Attributes:
         layers: by `memory_layers` name.
         base: fingerprint of the base model.
-        info: provenance: whatever the maker of the patch wants to say, JSON.
-        tensors: other tensors of the adapter that changed, by name, whole.
+        info: where the patch comes from: any JSON values.
+        tensors: the other tensors of the adapter that changed, by name, in full.
     """
 
     layers: dict[str, LayerPatch]
@@ -60,7 +60,7 @@ class RowPatch:
     @staticmethod
     @torch.no_grad()
     def snapshot(model: nn.Module) -> dict[str, Tensor]:
-        """Copies of the active adapter's tensors, to be passed as `since=` to `diff` later."""
+        """Copy the active adapter's tensors to the CPU. Pass the result to `diff` as `since` later."""
         held = {
             f"{name}.{key}": tensor
             for name, memory in memory_layers(model).items()
@@ -74,18 +74,19 @@ class RowPatch:
     def diff(
         cls, model: nn.Module, since: Mapping[str, Tensor] | str | Path, *, info: dict[str, Any] | None = None
     ) -> "RowPatch":
-        """What changed in the active adapter: rows, scopes, and other tensors whole.
+        """Make a patch of what changed in the active adapter: rows, scopes and other tensors.
 
         Args:
-            model: as it is now.
-            since: as it was: a `snapshot`, a dict of value tables by `memory_layers` name, an adapter's state
-                dict, or the folder of a saved adapter. Where it holds no scope, there was none. A tensor that
-                does not train may be missing, and then counts as unchanged.
-            info: provenance to keep in the patch.
+            model: the model now.
+            since: the tensors before: a `snapshot`, a dict of value tables by `memory_layers` name, an
+                adapter's state dict, or the folder of a saved adapter. A layer without a scope in it had no
+                scope. A tensor that does not train may be missing; it is taken as unchanged.
+            info: where the patch comes from; stored in the patch.
 
         Raises:
-            ValueError: `since` lacks a layer or a tensor that trains, or has another shape, or the scope was
-                replaced, not extended.
+            ValueError: `since` has no table of a layer or lacks a tensor that trains, a shape differs, or the
+                scope was replaced and not extended.
+            ArtifactError: the adapter in the folder cannot be read.
         """
         before = read_adapter(Path(since)) if isinstance(since, str | Path) else since
         tensors = diff_tensors(model, before)
@@ -96,7 +97,10 @@ class RowPatch:
         return cls(layers, fingerprint_base(model), dict(info or {}), tensors)
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file, written atomically; rows before are left out where all of them are zero."""
+        """Write the patch to one safetensors file, atomically.
+
+        If all rows of a layer were zero before, these rows are not stored.
+        """
         tensors = packed(self.tensors)
         header = {"base": self.base, "info": self.info, "addressing": {}, "whole": sorted(self.tensors)}
         for name, layer in self.layers.items():
@@ -106,8 +110,11 @@ class RowPatch:
 
     @classmethod
     def load(cls, path: str | Path) -> "RowPatch":
-        """Raises:
-        ArtifactError: missing, damaged, or its contents contradict each other.
+        """Read a patch that `save` wrote.
+
+        Raises:
+            ArtifactError: the file is missing or damaged, is not a patch, or its tensors contradict each
+                other.
         """
         tensors, header = load_artifact(path, KIND)
         layers = {
@@ -118,27 +125,33 @@ class RowPatch:
         return cls(layers, header["base"], header["info"], others)
 
     def apply(self, model: nn.Module) -> None:
-        """Write the rows and tensors after and add the scope.
+        """Write the rows and tensors as they were after the run, and add its scope.
 
         Raises:
-            ArtifactError: another base, memory or addressing, a row or tensor not as `before`, a scope that
-                cannot be added, or a patch that is applied already; nothing is changed then.
+            ArtifactError: the base model, the memory or the addressing is another one; a row or tensor is not
+                as it was before the run, for example because the patch is applied already; or the scope
+                cannot be added. Nothing is changed then.
         """
         self._move(model, forward=True)
 
     def revert(self, model: nn.Module) -> None:
-        """Write the rows and tensors before and take the scope away: `apply` undone to the byte.
+        """Write the rows and tensors as they were before the run, and remove its scope. Exactly undoes
+        `apply`.
 
         Raises:
-            ArtifactError: as `apply`, with rows or tensors not as `after`; nothing is changed then.
+            ArtifactError: the base model, the memory or the addressing is another one; a row or tensor is not
+                as it was after the run; or the scope is not there. Nothing is changed then.
         """
         self._move(model, forward=False)
 
     def is_in(self, adapter: str | Path) -> bool:
-        """Whether a saved adapter's rows and tensors are as this patch leaves them; `adapter` is its folder.
+        """Whether the rows and tensors of a saved adapter are as they were after the run.
+
+        Args:
+            adapter: the folder of the adapter.
 
         Raises:
-            ArtifactError: the folder holds no adapter that can be read.
+            ArtifactError: the adapter cannot be read.
         """
         tensors = read_adapter(Path(adapter))
         rows = all(is_after(tensors, name, layer) for name, layer in self.layers.items())
@@ -149,17 +162,19 @@ class RowPatch:
         memories = memory_layers(model)
         if self.base != fingerprint_base(model):
             raise ArtifactError(
-                "patch: was made on another base model; use it with the model that it was trained on"
+                "patch: was made with another base model; use it with the model that it was trained on"
             )
         scopes = {}
         for name, layer in self.layers.items():
             if name not in memories:
                 raise ArtifactError(
-                    f"patch: changes layer {name}, where this model has no memory ({sorted(memories)})"
+                    f"patch: changes layer {name}, but this model has memories only at {sorted(memories)}; "
+                    "use the adapter that it was made with"
                 )
             if layer.addressing != addressing_before(name, memories[name], self.tensors):
                 raise ArtifactError(
-                    f"patch: was made on another addressing of {name}; calibrate with the same data and seed"
+                    f"patch: was made with another addressing of {name}; calibrate with the same data "
+                    "and seed"
                 )
             scopes[name] = checked_scope(name, memories[name], layer, forward=forward)
         check_tensors(model, self.tensors, forward=forward)

@@ -1,4 +1,4 @@
-"""A layer's tensors in what a patch is made from: a snapshot, a state dict or an adapter's folder."""
+"""Find a layer's tensors in a snapshot, in a state dict or in the folder of a saved adapter."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +12,11 @@ from ..files import ArtifactError
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a saved adapter.
+
+    Raises:
+        ArtifactError: the folder has no adapter file, or it cannot be read.
+    """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     try:
         return load_file(path)
@@ -22,7 +27,16 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def lookup(tensors: Mapping[str, Tensor], name: str, key: str) -> Tensor | None:
-    """A layer's tensor in a snapshot, a dict by layer name (values alone), or an adapter's state dict."""
+    """Find one tensor of a memory layer.
+
+    Args:
+        tensors: a snapshot, a dict of value tables by layer name, or an adapter's state dict.
+        name: of the layer.
+        key: of the tensor, for example "values".
+
+    Returns:
+        The tensor, or None if there is none.
+    """
     if key == "values" and name in tensors:
         return tensors[name]
     for candidate, tensor in tensors.items():
