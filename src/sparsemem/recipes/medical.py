@@ -14,6 +14,7 @@ from ..comparison.compare import BASE, PARTIAL, Recipe
 from .chapters import chapter_items
 from .forgetting import background, read_prose
 from .questions import capital_items
+from .rivals import RIVALS, keep_near_base, rival_examples, rival_model, rival_settings
 from .runs import (
     MEMORY_METHODS,
     UNTRAINED,
@@ -26,7 +27,7 @@ from .runs import (
     told,
 )
 
-METHODS = (BASE, "smf", "smf-open", "lora", "full")
+METHODS = (BASE, "smf", "smf-open", "lora", "full", *RIVALS)
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ def method_settings(settings: MedicalSettings, method: str) -> dict[str, Any]:
     rate, memory_steps = kept.pop("lr").get(method), kept.pop("memory_steps")
     if method in MEMORY_METHODS:
         kept["max_steps"] = memory_steps
+    if method in RIVALS:
+        return kept | rival_settings(method)
     return kept if method == BASE else {**kept, "lr": rate}
 
 
@@ -126,17 +129,23 @@ def run(
     cost = UNTRAINED
     if method != BASE:
         stage("teach")
-        kept = (seed or 0, tokenizer, settings.background_tokens, settings.piece_tokens)
+        general = background(seed or 0, tokenizer, settings.background_tokens, settings.piece_tokens)
+        examples: list[dict[str, Any]] = [_record(item) for item in taught]
+        rival = RIVALS.get(method)
+        if rival is not None:
+            model = rival_model(method, model, seed or 0)
+            keep_near_base(method, model, general, tokenizer, seed or 0)
+            examples = rival_examples(method, examples, general, tokenizer, seed or 0)
         done = finetune(
             model,
-            [_record(item) for item in taught],
-            method,
+            examples,
+            method if rival is None else "peft" if rival.adapter else "full",
             tokenizer=tokenizer,
-            lr=settings.lr[method],
+            lr=settings.lr[method] if rival is None else rival.lr,
             max_steps=num_steps(settings, method),
             batch_size=settings.batch_size,
             seed=seed or 0,
-            background=background(*kept) if method in MEMORY_METHODS else None,
+            background=general if method in MEMORY_METHODS else None,
             output_dir=folder / PARTIAL,
             resume=True,
         )

@@ -38,7 +38,7 @@ def keep_metrics(folder: Path) -> None:
 
 def stages(method: str, probes: Mapping[str, float], teaching: Mapping[str, float]) -> dict[str, float]:
     """Stages of one run with their expected seconds: loading, teaching where there is any, the probes."""
-    taught = {} if method == BASE else {"teach": teaching[method]}
+    taught = {} if method == BASE else {"teach": teaching.get(method, teaching["lora"])}
     return {"load the model": 2, **taught, **probes}
 
 
