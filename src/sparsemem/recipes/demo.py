@@ -233,7 +233,7 @@ def teach(
         seed=seed,
         **options,
     )
-    return done.model, costs(done)
+    return done.model, costs(done, teaching.batch_size)
 
 
 def _teach_rival(
@@ -263,7 +263,7 @@ def _teach_rival(
         seed=seed,
         **options,
     )
-    return done.model, costs(done)
+    return done.model, costs(done, teaching.batch_size)
 
 
 def ask_mentions(
