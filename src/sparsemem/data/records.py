@@ -5,82 +5,23 @@ starts from; the loss covers the answer and the token that ends it, and nothing 
 Without a chat template messages become `Question: ...\\nAnswer: ...`, and a prompt stays as it was written.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
-import datasets
 import torch
-from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .models import cache_without_hub
+# callers find `read_records` here too
+from .reading import read_records, shape_of  # noqa: F401
 
 logger = logging.getLogger(__name__)
 
-SHAPES = (("messages",), ("prompt", "completion"), ("text",), ("question", "choices", "answer"))
 LOSS_ON = ("completion", "all")
 # What begins a turn of the user's where there is no chat template.
 QUESTION = "Question:"
-
-
-def read_records(
-    source: str | Path | Sequence[dict] | datasets.Dataset, *, mixed: bool = False
-) -> list[dict]:
-    """Records of a JSONL file, of `hub:NAME[:SPLIT]` (split `train` by default), of a list or of a Dataset.
-
-    A record is `{"messages"}`, `{"prompt", "completion"}`, `{"text"}` or `{"question", "choices", "answer"}`
-    with `answer` the index of the right choice; further fields are kept. Without `mixed` all have one shape.
-
-    Raises:
-        ValueError: no such file, a broken line, an unknown record, mixed shapes, or no record at all.
-    """
-    if isinstance(source, str) and source.startswith("hub:"):
-        name, _, split = source.removeprefix("hub:").partition(":")
-        source = from_hub(name, split=split or "train")
-    if isinstance(source, str | Path):
-        places, records = read_jsonl(Path(source).expanduser())
-    else:
-        records: list[Any] = list(source)
-        places = [f"data record {number}" for number in range(1, len(records) + 1)]
-    if not records:
-        raise ValueError(f"data is empty ({source}); give at least one record")
-    first = _shape(records[0], places[0])
-    for place, record in zip(places, records, strict=True):
-        if (shape := _shape(record, place)) != first and not mixed:
-            raise ValueError(
-                f"{place}: {'/'.join(shape)} record among {'/'.join(first)} records; use one shape per file"
-            )
-    return records
-
-
-def from_hub(
-    name: str,
-    config: str | None = None,
-    *,
-    split: str,
-    instead: str = "check both, or put the split into a JSONL file and give that",
-) -> datasets.Dataset:
-    """A split of a dataset on the Hub, or in its cache where the Hub cannot be reached.
-
-    Args:
-        instead: what the error tells the user to do.
-
-    Raises:
-        ValueError: there is no such split to be had.
-    """
-    try:
-        with cache_without_hub():
-            return datasets.load_dataset(name, config, split=split)  # type: ignore[return-value]
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        raise ValueError(
-            f"split {split!r} of {name} cannot be loaded from the Hub ({error}); {instead}"
-        ) from error
 
 
 def encode(
@@ -190,68 +131,9 @@ def batches(examples: Sequence[dict], batch_size: int, pad_token_id: int) -> lis
     return [collate(examples[start : start + batch_size], pad_token_id) for start in starts]
 
 
-def read_jsonl(path: Path) -> tuple[list[str], list[Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ValueError(
-            f"data file {str(path)!r} cannot be read ({error.strerror}); give a JSONL file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data file {str(path)!r} is not UTF-8 text; give a JSONL file") from error
-    places, records = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: not valid JSON ({error.msg}); put one object on each line"
-            ) from error
-        places.append(f"{path}, line {number}")
-    return places, records
-
-
-def _shape(record: Any, place: str) -> tuple[str, ...]:
-    allowed = "; ".join(", ".join(shape) for shape in SHAPES)
-    shapes = [shape for shape in SHAPES if isinstance(record, dict) and all(key in record for key in shape)]
-    if not shapes:
-        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{place}: record with {found or 'no field'}; allowed are the fields {allowed}")
-    problem = _problem(record, shapes[0])
-    if problem:
-        raise ValueError(f"{place}: {problem}")
-    return shapes[0]
-
-
-def _problem(record: dict, shape: tuple[str, ...]) -> str | None:
-    """What is wrong with a record's values, if anything."""
-    if shape == ("messages",):
-        turns = record["messages"]
-        good = isinstance(turns, list) and all(
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
-            for turn in turns
-        )
-        if not good or not any(turn["role"] == "assistant" for turn in turns):
-            return "messages must be a list of {role, content} with at least one assistant turn"
-        return None
-    if shape == ("question", "choices", "answer"):
-        choices, answer = record["choices"], record["answer"]
-        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-            return "choices must be a list of strings"
-        if type(answer) is not int or not 0 <= answer < len(choices):
-            return f"answer={answer!r} must be the index of the right choice, 0 to {len(choices) - 1}"
-        shape = ("question",)
-    wrong = [key for key in shape if not isinstance(record[key], str)]
-    return f"{wrong[0]} must be a string, not {type(record[wrong[0]]).__name__}" if wrong else None
-
-
 def _segments(record: dict, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """Consecutive pieces of a record's text, and whether the loss is on each."""
-    shape = _shape(record, "record")
+    shape = shape_of(record, "record")
     if shape == ("text",):
         return [(record["text"], True)]
     if shape == ("messages",):
@@ -318,7 +200,7 @@ def _say_plain() -> None:
 def _encode_one(record: dict, tokenizer: PreTrainedTokenizerBase, loss_on: str) -> dict:
     segments = _segments(record, tokenizer)
     # a chat template writes the special tokens itself
-    special = not tokenizer.chat_template or _shape(record, "record") == ("text",)
+    special = not tokenizer.chat_template or shape_of(record, "record") == ("text",)
     ids = _segment_ids([text for text, _ in segments], tokenizer, special)
     marks = [learnt or loss_on == "all" for _, learnt in segments]
     if not marks[-1]:

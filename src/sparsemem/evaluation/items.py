@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..data.mentions import subjects_of
-from ..data.records import from_hub, read_jsonl, read_records
+from ..data.reading import from_hub, read_jsonl, read_records
+from ..data.subjects import subjects_of
 
 KINDS = {
     "recall": "recall",

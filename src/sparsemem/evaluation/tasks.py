@@ -25,11 +25,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from ..data.generation import complete
 from ..data.mentions import PROBE_FORMS
 from ..data.records import choice_tokens, opening_ids, prompt_ids
 from .items import KINDS
 from .likelihood import split_tokens
-from .probes import complete, contains, mentions, multiple_choice, perplexity, recall
+from .mentions import mentions
+from .probes import contains, multiple_choice, perplexity, recall
 
 TASKS = tuple(KINDS)
 TRIVIAQA_TOKENS = 32

@@ -12,7 +12,8 @@ from typing import Any
 from ..adapter.model import set_trainable
 from ..background.background import Background
 from ..background.calibration import observe
-from ..data.records import batches, read_records
+from ..data.reading import read_records
+from ..data.records import batches
 from .finetune import finetune
 
 # Of OpenAssistant's messages: the shortest that counts, in characters, and how many at most.
