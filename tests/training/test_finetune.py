@@ -18,7 +18,7 @@ from sparsemem.adapter.model import gated_layers
 from sparsemem.data.general import general_background
 from sparsemem.data.records import batches, collate, encode
 from sparsemem.evaluation import probes
-from sparsemem.training import finetune as train
+from sparsemem.training import loading
 from sparsemem.training.finetune import finetune
 
 SLOW = pytest.mark.slow
@@ -275,7 +275,7 @@ def test_a_base_model_without_background_is_calibrated_on_the_general_text_that_
     tiny_llama, tokenizer, caplog, monkeypatch
 ):
     # a tenth of it: all of it takes a byte-level tokenizer half a minute
-    monkeypatch.setattr(train, "general_background", lambda: general_background()[::10])
+    monkeypatch.setattr(loading, "general_background", lambda: general_background()[::10])
     options = {"tokenizer": tokenizer, "max_steps": 2}
     done = finetune(tiny_llama(), FACTS, **options)
     assert [one.message for one in caplog.records if "background" in one.message] == [
