@@ -280,7 +280,7 @@ def test_a_base_model_without_background_is_calibrated_on_the_general_text_that_
     done = finetune(tiny_llama(), FACTS, **options)
     assert [one.message for one in caplog.records if "background" in one.message] == [
         "no background given: the memory is calibrated on the general text that ships with sparsemem; "
-        "a background of your own says better what to keep"
+        "your own general text describes better what to keep"
     ]
     by_hand = finetune(tiny_llama(), FACTS, background=general_background()[::10], **options)
     assert same(state(done.model), state(by_hand.model))

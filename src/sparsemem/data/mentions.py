@@ -1,7 +1,7 @@
 """Mentions: texts that name a taught subject but do not ask what was taught.
 
-`subjects_of` finds the subjects in training records; the forms here make questions and prose that name them.
-Forms for keeping and forms for probing share no content word, so that a probe never asks what was kept.
+`subjects_of` finds the subjects in training records. The forms here make questions and prose that name them.
+KEEP_FORMS and PROBE_FORMS share no content word, so a probe never asks a question that was kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,12 +41,12 @@ PROSE_FORMS = (
 
 
 def mention_texts(subject: str, forms: Sequence[str] = KEEP_FORMS) -> list[str]:
-    """The forms with the subject put in."""
+    """The forms with the subject inserted."""
     return [form.format(subject) for form in forms]
 
 
 def prose_texts(subjects: Sequence[str]) -> list[str]:
-    """One short text for each subject that names it, of PROSE_FORMS in turn."""
+    """For each subject one short text that names it; the forms are used in turn."""
     return [PROSE_FORMS[n % len(PROSE_FORMS)].format(subject) for n, subject in enumerate(subjects)]
 
 
@@ -59,14 +59,14 @@ def mention_records(
     max_new_tokens: int = 24,
     precision: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The base's own answers to questions that name what the records teach, as `messages` records.
+    """The base model's own answers to questions that name what the records teach, as `messages` records.
 
-    These records are to be kept, not taught: states among which the relevance gate should stay closed.
+    These records are not taught. They show states at which the relevance gate should stay closed.
 
     Args:
-        model: a base model, or one with an adapter, which is switched off meanwhile.
+        model: a base model, or one with an adapter, which is disabled while the answers are generated.
         records: what will be taught, as for `subjects_of`.
-        forms: questions with a place for the subject; every subject gets all of them.
+        forms: questions with `{}` in place of the subject; each subject is put into all of them.
         max_new_tokens: longer answers are cut.
         precision: "float32", "bfloat16", or None for the faster of the two.
     """

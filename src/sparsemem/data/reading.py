@@ -1,4 +1,4 @@
-"""Records of files, of the Hub and of Python lists, checked."""
+"""Read and check records from JSONL files, the Hub and Python lists."""
 
 import json
 from collections.abc import Sequence
@@ -16,13 +16,14 @@ SHAPES = (("messages",), ("prompt", "completion"), ("text",), ("question", "choi
 def read_records(
     source: str | Path | Sequence[dict] | datasets.Dataset, *, mixed: bool = False
 ) -> list[dict]:
-    """Records of a JSONL file, of `hub:NAME[:SPLIT]` (split `train` by default), of a list or of a Dataset.
+    """Read records from a JSONL file, `hub:NAME[:SPLIT]` (split `train` by default), a list or a Dataset.
 
     A record is `{"messages"}`, `{"prompt", "completion"}`, `{"text"}` or `{"question", "choices", "answer"}`
-    with `answer` the index of the right choice; further fields are kept. Without `mixed` all have one shape.
+    with `answer` the index of the right choice. Other fields are kept. Unless `mixed` is true, all records
+    must have the same shape.
 
     Raises:
-        ValueError: no such file, a broken line, an unknown record, mixed shapes, or no record at all.
+        ValueError: a missing file, a line that is not JSON, an unknown record, mixed shapes, or no records.
     """
     if isinstance(source, str) and source.startswith("hub:"):
         name, _, split = source.removeprefix("hub:").partition(":")
@@ -50,13 +51,13 @@ def from_hub(
     split: str,
     instead: str = "check both, or put the split into a JSONL file and give that",
 ) -> datasets.Dataset:
-    """A split of a dataset on the Hub, or in its cache where the Hub cannot be reached.
+    """Load a split of a dataset from the Hub, or from the local cache if the Hub cannot be reached.
 
     Args:
-        instead: what the error tells the user to do.
+        instead: what the error message tells the user to do.
 
     Raises:
-        ValueError: there is no such split to be had.
+        ValueError: the split cannot be loaded.
     """
     try:
         with cache_without_hub():
@@ -68,6 +69,11 @@ def from_hub(
 
 
 def read_jsonl(path: Path) -> tuple[list[str], list[Any]]:
+    """The file and line of each record, for error messages, and the unchecked records.
+
+    Raises:
+        ValueError: a file that cannot be read as UTF-8 text, or a line that is not JSON.
+    """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
@@ -91,6 +97,14 @@ def read_jsonl(path: Path) -> tuple[list[str], list[Any]]:
 
 
 def shape_of(record: Any, place: str) -> tuple[str, ...]:
+    """The fields that make up a record: one of SHAPES.
+
+    Args:
+        place: where the record is, for error messages.
+
+    Raises:
+        ValueError: a record of no known shape, or with wrong values.
+    """
     allowed = "; ".join(", ".join(shape) for shape in SHAPES)
     shapes = [shape for shape in SHAPES if isinstance(record, dict) and all(key in record for key in shape)]
     if not shapes:

@@ -1,8 +1,8 @@
-"""Records to tokens and labels: messages, prompt and completion, text, multiple choice.
+"""Turn records into tokens and labels: messages, prompt and completion, text, multiple choice.
 
-Choices: prompt and answer are tokenised apart, so that training sees exactly the tokens that generation
-starts from; the loss covers the answer and the token that ends it, and nothing after; text is taken as it is.
-Without a chat template messages become `Question: ...\\nAnswer: ...`, and a prompt stays as it was written.
+Choices: prompt and answer are tokenised separately, so that training uses exactly the tokens that generation
+starts from. The loss covers the answer and the token that ends it, and nothing after. Text is used unchanged.
+Without a chat template, messages become `Question: ...\\nAnswer: ...`, and a prompt is used as written.
 """
 
 import logging
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-# callers find `read_records` here too
+# `read_records` can also be imported from here
 from .reading import read_records, shape_of  # noqa: F401
 
 logger = logging.getLogger(__name__)
 
 LOSS_ON = ("completion", "all")
-# What begins a turn of the user's where there is no chat template.
+# Begins a user's turn where there is no chat template.
 QUESTION = "Question:"
 
 
@@ -31,10 +31,10 @@ def encode(
     max_length: int | None = None,
     loss_on: str = "completion",
 ) -> list[dict]:
-    """`[{"input_ids": [tokens], "labels": [tokens]}]`, labels -100 off the loss; cut to `max_length`.
+    """`[{"input_ids": [tokens], "labels": [tokens]}]`; labels are -100 without loss; cut to `max_length`.
 
-    `loss_on="completion"`: the completion, every assistant turn, the right choice, or the whole text, each
-    with the token that ends it (text has none); `"all"`: every token.
+    `loss_on="completion"` puts the loss on the completion, every assistant turn, the right choice, or the
+    whole text, each with the token that ends it (text has none). `"all"` puts it on every token.
 
     Raises:
         ValueError: unknown `loss_on`, or a chat template that rewrites earlier turns.
@@ -46,14 +46,16 @@ def encode(
 
 
 def truncate(examples: Sequence[dict], max_length: int) -> tuple[list[dict], int]:
-    """Examples cut to their first `max_length` tokens, and how many were cut; none without loss is kept.
+    """Examples cut to their first `max_length` tokens, and how many were cut.
+
+    Examples in which no token with loss is left are dropped.
 
     Raises:
-        ValueError: no example keeps a token with loss.
+        ValueError: no example has a token with loss left.
     """
     num_cut = sum(len(example["input_ids"]) > max_length for example in examples)
     kept = [{key: value[:max_length] for key, value in example.items()} for example in examples]
-    # the first label has nothing before it that could predict it
+    # the first token is never predicted, so its label does not count
     kept = [example for example in kept if any(label != -100 for label in example["labels"][1:])]
     if not kept:
         raise ValueError(f"no record has a token with loss within max_length={max_length}; raise max_length")
@@ -66,19 +68,19 @@ def truncate(examples: Sequence[dict], max_length: int) -> tuple[list[dict], int
 
 
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens from which a prompt is completed: through the chat template where there is one."""
+    """Tokens of a prompt that is to be completed; uses the chat template where there is one."""
     if tokenizer.chat_template:
         return question_ids(prompt, tokenizer)
     return _segment_ids([prompt], tokenizer, special=True)[0]
 
 
 def question_ids(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens from which a question is answered, as `encode` puts them before the answer in `messages`."""
+    """Tokens of a question that is to be answered, the same as `encode` puts before the answer."""
     return conversation_ids([{"role": "user", "content": question}], tokenizer)
 
 
 def conversation_ids(turns: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens from which the next answer in a conversation is generated."""
+    """Tokens of a conversation whose next answer is to be generated."""
     if tokenizer.chat_template:
         pieces = [_render(turns, tokenizer, answer_follows=True)]
     else:
@@ -100,7 +102,7 @@ def choice_prompt(item: dict) -> str:
 
 
 def choice_text(choice: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """An option as it follows `choice_prompt`: after a space, or alone where a chat template is used."""
+    """The text of an option after `choice_prompt`: with a space before it unless there is a chat template."""
     return choice if tokenizer.chat_template else f" {choice}"
 
 
@@ -161,7 +163,7 @@ def _chat_segments(
         if turn["role"] != "assistant":
             continue
         before = _render(turns[:index], tokenizer, answer_follows=True)
-        # templates end a turn with white space after its last token: that is not the answer's to learn
+        # templates put white space after a turn's last token, which is not part of the answer
         after = _render(turns[: index + 1], tokenizer).rstrip()
         if not (whole.startswith(before) and whole.startswith(after) and after.startswith(before)):
             raise ValueError(
@@ -180,7 +182,7 @@ def _render(turns: Sequence[dict], tokenizer: PreTrainedTokenizerBase, answer_fo
 
 
 def _plain(turns: Sequence[dict], end: str, answer_follows: bool) -> str:
-    """A conversation for models without a chat template; `end` follows every answer."""
+    """The text of a conversation for models without a chat template; `end` follows every answer."""
     forms = {"user": (f"{QUESTION} ", "\n"), "assistant": ("Answer: ", f"{end}\n\n")}
     pieces = []
     for turn in turns:
@@ -212,8 +214,8 @@ def _encode_one(record: dict, tokenizer: PreTrainedTokenizerBase, loss_on: str) 
 def _segment_ids(
     segments: Sequence[str], tokenizer: PreTrainedTokenizerBase, special: bool
 ) -> list[list[int]]:
-    """Token ids of each piece; with `special` the first begins as the tokenizer begins a text."""
-    # what has been through a chat template may hold its first token already
+    """Token ids of each piece; with `special` the first begins with the tokenizer's special tokens."""
+    # text from a chat template may begin with the BOS token already
     special = special and not (tokenizer.bos_token and segments[0].startswith(str(tokenizer.bos_token)))
     return [
         tokenizer(text, add_special_tokens=special and index == 0).input_ids

@@ -1,4 +1,4 @@
-"""The subjects of taught facts, found in training records by how their prompts are written."""
+"""Find the subjects of taught facts in training records, from the wording of their prompts."""
 
 import logging
 import re
@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 logger = logging.getLogger(__name__)
 
-# From so many prompts on, a rare word beside a name in all of them belongs to the subject.
+# If a fact has at least this many prompts, a rare word next to a name in all of them is part of the subject.
 ENOUGH_PROMPTS = 3
-# Records that follow each other are looked at in groups of at most so many.
+# The largest group of consecutive records that is tested for being one fact.
 MOST_NEIGHBOURS = 8
 # Words that no subject begins or ends with.
 _SMALL = frozenset(
@@ -32,7 +32,7 @@ _SENTENCE_END = re.compile(r"[.?!:;\n][\"”’')\]]*\s*$")
 
 
 class _Word(NamedTuple):
-    """A word as written, without a possessive 's, and its place in the prompt."""
+    """A word as written, without a possessive 's, and its position in the prompt."""
 
     text: str
     begins_sentence: bool
@@ -45,7 +45,7 @@ class _Word(NamedTuple):
 
     @property
     def is_capital(self) -> bool:
-        """Whether it has a capital or a digit where the start of a sentence does not ask for one."""
+        """Whether it has a capital letter or a digit and does not begin a sentence."""
         return not self.begins_sentence and (self.text[0].isupper() or any(map(str.isdigit, self.text)))
 
 
@@ -74,17 +74,18 @@ class _Found(NamedTuple):
 def subjects_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The subject of each taught fact, each once, in the order of the records.
 
-    A fact is the records of one completion, or records that follow each other and share words which all
-    others lack. Its subject is what its prompts have in quotation marks, else the longest run of words that
-    they share; of several runs, one with a name in it (capitals in mid-sentence). A fact of one prompt: the
-    longest run of capitalised words, else of words which no other record has.
+    A fact is a group of records: those with the same completion, or consecutive records that share words
+    which no other record has. Its subject is the text that its prompts have in quotation marks. Without
+    quotation marks it is the longest run of words that all its prompts share; runs with a name (capitals
+    within a sentence) come first. If the fact has one prompt, it is the longest run of capitalised words, or
+    else of words that no other record has.
 
     Args:
-        records: as `read_records` returns them; text without a prompt has no subject.
+        records: as `read_records` returns them. Text without a prompt has no subject.
 
     Returns:
-        Subjects as written in the prompts, without an article before them. Records in which nothing
-        stands out are left out, and counted in a warning.
+        Subjects as written in the prompts, without an article before them. Records in which no subject is
+        found are left out; a warning gives their number.
     """
     prompts = [prompt for record in records if (prompt := _prompt(record)) is not None]
     common = _Common(prompts)
@@ -94,12 +95,12 @@ def subjects_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
         subjects += [found.subject] if found else []
         num_nameless += 0 if found else len(fact)
     if num_nameless:
-        logger.warning("%d of %d records have no subject that stands out", num_nameless, len(prompts))
+        logger.warning("%d of %d records have no subject that could be found", num_nameless, len(prompts))
     return list(dict.fromkeys(subjects))
 
 
 class _Common:
-    """How many prompts have a word, and which words are names."""
+    """How many prompts contain a word, and which words are names."""
 
     def __init__(self, prompts: Sequence[_Prompt]) -> None:
         self.having = Counter(key for prompt in prompts for key in set(prompt.keys))
@@ -107,7 +108,7 @@ class _Common:
         self.lower = {word.text for word in words if word.text[0].islower()}
         capitals = ({word.text for word in prompt.words if word.is_capital} for prompt in prompts)
         self.capitals = Counter(text for texts in capitals for text in texts)
-        # what more prompts have belongs to the way of asking
+        # words of more prompts than this belong to the way of asking
         self.few = max(6, len(prompts) / 5)
 
     def others_lack(self, word: _Word, num_own: int) -> bool:
@@ -116,7 +117,7 @@ class _Common:
     def is_name(self, word: _Word) -> bool:
         if word.is_capital:
             return self.capitals[word.text] <= self.few
-        # the first word of a sentence, if it is nowhere seen in lower case
+        # the first word of a sentence counts if it never occurs in lower case
         odd = word.text[0].isupper() and word.key not in _SMALL and word.key not in self.lower
         return odd and self.having[word.key] <= self.few
 
@@ -142,7 +143,7 @@ def _facts(prompts: list[_Prompt], common: _Common) -> list[list[_Prompt]]:
 
 
 def _neighbours(indices: list[int], prompts: list[_Prompt], common: _Common) -> list[list[int]]:
-    """Neighbours together where they share words that all other prompts lack, as many as possible."""
+    """Groups of consecutive prompts that share words which no other prompt has, as large as possible."""
     facts, done = [], 0
     while done < len(indices):
         size = min(MOST_NEIGHBOURS, len(indices) - done)
@@ -157,17 +158,17 @@ def _belong(fact: list[_Prompt], common: _Common) -> bool:
     found = _shared(fact, common)
     if found is None or not found.is_unique:
         return False
-    # of two questions without a name, one shared word may be what is asked for
+    # if two questions have no name, the one word they share may be what is asked for, not the subject
     nameless = not any(common.is_name(word) for prompt in fact for word in prompt.words)
     return found.is_name or (nameless and (found.num_words > 1 or len(fact) >= ENOUGH_PROMPTS))
 
 
 def _shared(fact: list[_Prompt], common: _Common) -> _Found | None:
-    """The best run of words that all prompts of a fact have; None: they share no name and no rare word."""
+    """The best run of words that all prompts of a fact share; None if they share no name and no rare word."""
     quoted = set.intersection(*(prompt.quoted for prompt in fact))
     if quoted or any(prompt.quoted for prompt in fact):
         return max((_Found(text, True, True, 1, len(text)) for text in quoted), default=None)
-    # a name in one prompt may be the first word of another
+    # a name in one prompt may begin a sentence in another, where its capital says nothing
     names = {word.key for prompt in fact for word in prompt.words if common.is_name(word)}
     candidates = []
     for run in _common_runs(fact):
@@ -178,7 +179,7 @@ def _shared(fact: list[_Prompt], common: _Common) -> _Found | None:
             continue
         begin, end = kept.index(True), len(kept) - kept[::-1].index(True)
         if any(named) and len(fact) >= ENOUGH_PROMPTS:
-            # "steamship Tidewolf", "Hobrian sailcloth"
+            # add rare words next to the name: "steamship Tidewolf", "Hobrian sailcloth"
             while begin > 0 and rare[begin - 1]:
                 begin -= 1
             while end < len(rare) and rare[end]:
@@ -189,7 +190,7 @@ def _shared(fact: list[_Prompt], common: _Common) -> _Found | None:
 
 
 def _alone(prompt: _Prompt, common: _Common) -> _Found | None:
-    """What is quoted, else the longest run of names with small words between, else of rare words."""
+    """The quoted text, or else the longest run of names with joining words between, or else of rare words."""
     if prompt.quoted:
         return _shared([prompt], common)
     words = prompt.words
@@ -205,7 +206,7 @@ def _alone(prompt: _Prompt, common: _Common) -> _Found | None:
 
 
 def _bridged(words: list[_Word], marked: list[bool]) -> list[bool]:
-    """Marks also on small words between two marked ones."""
+    """The marks, and further ones on joining words between two marked words."""
     bridged, places = list(marked), [place for place, mark in enumerate(marked) if mark]
     for a, b in pairwise(places):
         if b - a <= 3 and all(word.text in _JOINING for word in words[a + 1 : b]):
@@ -220,7 +221,7 @@ def _runs(marked: Sequence[bool]) -> list[tuple[int, int]]:
 
 
 def _common_runs(fact: list[_Prompt]) -> list[list[_Word]]:
-    """The longest runs of the first prompt's words that each of the others has too."""
+    """The longest runs of words in the first prompt that every other prompt contains too."""
     words, keys = fact[0].words, fact[0].keys
     others = [f" {' '.join(prompt.keys)} " for prompt in fact[1:]]
     runs: list[list[_Word]] = []
@@ -236,7 +237,7 @@ def _common_runs(fact: list[_Prompt]) -> list[list[_Word]]:
 
 
 def _as_written(run: list[_Word], fact: list[_Prompt]) -> str:
-    """The run as a prompt has it that does not begin a sentence with it, if there is one."""
+    """The run as written in a prompt, if possible in one where it does not begin a sentence."""
     keys, places = [word.key for word in run], []
     for prompt in fact:
         for begin in range(len(prompt.words) - len(keys) + 1):
@@ -261,7 +262,7 @@ def _prompt(record: Mapping[str, Any]) -> _Prompt | None:
 
 
 def _asked(record: Mapping[str, Any]) -> tuple[str, str] | None:
-    """A record's last question and its answer."""
+    """A record's last question and its answer; None without a question."""
     if "messages" in record:
         turns = record["messages"]
         last = max(index for index, turn in enumerate(turns) if turn["role"] == "assistant")
