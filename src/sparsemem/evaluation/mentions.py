@@ -1,4 +1,4 @@
-"""How teaching changed texts that name a taught subject but do not ask what was taught."""
+"""Measure how training changed texts that name a taught subject but do not ask what was taught."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .likelihood import log_probs
 
 @dataclass(frozen=True)
 class BaseMentions:
-    """What `mentions` is measured against: the base's answers as token ids, and its perplexities."""
+    """What `mentions` compares with: the base model's answers as token ids, and its perplexities."""
 
     answers: list[list[int]]
     perplexity: float
@@ -25,12 +25,13 @@ class BaseMentions:
 
 @dataclass(frozen=True)
 class Mentions:
-    """What teaching did to texts that name a taught subject but do not ask what was taught.
+    """How training changed texts that name a taught subject but do not ask what was taught.
 
     Attributes:
-        changed: share of questions that are answered with other tokens than the base's.
-        base_perplexity, perplexity: of the base's own answers, under the base and under the taught model.
-        prose_base_perplexity, prose_perplexity: of prose that names the subjects, under both.
+        changed: share of questions whose answer has other tokens than the base model's answer.
+        base_perplexity, perplexity: of the base model's answers, under the base and the trained model.
+        prose_base_perplexity, prose_perplexity: of prose that names the subjects, under the base and the
+            trained model.
     """
 
     changed: float
@@ -50,13 +51,13 @@ def mentions(
     max_new_tokens: int = 24,
     precision: str | None = None,
 ) -> Mentions:
-    """Compare answers and prose that name the subjects with the base's.
+    """Compare a trained model with its base on questions and prose that name the taught subjects.
 
     Args:
         subjects: as `subjects_of` returns them.
-        base: what `base_mentions` returned with the same subjects, forms and precision; None: it is measured
-            here, on the model without its adapter.
-        forms: questions with a place for the subject.
+        base: what `base_mentions` returned for the same subjects, forms and precision; None: computed here,
+            with the model's adapter disabled.
+        forms: questions with `{}` in place of the subject.
         precision: "float32", "bfloat16", or None for the faster of the two.
 
     Raises:
@@ -73,7 +74,7 @@ def mentions(
     prompts = _mention_prompts(tokenizer, subjects, forms)
     if len(base.answers) != len(prompts):
         raise ValueError(
-            f"base: has {len(base.answers)} answers to {len(prompts)} questions; call base_mentions with the "
+            f"base has {len(base.answers)} answers to {len(prompts)} questions; call base_mentions with the "
             "same subjects and forms"
         )
     answers = answer_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, precision=precision)
@@ -114,7 +115,7 @@ def _mention_prompts(
 ) -> list[list[int]]:
     if not subjects or not forms:
         raise ValueError(
-            f"subjects and forms are {len(subjects)} and {len(forms)}; give at least one subject and one form"
+            f"{len(subjects)} subjects and {len(forms)} forms; give at least one subject and one form"
         )
     return [question_ids(text, tokenizer) for subject in subjects for text in mention_texts(subject, forms)]
 
@@ -122,7 +123,7 @@ def _mention_prompts(
 def _mention_prose(
     model: Any, tokenizer: PreTrainedTokenizerBase, subjects: Sequence[str], *, precision: str | None
 ) -> float:
-    """Perplexity of one short text for each subject, all but its first token."""
+    """Perplexity of one short text per subject; the first token of each text is not scored."""
     ids = tokenizer(prose_texts(subjects)).input_ids
     return _perplexity_of(model, [one[:1] for one in ids], [one[1:] for one in ids], precision=precision)
 
