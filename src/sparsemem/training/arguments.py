@@ -1,4 +1,4 @@
-"""The arguments of `finetune`: checked, and turned into Trainer's."""
+"""Check the arguments of `finetune` and turn them into Trainer's."""
 
 import json
 import logging
@@ -15,11 +15,11 @@ from .methods import MAX_GRAD_NORM, MEMORY_METHODS, check_method
 logger = logging.getLogger(__name__)
 
 WARMUP_STEPS = 5
-# Steps between two checkpoints, at most; an epoch if that is less.
+# The largest number of steps between two checkpoints; an epoch if that is shorter.
 SAVE_STEPS = 500
 
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-# Passes over the data; a step on cached states costs little, so that sparse memory takes at least so many.
+# Default passes over the data, and the fewest steps of sparse memory, whose steps on cached states are cheap.
 EPOCHS, MIN_STEPS = 3, 200
 
 
@@ -32,10 +32,13 @@ def check_arguments(
     cache_bytes: int,
     **counts: int | None,
 ) -> None:
-    """Check what does not need the data; `counts` are whole numbers of at least 1, or None.
+    """Check the arguments that can be checked before the data is read.
+
+    Args:
+        counts: numbers that must be at least 1, or None, by the name of their argument.
 
     Raises:
-        ValueError: an argument out of range, or checkpoints of another run in `output_dir`.
+        ValueError: an argument out of range, or checkpoints in `output_dir` without `resume`.
     """
     if not 0 <= mentions <= len(KEEP_FORMS):
         raise ValueError(f"mentions={mentions} is out of range; give 0 to {len(KEEP_FORMS)} question forms")
@@ -48,10 +51,12 @@ def check_arguments(
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} is too small; give at least 1")
     if resume and output_dir is None:
-        raise ValueError("resume=True needs output_dir=, the folder with the checkpoints to take up")
+        raise ValueError(
+            "resume=True needs output_dir=; give the folder with the checkpoints to continue from"
+        )
     if output_dir and not resume and any(Path(output_dir).glob("checkpoint-*")):
         raise ValueError(
-            f"output_dir {str(output_dir)!r} holds checkpoints; pass resume=True or name another folder"
+            f"output_dir {str(output_dir)!r} holds checkpoints; pass resume=True or give another folder"
         )
 
 
@@ -75,7 +80,7 @@ def training_arguments(
 
     Args:
         folder: where checkpoints go.
-        num_examples: of the training data.
+        num_examples: number of training examples.
         method, epochs, max_steps, schedule: as for `finetune`, which has checked them.
         validates: whether there is validation data.
         resumes: whether the run continues from a checkpoint.
@@ -109,18 +114,18 @@ def training_arguments(
     arguments.max_steps = max_steps or max(least, (epochs or EPOCHS) * steps_per_epoch)
     arguments.eval_steps = steps_per_epoch
     arguments.save_steps = min(steps_per_epoch, SAVE_STEPS)
-    # several devices are for torchrun: within one process Trainer would copy the model in every step
+    # one process uses one device: on several, Trainer would copy the model in every step (use torchrun)
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments, steps_per_epoch
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint that was written to its end: Trainer writes its state last."""
+    """The newest complete checkpoint, or None. Trainer writes `trainer_state.json` last."""
     paths = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in reversed(paths):
         with suppress(OSError, json.JSONDecodeError):
             json.loads((path / "trainer_state.json").read_text())
             return str(path)
     if paths:
-        logger.warning("no whole checkpoint in %s: training begins from the start", folder)
+        logger.warning("no complete checkpoint in %s: training begins from the start", folder)
     return None

@@ -1,9 +1,9 @@
 """finetune(): one function over `transformers.Trainer` for every method.
 
-Choices: by default a constant rate after WARMUP_STEPS, so that a longer run continues a shorter one; every
-step's loss goes into Trainer's log, from which stopping is decided, so that a resumed run stops where one
-without a break would; memory is the growth of the process's resident set, as a user sees it, or of the GPU's
-allocations.
+Choices: for LoRA and full finetuning the rate is constant by default after WARMUP_STEPS, so that a longer run
+continues a shorter one. Every step's loss is written to Trainer's log. The decision to stop uses this log, so
+a resumed run stops at the same step as an uninterrupted one. Memory use is the growth of the process's
+resident set, or of the GPU's allocations.
 """
 
 import tempfile
@@ -45,17 +45,20 @@ CACHE_BYTES = 2**31
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What a run made and what it cost.
+    """The result of a run and what it cost.
 
     Attributes:
-        precision: "float32" or "bfloat16", in which the model computed; other weights' own dtype.
-        loss: mean training loss of the last epoch's worth of steps.
-        validation_loss: at the end; None without validation data.
-        seconds: of preparing (calibration and scope too) and training, over all parts of a resumed run.
-        peak_bytes: growth of the process's memory, or of the GPU's, at its highest; of the last part's.
-        truncated: records cut to max_length.
+        steps: optimizer steps, over all parts of a resumed run.
+        loss: mean training loss of the last steps, as many as one epoch has.
+        validation_loss: loss on the validation data at the end; None without validation data.
+        seconds: time of preparation (with calibration and scope) and training, over all parts of a resumed
+            run.
+        trained_params: number of parameters that training may change.
+        peak_bytes: largest growth of the process's or the GPU's memory; for a resumed run, of its last part.
+        truncated: number of records cut to max_length.
         patch: the rows that sparse memory wrote; None for other methods.
-        background: of sparse memory: what a later `finetune` of the same model needs; None for other methods.
+        background: what a later `finetune` of the same memory needs; None for other methods.
+        precision: "float32" or "bfloat16", in which the model computed; another dtype if the weights have it.
     """
 
     model: PreTrainedModel | PeftModel
@@ -103,43 +106,47 @@ def finetune(
     precision: str | None = None,
     resume: bool = False,
 ) -> Finetuned:
-    """Teach a causal language model, in place, what the data says.
+    """Train a causal language model, in place, on the data.
 
     Args:
-        model: a base model, or one with an adapter of the same method, which then trains on.
-        data: whatever `read_records` takes, or examples that `encode` made.
+        model: a base model, or one with an adapter of the same method, which is trained further.
+        data: anything that `read_records` reads, or examples that `encode` returned.
         method: one of "smf", "smf-open", "lora", "full", see `methods`.
-        tokenizer: None: the one that the model's name leads to.
-        background: of sparse memory: the Background that `calibrate` returned, or data (mixed shapes and
-            plain strings too) on which a new memory is calibrated; None: `general_background`, for a base
-            model.
-        keep: of "smf": records whose answers must stay as they are although they are near to what is taught,
-            whatever they are about.
-        mentions: of "smf": other questions about each taught subject, so many, whose answers by the base are
-            kept too (`mention_records`). Not for more than MENTION_SUBJECTS subjects, which are a domain
-            rather than facts, nor for data without prompts. 0: none.
-        output_dir: where checkpoints and `metrics.jsonl`, one line per step, go; None: nowhere. The finished
-            model is the caller's to save.
-        rest_lr: of what trains beside value rows (alpha, keys), see `RowAdamW`.
+        tokenizer: None: the tokenizer that is found by the model's name.
+        background: for sparse memory: the Background that `calibrate` returned, or data on which a new memory
+            is calibrated (records of mixed shapes and plain strings are allowed). None: `general_background`,
+            for a base model.
+        keep: for "smf": records whose answers must not change although they are similar to what is taught.
+            They may be about anything.
+        mentions: for "smf": number of other questions about each taught subject whose answers by the base
+            model are kept too (`mention_records`); 0: none. Not used for more than MENTION_SUBJECTS subjects,
+            which are a domain rather than facts, nor for data without prompts.
+        output_dir: folder for checkpoints and `metrics.jsonl` (one line per step); None: neither is written.
+            The caller saves the finished model.
+        lr: learning rate; None: the method's own, see `methods`.
+        rest_lr: learning rate of what trains besides value rows (alpha, keys), see `RowAdamW`.
+        max_steps: number of steps; overrides epochs.
         epochs: None: EPOCHS, and for sparse memory at least MIN_STEPS steps.
-        max_steps: overrides epochs.
-        max_length: None: the model's context.
-        moments, quirks: of sparse memory, see `RowAdamW` and `quirks`.
-        schedule: "constant", "linear" or "cosine" to 0, after `warmup_steps` of linear rise; None: "linear"
-            for sparse memory, "constant" for the others.
-        validation: data whose loss is read before training, after each epoch, and at the end.
-        stop_loss: stop as soon as the mean loss of the last epoch's worth of steps is below.
-        cache_bytes: a tail memory trains on the base's states, computed once; up to so many bytes of them are
-            kept in memory, more in a file beside the checkpoints. 0: every step computes its own.
-        precision: "float32", "bfloat16" (products of float32 weights, by autocast), or None for the faster
-            one on this device.
-        resume: continue from the last whole checkpoint in output_dir, or begin where there is none.
+        max_length: in tokens; longer records are cut. None: the model's context length.
+        loss_on: as for `encode`.
+        stop_loss: stop when the mean loss of the last steps, as many as one epoch has, is below this.
+        top_t, rule: for sparse memory: which rows a step may change, see `select_rows`.
+        moments, quirks: for sparse memory, see `RowAdamW` and `ReleaseAdamW`.
+        schedule: of the learning rate, after `warmup_steps` of linear increase: "constant", or "linear" or
+            "cosine" down to 0. None: "linear" for sparse memory, "constant" for other methods.
+        validation: data on which the loss is measured before training, after each epoch, and at the end.
+        cache_bytes: a tail memory trains on the base model's states, computed once. Up to this many bytes of
+            states are kept in memory, more in a file next to the checkpoints. 0: each step computes them.
+        precision: "float32", "bfloat16" (autocast of float32 weights), or None for the faster of the two on
+            this device.
+        resume: continue from the last complete checkpoint in output_dir; without one, start from the
+            beginning.
 
-    Under torchrun the processes share each step: a step's batch is `batch_size` times their number. The first
-    one decides (calibration, scope, selection) and writes.
+    Under torchrun the processes share each step: its batch is `batch_size` times the number of processes. The
+    first process computes calibration, scope and selection for all, and writes the files.
 
     Raises:
-        ValueError: bad data or an option out of range, or a loss that is no longer finite.
+        ValueError: bad data, an option out of range, or a training loss that is not finite.
     """
     counts = {"epochs": epochs, "batch_size": batch_size, "max_steps": max_steps, "max_length": max_length}
     check_arguments(method, mentions, schedule, output_dir, resume, cache_bytes, **counts)
@@ -229,9 +236,9 @@ def _trainer(
     cache_bytes: int,
     folder: Path,
 ) -> FinetuneTrainer:
-    """Trainer through the model, or through the head on cached states where `prepare` made them."""
+    """The trainer, of the whole model or, if `prepare` returned states, of the head on these states."""
     if isinstance(prepared.optimizer, RowOptimizer):
-        # it clips what it moves, once, and together
+        # a row optimizer clips the gradients of all that it trains itself
         arguments.max_grad_norm = 0.0
     head, rows = prepared.states or (None, loaded.examples)
     held_out = loaded.held_out
@@ -250,13 +257,13 @@ def _trainer(
 
 
 def _train(trainer: FinetuneTrainer, checkpoint: str | None, stopwatch: Stopwatch) -> None:
-    """Train to the end, from a checkpoint where there is one, and measure the loss on held-out data."""
+    """Train to the end, from a checkpoint if there is one, and measure the loss on the held-out data."""
     reached = None
     if checkpoint is not None:
         reached = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-        stopwatch.go_on(reached)
+        stopwatch.add_earlier(reached)
     if checkpoint and reached and reached.global_step >= trainer.args.max_steps:
-        # Trainer would look at the number of steps only after one more
+        # Trainer would take one more step before it compares the number of steps
         trainer._load_from_checkpoint(checkpoint)
         trainer.state = reached
     else:
@@ -269,7 +276,7 @@ def _train(trainer: FinetuneTrainer, checkpoint: str | None, stopwatch: Stopwatc
 
 @contextmanager
 def _without_cache(model: Any):
-    """Trainer switches the KV cache off for good; it comes back after the block."""
+    """Restore `use_cache` after the block: Trainer switches the key-value cache off for good."""
     before = model.config.use_cache
     try:
         yield

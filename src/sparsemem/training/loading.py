@@ -1,4 +1,4 @@
-"""The data of one training run: what is taught, kept and held out, and the general text."""
+"""Load the data of one training run: what is taught, kept and held out, and the general text."""
 
 import logging
 import sys
@@ -24,22 +24,22 @@ from .methods import MEMORY_METHODS
 logger = logging.getLogger(__name__)
 
 BACKGROUND_BATCH_SIZE = 8
-# Other questions about each taught subject, tokens of their answers, and subjects that are facts, at most.
+# Default number of other questions per subject, tokens of an answer, and the most subjects that are facts.
 MENTION_FORMS, MENTION_LENGTH, MENTION_SUBJECTS = 4, 12, 256
 
 Data = str | Path | Sequence[dict] | Sequence[str] | datasets.Dataset
 
 
 class RunData(NamedTuple):
-    """Examples as `encode` makes them, cut to the model's context or to `max_length`.
+    """The data of a run, as `encode` returns it, cut to `max_length` or to the model's context length.
 
     Attributes:
         examples: what is taught.
-        truncated: number of these that were cut.
+        truncated: how many of them were cut.
         held_out: validation examples; None without validation data.
-        kept: examples whose answers must stay as they are.
-        general: what calibrates or has calibrated the memory; None where there is none.
-        pad: token id that pads batches.
+        kept: examples whose answers must not change.
+        general: the memory's Background, or batches of general text to calibrate it on; None if not given.
+        pad: token id for padding.
     """
 
     examples: list[dict]
@@ -62,12 +62,12 @@ def load_data(
     max_length: int | None,
     loss_on: str,
 ) -> RunData:
-    """Read and encode the data that `finetune` was given; arguments as there.
+    """Read and encode the data of a run; the arguments are those of `finetune`.
 
     Raises:
         ValueError: bad data.
     """
-    # under an attention mask and labels of -100 any token can pad
+    # with an attention mask and labels of -100, any token can be used as padding
     pad: Any = tokenizer.pad_token_id or 0
     length = max_length or getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     examples, truncated = truncate(_examples(data, tokenizer, loss_on), length)
@@ -78,7 +78,7 @@ def load_data(
 
 
 def mention_examples(model: Any, data: Any, tokenizer: PreTrainedTokenizerBase, number: int) -> list[dict]:
-    """The base's own answers to other questions about what the data teaches, encoded."""
+    """The base model's own answers to other questions about the taught subjects, encoded."""
     if not isinstance(data, str | Path):
         data = [record for record in data if isinstance(record, dict) and "input_ids" not in record]
     records = read_records(data) if data else []
@@ -86,7 +86,10 @@ def mention_examples(model: Any, data: Any, tokenizer: PreTrainedTokenizerBase, 
     if not subjects:
         return []
     if len(subjects) > MENTION_SUBJECTS:
-        logger.info("%d subjects are a domain, so other questions about them are not kept", len(subjects))
+        logger.info(
+            "%d subjects are a domain rather than facts, so other questions about them are not kept",
+            len(subjects),
+        )
         return []
     options = {"forms": KEEP_FORMS[:number], "max_new_tokens": MENTION_LENGTH}
     return encode(mention_records(model, tokenizer, records, **options), tokenizer)
@@ -95,7 +98,7 @@ def mention_examples(model: Any, data: Any, tokenizer: PreTrainedTokenizerBase, 
 def known_batches(
     loaded: RunData, tokenizer: PreTrainedTokenizerBase, seen: Background
 ) -> list[dict[str, Tensor]]:
-    """Batches of known states: taught answers in the background's text, and what is kept."""
+    """Batches of known states: taught answers within the background's text, and the kept examples."""
     elsewhere = answers_elsewhere(loaded.examples, tokenizer, seen.contexts)
     return batched([*elsewhere, *loaded.kept], BACKGROUND_BATCH_SIZE, loaded.pad)
 
@@ -103,7 +106,7 @@ def known_batches(
 def _general(
     background: Any, model: Any, method: str, tokenizer: PreTrainedTokenizerBase, length: int, pad: int
 ) -> Background | list[dict[str, Tensor]] | None:
-    """The Background that was given, or batches of general text for a new memory."""
+    """The given Background, or batches of general text for a new memory."""
     if background is None and method in MEMORY_METHODS and not isinstance(model, PeftModel):
         say_shipped()
         background = general_background()
