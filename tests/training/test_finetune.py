@@ -153,6 +153,13 @@ def test_a_finished_run_is_not_trained_on(teach, tmp_path, method):
         assert same(state(again.model), state(whole.model))
 
 
+def test_a_finished_run_gets_a_validation_loss_later(teach, tmp_path):
+    whole = teach("lora", max_steps=3, validation=FACTS[:2])
+    teach("lora", max_steps=3, output_dir=tmp_path)
+    again = teach("lora", max_steps=3, output_dir=tmp_path, resume=True, validation=FACTS[:2])
+    assert again.validation_loss == whole.validation_loss
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["random", "kl"])
 def test_resume_restores_what_the_selection_needs(teach, tmp_path, rule):

@@ -270,7 +270,7 @@ def _train(trainer: FinetuneTrainer, checkpoint: str | None, stopwatch: Stopwatc
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.eval_dataset is None:
         return
-    if _last(trainer.state.log_history, "eval_loss")["step"] < trainer.state.global_step:
+    if _last(trainer.state.log_history, "eval_loss").get("step", -1) < trainer.state.global_step:
         trainer.evaluate()
 
 
