@@ -275,7 +275,7 @@ def _dequantised(gguf: Path) -> str:
         raise ValueError(f"reading {gguf} needs the gguf package; run `pip install gguf`") from error
     except (OSError, ValueError, LookupError, struct.error) as error:
         raise ValueError(
-            f"model {str(gguf)!r} is not a GGUF file that transformers can read: {error}"
+            f"model {str(gguf)!r} is not a GGUF file that transformers can read ({error}); give another file"
         ) from error
     staged = Path(tempfile.mkdtemp(dir=cache))
     try:
