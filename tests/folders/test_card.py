@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, close_session
 from hub import COMMIT, TOKEN, serve
 from sparsemem.cli.main import main
 from sparsemem.data.models import load
-from sparsemem.folders import folders
+from sparsemem.folders import recording
 from sparsemem.folders.card import model_card
 
 GENERAL = [
@@ -145,7 +145,7 @@ def test_recorded_results_replace_those_of_the_same_question(home, trained):
         ("recall", 1, 1),
     ]
     found = {"metrics": {"perplexity": 7.5, "exposure": 0.25}, "base": {"perplexity": 7.25}, "n": 1000}
-    folders.record(trained, {"task": "wikitext", "data": None, "limit": None, **found})
+    recording.record(trained, {"task": "wikitext", "data": None, "limit": None, **found})
     card = (trained / "README.md").read_text()
     date = entries[0]["date"]
     assert rows(card, "recall") == [

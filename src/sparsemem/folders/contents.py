@@ -1,19 +1,16 @@
-"""What lies in a folder that graft or train made, and how its parts are named outside this machine.
+"""What lies in a folder that graft or train made.
 
 Choices: results count only for the weights that they were read on, which `evaluations.json` names by digest:
 after a patch was taken back they no longer count, and once it is applied again they do.
 """
 
 import hashlib
-import os
-import re
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..data.models import packaged_name
 from ..files import ArtifactError, read_json
 from ..patches.patch import RowPatch
 
@@ -119,36 +116,12 @@ def describe_patch(patch: RowPatch) -> dict[str, Any]:
     return {"base": patch.base, "info": patch.info, "layers": layers, "tensors": tensors}
 
 
-def public_data(source: str) -> str:
-    """A data source without the way to it on this machine: a file's name; `hub:NAME` stays."""
-    return source if source.startswith("hub:") else _last(source)
-
-
-def public_model(name: str) -> str:
-    """A model without the way to it on this machine: a packaged one's, folder's, file's or Hub name."""
-    if packaged := packaged_name(_last(name)):
-        return packaged
-    # the cached copy of a GGUF file is named after it and its digest
-    return re.sub(r"(\.gguf)-[0-9a-f]{12}$", r"\1", _last(name)) if is_local(name) else name
-
-
-def is_local(name: str) -> bool:
-    """Whether a model's name is a path of this machine or another one, and not a Hub name."""
-    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
-    odd = name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name or name.endswith(".gguf")
-    return absolute or odd or os.path.exists(name)
-
-
 def _is_memory(adapter: dict[str, Any]) -> bool:
     return adapter.get("peft_type") == "SPARSE_MEMORY"
 
 
 def _json(path: Path, default: Any) -> Any:
     return read_json(path) if path.is_file() else default
-
-
-def _last(path: str) -> str:
-    return PureWindowsPath(path).name or path
 
 
 def _rows(weights: Path) -> dict[str, tuple[int, int]]:

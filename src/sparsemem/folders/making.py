@@ -1,32 +1,20 @@
-"""The folders that the command line makes: a grafted adapter, a trained model, an adapter after a patch."""
+"""Make the folder of a grafted adapter, or of a trained adapter or model."""
 
 import hashlib
 import json
 import shutil
-import tempfile
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ..background.background import Background
 from ..data.general import SHIPPED, general_background, say_shipped
-from ..files import read_json, write_atomically, write_json
+from ..files import read_json, write_json
 from ..processes import is_first
-from ..provenance import differences, environment
-from .card import FOUND, front_matter, model_card
-from .contents import (
-    ADAPTER_FILE,
-    BACKGROUND_FILE,
-    CARD_FILE,
-    EVALUATIONS_FILE,
-    METRICS_FILE,
-    PATCH_FILE,
-    check_made,
-    describe_patch,
-    public_data,
-    weights_digest,
-)  # fmt: skip
+from ..provenance import environment
+from .card import write_card
+from .contents import ADAPTER_FILE, BACKGROUND_FILE, METRICS_FILE, PATCH_FILE
+from .names import public_data
 from .staging import checkpoints_of, new_folder, refuse_existing, refuse_other_settings
 
 BATCH_SIZE = 8
@@ -189,98 +177,6 @@ def train(
             write_card(part, out.name)
         shutil.rmtree(checkpoints, ignore_errors=not is_first())
     return metrics
-
-
-def diff_adapters(before: Path, after: Path, out: Path) -> dict[str, Any]:
-    """Save what changed between two states of one adapter as a row patch.
-
-    Raises:
-        ValueError: no adapter, adapters that do not belong together, or `out` is there already.
-    """
-    from ..patches.patch import RowPatch
-
-    refuse_existing(out)
-    patch = RowPatch.diff(load_adapter(after), since=before)
-    patch.save(out)
-    return {"out": str(out), **describe_patch(patch)}
-
-
-def move_patch(adapter: Path, file: Path, out: Path | None, *, forward: bool) -> dict[str, Any]:
-    """Apply a row patch to a saved adapter, or take it back; into a copy at `out`, or in place.
-
-    Raises:
-        ValueError: no adapter, a damaged or unfitting patch, or `out` is there already.
-    """
-    from peft.utils import SAFETENSORS_WEIGHTS_NAME
-
-    from ..patches.patch import RowPatch
-
-    if out is not None:
-        refuse_existing(out)
-    patch = RowPatch.load(file)
-    # a card that cannot be read must be found before anything is written
-    front_matter(adapter)
-    model = load_adapter(adapter)
-    (patch.apply if forward else patch.revert)(model)
-    if out is not None:
-        with new_folder(out) as part:
-            shutil.copytree(adapter, part, dirs_exist_ok=True)
-            model.save_pretrained(part)
-            write_card(part, out.name)
-    else:
-        with tempfile.TemporaryDirectory(dir=adapter.parent) as part:
-            model.save_pretrained(part)
-            # nothing but the weights has changed, and one file can be replaced as a whole
-            (Path(part) / SAFETENSORS_WEIGHTS_NAME).replace(adapter / SAFETENSORS_WEIGHTS_NAME)
-        write_card(adapter)
-    return {"out": str(out or adapter), **describe_patch(patch)}
-
-
-def record(folder: Path, entry: dict[str, Any]) -> None:
-    """Add what an evaluation found to the folder's `evaluations.json`, and make its card again.
-
-    The entry gets the date, versions and commit, and the digest of the weights that it holds for; it takes
-    the place of an older one with the same task, data and options: all of its keys but `card.FOUND`.
-
-    Args:
-        entry: `{"task", "data", "limit", "metrics", "n"}`, and as may be `"base"` (the base model's metrics)
-            and further options.
-
-    Raises:
-        ValueError: the folder is no adapter or model that we made.
-    """
-    check_made(folder)
-    front_matter(folder)
-    there = read_json(folder / EVALUATIONS_FILE) if (folder / EVALUATIONS_FILE).is_file() else []
-    others = [old for old in there if differences(_asked(old), _asked(entry))]
-    about = environment()
-    entry = {**entry, "date": f"{datetime.now(UTC):%Y-%m-%d}", "weights": weights_digest(folder)}
-    entry |= {key: about[key] for key in ("versions", "commit")}
-    write_json(folder / EVALUATIONS_FILE, [*others, entry])
-    write_card(folder)
-
-
-def write_card(folder: Path, name: str | None = None) -> None:
-    """Make the folder's README.md from what lies in it; see `card.model_card`."""
-    text = model_card(folder, name=name)
-    write_atomically(folder / CARD_FILE, lambda part: part.write_text(text, encoding="utf-8"))
-
-
-def load_adapter(adapter: Path) -> Any:
-    """The base model with the adapter in this folder.
-
-    Raises:
-        ValueError: the folder holds no adapter, or its base model cannot be loaded.
-    """
-    from ..data.models import load
-
-    if not (adapter / ADAPTER_FILE).is_file():
-        raise ValueError(f"{adapter} has no {ADAPTER_FILE}; give a folder that graft or train made")
-    return load(str(adapter))[0]
-
-
-def _asked(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if key not in FOUND}
 
 
 def _absolute(name: str) -> str:
