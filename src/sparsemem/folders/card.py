@@ -192,7 +192,7 @@ def _limits(made: Contents) -> str:
         if "exposure" in entry["metrics"]:
             lines.append(
                 f"- Exposure on {escape(data_name(entry))} is the share of its tokens that are in scope and "
-                "read a written row: there, and in what follows, the model may answer otherwise than the base."
+                "read a written row. There and in what follows, answers may differ from the base's."
             )
     return "\n".join(lines)
 
