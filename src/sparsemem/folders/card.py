@@ -1,8 +1,8 @@
-"""The model card (README.md) of a folder that graft or train made: what was taught, how, what probes found.
+"""The model card (README.md) of a folder that graft or train made: data, method, settings and results.
 
-Choices: everything is read from the folder, so that the card can be made again whenever something in it
-changes; data and models appear by file name or Hub name, never by a path of the machine; what a user adds to
-the front matter (language, license, ...) is kept, and nothing else is.
+Choices: everything is read from the folder, so the card can be written again whenever something in the folder
+changes. Data and models appear by file name or Hub name, never by a local path. Only what a user adds to the
+front matter (language, license, ...) is kept; other changes to the card are lost.
 """
 
 import json
@@ -16,11 +16,11 @@ from .markdown import escape, table
 from .names import PACKAGED, hub_base, public_data, public_model
 
 _ABOUT = {
-    "graft": "an empty sparse memory; nothing is taught yet, and every answer is the base model's",
-    "smf": "a sparse memory; rows of an added table were written, within the scope of what was taught",
-    "smf-open": "a sparse memory; rows of an added table were written, without a scope",
+    "graft": "an empty sparse memory; nothing is taught yet, so every answer is the base model's",
+    "smf": "a sparse memory; rows of an added table were trained, and act within the training data's scope",
+    "smf-open": "a sparse memory; rows of an added table were trained, without a scope",
     "lora": "a LoRA adapter",
-    "full": "a copy of it with every parameter trained",
+    "full": "a copy of the base model with every parameter trained",
 }
 _FIGURES = ("steps", "loss", "seconds", "trained_params", "truncated")
 _SHAPE = (
@@ -31,37 +31,40 @@ _ELSEWHERE = ("model", "data", "background", "background_records", "records", "m
 
 
 def model_card(folder: Path, *, name: str | None = None) -> str:
-    """README.md of an adapter or model folder: Markdown behind the front matter that the Hub reads.
+    """The text of README.md for an adapter or model folder: front matter for the Hub, then Markdown.
 
-    After a patch was applied or taken back the card says what the weights now hold, and leaves out results
-    that were read on others.
+    After a patch was applied or reverted, the card describes the present weights. It leaves out results that
+    were measured on other weights.
 
     Args:
-        folder: what `sparsemem graft` or `train` made.
-        name: by which the card's code loads it; NAMESPACE/NAME: from the Hub; by default the folder's own.
+        folder: a folder that `sparsemem graft` or `sparsemem train` made.
+        name: the name by which the example code loads the folder; NAMESPACE/NAME loads it from the Hub.
+            Default: the folder's name.
 
     Raises:
-        ValueError: the folder is none of ours, or something in it cannot be read.
+        ValueError: the folder was not made by sparsemem, or a file in it cannot be read.
     """
     folder = Path(folder)
     made = read_contents(folder)
     name = name or folder.resolve().name
     sections = {
-        "What was taught": _taught(made),
-        "How": _how(folder, made),
-        "What was probed": _probed(made),
+        "Training data": _taught(made),
+        "Method and settings": _how(folder, made),
+        "Results": _probed(made),
         "How to use it": _use(folder, made, name),
         "Limits": _limits(made),
         "Versions": _versions(made),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    end = "This card is made from the files beside it, and made anew when results or patches change them."
+    end = (
+        "sparsemem wrote this card from the files beside it; it is rewritten when results or patches change."
+    )
     front = new_front_matter(folder, made, name).to_yaml(line_break="\n")
     return f"---\n{front}\n---\n\n# {escape(name)}\n\n{_about(made)}\n\n{body}\n\n{end}\n"
 
 
 def write_card(folder: Path, name: str | None = None) -> None:
-    """Make the folder's README.md from what lies in it; see `model_card`."""
+    """Write the folder's README.md from its other files; see `model_card`."""
     text = model_card(folder, name=name)
     write_atomically(folder / CARD_FILE, lambda part: part.write_text(text, encoding="utf-8"))
 
@@ -73,8 +76,8 @@ def _about(made: Contents) -> str:
     parts = [f"For {_base(made)}: {about}."]
     if made.patch is not None and not made.applied:
         parts.append(
-            f"**`{PATCH_FILE}` is not in these weights**: it was taken back, or its rows were written over. "
-            "What is said below of the run that made it is not what this folder does now."
+            f"**`{PATCH_FILE}` is not in these weights**: it was reverted, or its rows were overwritten. "
+            "The run described below does not describe what this folder does now."
         )
     if method == "graft" and not empty:
         parts.append("**Rows of its memory were written by a patch** that is not among the files here.")
@@ -98,7 +101,7 @@ def _taught(made: Contents) -> str:
         calibrated = (
             f"; the memory was calibrated on {escape(public_data(general))}{number}" if general else ""
         )
-        return f"No file here names data that was taught{calibrated}."
+        return f"No file here names training data{calibrated}."
     lines = [f"- data: {escape(public_data(told['data']))}{number}"]
     if "records" in told:
         lines.append(f"- SHA-256 of the records: {escape(told['records'])}")
@@ -112,7 +115,7 @@ def _how(folder: Path, made: Contents) -> str:
     parts = []
     if made.rows:
         layers = describe_patch(made.patch)["layers"] if made.patch else {}
-        head = ["layer", "slots", "rows that hold something", "rows of the patch", "its centres of scope"]
+        head = ["layer", "slots", "rows that are not zero", "rows of the patch", "scope centres of the patch"]
         rows = []
         for name, (written, slots) in made.rows.items():
             layer = layers.get(name, {})
@@ -144,9 +147,10 @@ def _probed(made: Contents) -> str:
     parts = [table(head, rows)] if rows else []
     if made.num_stale:
         parts.append(
-            f"Left out, since they were read on other weights: results of {made.num_stale} earlier probes."
+            f"Results of {made.num_stale} earlier evaluations are left out: "
+            "they were measured on other weights."
         )
-    return "\n\n".join(parts) or "Nothing yet; `sparsemem eval ... --record` adds what it finds."
+    return "\n\n".join(parts) or "No results yet; `sparsemem eval ... --record` adds them."
 
 
 def _use(folder: Path, made: Contents, name: str) -> str:
@@ -154,7 +158,7 @@ def _use(folder: Path, made: Contents, name: str) -> str:
     base = json.dumps(public_model(made.base) or "BASE")
     lines = ["from sparsemem.data.models import load_base", ""]
     if made.adapter:
-        where = "" if hub_base(made.base) else "  # its path, where you keep it"
+        where = "" if hub_base(made.base) else "  # or the path of your copy"
         lines[0:0] = ["import sparsemem  # registers the method with PEFT", "from peft import PeftModel"]
         lines += [
             f"base, tokenizer = load_base({base}){where}",
@@ -176,23 +180,21 @@ def _use(folder: Path, made: Contents, name: str) -> str:
         if on_hub:
             lines += ["from huggingface_hub import hf_hub_download"]
         file = f'hf_hub_download({name}, "{PATCH_FILE}")' if on_hub else f'{name} + "/{PATCH_FILE}"'
-        taken_back = "patch.revert(model)  # takes back what was taught, to the byte"
-        moves = [taken_back, "patch.apply(model)  # and writes it again"]
+        taken_back = "patch.revert(model)  # removes what was taught; the weights are as before, to the byte"
+        moves = [taken_back, "patch.apply(model)  # writes the rows again"]
         lines += ["", f"patch = RowPatch.load({file})", *(moves if made.applied else moves[1:])]
     return "\n".join(["```python", *lines, "```"])
 
 
 def _limits(made: Contents) -> str:
-    lines = ["- What no probe above asked is not known."]
+    lines = ["- Only the results above were measured; nothing is known about other tasks."]
     if made.metrics.get("method") == "smf" and made.adapter.get("mode") == "additive":
-        lines.append(
-            "- An input none of whose tokens is in the scope of what was taught gets the base's logits."
-        )
+        lines.append("- If no token of an input is in scope, the logits are exactly the base model's.")
     for entry in made.results:
         if "exposure" in entry["metrics"]:
             lines.append(
                 f"- Exposure on {escape(data_name(entry))} is the share of its tokens that are in scope and "
-                "read a written row. There and in what follows, answers may differ from the base's."
+                "read a written row. From such a token on, the output may differ from the base model's."
             )
     return "\n".join(lines)
 

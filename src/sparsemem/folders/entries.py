@@ -1,25 +1,26 @@
-"""The entries of `evaluations.json`: what was asked of a model, and what was found."""
+"""The entries of `evaluations.json`: each holds the options of one evaluation and its results."""
 
 from typing import Any
 
 from .markdown import show
 from .names import public_data, public_model
 
-# What an entry found, and where; all other keys say what was asked.
+# Keys of the results and their circumstances. All other keys are options of the evaluation.
 FOUND = ("metrics", "base", "n", "weights", "date", "versions", "commit")
 
 
 def asked(entry: dict[str, Any]) -> dict[str, Any]:
+    """The options of the evaluation: task, data, limit and so on."""
     return {key: value for key, value in entry.items() if key not in FOUND}
 
 
 def data_name(entry: dict[str, Any]) -> str:
-    """A benchmark that was read from the Hub goes by its task."""
+    """The data's public name; for a benchmark from the Hub, the name of its task."""
     return public_data(entry["data"]) if entry.get("data") else str(entry["task"])
 
 
 def options_text(entry: dict[str, Any]) -> str:
-    """What was asked beyond task and data, as `limit 100`."""
+    """The options other than task and data, for example `limit 100`."""
     known = ("task", "data", *FOUND)
     if entry.get("precision") == "float32":
         known += ("precision",)
@@ -29,5 +30,5 @@ def options_text(entry: dict[str, Any]) -> str:
 
 
 def show_setting(value: Any) -> str:
-    """A setting may name a file."""
+    """A setting for readers. Text may be a path, so only its public name is shown."""
     return public_model(value) if isinstance(value, str) else show(value)

@@ -1,6 +1,6 @@
-"""The front matter of a model card, which the Hub reads.
+"""The front matter of a model card: the YAML that the Hub reads.
 
-Choices: what a user adds to it (language, license, ...) is kept, and nothing else is.
+Choices: keys that a user adds (language, license, ...) are kept; our own keys are written anew.
 """
 
 import math
@@ -27,24 +27,25 @@ _OURS = (
 
 
 def read_front_matter(folder: Path) -> dict[str, Any]:
-    """What a folder's card says to the Hub; nothing where there is no card.
+    """The front matter of a folder's card; empty if there is no card.
 
     Raises:
-        ValueError: it is no YAML.
+        ValueError: it is not valid YAML.
     """
     readme = folder / CARD_FILE
     try:
         return (metadata_load(readme) or {}) if readme.is_file() else {}
     except YAMLError as error:
         raise ValueError(
-            f"{readme} begins with broken YAML ({error}); mend it, or remove the file"
+            f"{readme} begins with broken YAML ({error}); correct it, or remove the file"
         ) from error
 
 
 def new_front_matter(folder: Path, made: Contents, name: str) -> ModelCardData:
+    """The front matter for a folder with these contents, published under this name."""
     kept = {key: value for key, value in read_front_matter(folder).items() if key not in _OURS}
     base = hub_base(made.base)
-    # the Hub refuses a base model that is not a Hub name
+    # the Hub rejects a base model that is not a Hub name
     if base is not None:
         kept |= {"base_model": base, "base_model_relation": "adapter" if made.adapter else "finetune"}
     kind = "sparse-memory" if made.rows else made.metrics["method"]
@@ -75,5 +76,5 @@ def _eval_results(entry: dict[str, Any]) -> list[EvalResult]:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The finite numbers, which are what the Hub takes."""
+    """The finite numbers; the Hub accepts no others."""
     return {k: v for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}

@@ -18,7 +18,7 @@ from .names import public_data
 from .staging import checkpoints_of, new_folder, refuse_existing, refuse_other_settings
 
 BATCH_SIZE = 8
-# Methods whose memory is calibrated on general text.
+# Methods with a memory that is calibrated on general text.
 CALIBRATED = ("smf", "smf-open")
 
 
@@ -34,19 +34,26 @@ def graft(
     resume: bool = False,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Give a base model a memory, make it useful on general text, and save adapter, background and tokenizer.
+    """Add a memory to a base model, prepare it on general text, and save adapter, background and tokenizer.
 
     Args:
-        retrofit: "calibrate", or "dense", see `dense_retrofit`.
-        resume: take up an interrupted dense retrofit.
-        options: of the dense retrofit's `finetune`: lr, epochs, max_steps, batch_size.
+        name: the base model.
+        source: general text, a file or `hub:NAME`.
+        out: the folder to create.
+        seed: seed of the memory's random numbers.
+        max_length: tokens per record; longer records are cut.
+        memory: changes to the default configuration of the memory; None values are ignored.
+        retrofit: "calibrate", or "dense" (see `dense_retrofit`).
+        resume: continue an interrupted dense retrofit.
+        options: options of the dense retrofit: lr, epochs, max_steps, batch_size,
+            gradient_accumulation_steps.
 
-    Returns what was made: each memory layer's use of its slots, the number of tokens of general text, and
-    for a dense retrofit its steps and losses.
+    Returns the folder, the number of tokens of general text, and for each memory layer how many of its slots
+    are in use; for a dense retrofit also its steps and losses.
 
     Raises:
-        ValueError: bad data, an unknown model, a memory that does not fit it, a folder that is there already,
-            or a retrofit to resume of other settings.
+        ValueError: the data is bad, the model is unknown, the memory does not fit the model, the folder
+            exists, or the retrofit to resume has other settings.
     """
     from peft import get_peft_model
     from transformers import set_seed
@@ -107,17 +114,22 @@ def train(
     background: str | None = None,
     trainable: str | None = None,
 ) -> dict[str, Any]:
-    """Finetune a model or an adapter and save what came of it; returns the content of its `metrics.json`.
+    """Finetune a model or an adapter and save the result; returns the content of its `metrics.json`.
 
     Args:
-        background: general text on which a base model's new memory is calibrated; None: the text that ships
-            with the package. An adapter has its own.
-        trainable: what of the adapter's memory trains, if other than it says itself.
-        options: of `finetune`.
+        name: a model or the folder of an adapter.
+        source: training data, a file or `hub:NAME`.
+        out: the folder to create.
+        method: a method of `finetune`.
+        resume: continue an interrupted run.
+        background: general text on which a base model's new memory is calibrated. None: the text that is part
+            of the package. An adapter has its own background.
+        trainable: the parts of the adapter's memory to train. None: as the adapter's configuration says.
+        options: further options of `finetune`.
 
     Raises:
-        ValueError: bad data or model, a folder that is there already, a run to resume of other settings, or a
-            background where none is used.
+        ValueError: the data or the model is bad, the folder exists, the run to resume has other settings, or
+            a background is given that the method does not use.
     """
     from peft import get_peft_model
     from transformers import set_seed
@@ -180,7 +192,7 @@ def train(
 
 
 def _absolute(name: str) -> str:
-    """A local path from the root: an adapter remembers its base, and is loaded from anywhere."""
+    """A local path made absolute, so that an adapter can find its base model from any working directory."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
 
@@ -193,12 +205,13 @@ def _save(folder: Path, model: Any, tokenizer: Any, background: Background | Non
 
 
 def _general(method: str, source: str | None, is_adapter: bool) -> list[dict[str, Any]] | None:
-    """Records on which a new memory is to be calibrated; None where there is none to make."""
+    """Records on which a new memory is calibrated; None if no memory is created."""
     from ..training.retrofit import general_records
 
     if method not in CALIBRATED or is_adapter:
         if source is not None:
-            why = f"method {method} has no memory" if method not in CALIBRATED else "an adapter keeps its own"
+            without = method not in CALIBRATED
+            why = f"method {method} has no memory" if without else "an adapter has its own background"
             raise ValueError(f"--background {source}: {why}; leave it out")
         return None
     return general_background() if source is None else general_records(source)

@@ -1,4 +1,4 @@
-"""Row patches and saved adapters: what changed between two of them, and a patch applied or taken back."""
+"""Row patches of saved adapters: compare two adapters, apply a patch, revert a patch."""
 
 import shutil
 import tempfile
@@ -12,10 +12,17 @@ from .staging import new_folder, refuse_existing
 
 
 def diff_adapters(before: Path, after: Path, out: Path) -> dict[str, Any]:
-    """Save what changed between two states of one adapter as a row patch.
+    """Save the difference between two states of one adapter as a row patch.
+
+    Args:
+        before: folder of the adapter before training.
+        after: folder of the same adapter after training.
+        out: the patch file to write.
+
+    Returns the path and `describe_patch` of the patch.
 
     Raises:
-        ValueError: no adapter, adapters that do not belong together, or `out` is there already.
+        ValueError: a folder holds no adapter, the adapters do not belong together, or `out` exists.
     """
     from ..patches.patch import RowPatch
 
@@ -26,10 +33,18 @@ def diff_adapters(before: Path, after: Path, out: Path) -> dict[str, Any]:
 
 
 def move_patch(adapter: Path, file: Path, out: Path | None, *, forward: bool) -> dict[str, Any]:
-    """Apply a row patch to a saved adapter, or take it back; into a copy at `out`, or in place.
+    """Apply a row patch to a saved adapter, or revert it.
+
+    Args:
+        adapter: the adapter's folder.
+        file: the patch.
+        out: folder for a changed copy; None changes the adapter itself.
+        forward: True applies the patch, False reverts it.
+
+    Returns the changed folder and `describe_patch` of the patch.
 
     Raises:
-        ValueError: no adapter, a damaged or unfitting patch, or `out` is there already.
+        ValueError: the folder holds no adapter, the patch is damaged or does not fit, or `out` exists.
     """
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
@@ -38,7 +53,7 @@ def move_patch(adapter: Path, file: Path, out: Path | None, *, forward: bool) ->
     if out is not None:
         refuse_existing(out)
     patch = RowPatch.load(file)
-    # a card that cannot be read must be found before anything is written
+    # an unreadable card must be found before anything is written
     read_front_matter(adapter)
     model = load_adapter(adapter)
     (patch.apply if forward else patch.revert)(model)
@@ -50,14 +65,14 @@ def move_patch(adapter: Path, file: Path, out: Path | None, *, forward: bool) ->
     else:
         with tempfile.TemporaryDirectory(dir=adapter.parent) as part:
             model.save_pretrained(part)
-            # nothing but the weights has changed, and one file can be replaced as a whole
+            # only the weights have changed, and a single file can be replaced atomically
             (Path(part) / SAFETENSORS_WEIGHTS_NAME).replace(adapter / SAFETENSORS_WEIGHTS_NAME)
         write_card(adapter)
     return {"out": str(out or adapter), **describe_patch(patch)}
 
 
 def load_adapter(adapter: Path) -> Any:
-    """The base model with the adapter in this folder.
+    """Load the base model together with the adapter in this folder.
 
     Raises:
         ValueError: the folder holds no adapter, or its base model cannot be loaded.
@@ -65,5 +80,7 @@ def load_adapter(adapter: Path) -> Any:
     from ..data.models import load
 
     if not (adapter / ADAPTER_FILE).is_file():
-        raise ValueError(f"{adapter} has no {ADAPTER_FILE}; give a folder that graft or train made")
+        raise ValueError(
+            f"{adapter} has no {ADAPTER_FILE}; give a folder that `sparsemem graft` or `sparsemem train` made"
+        )
     return load(str(adapter))[0]

@@ -1,4 +1,4 @@
-"""Results of an evaluation, kept in the folder of the adapter or model."""
+"""Save the results of an evaluation in the folder of the adapter or model."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,17 +13,18 @@ from .front_matter import read_front_matter
 
 
 def record(folder: Path, entry: dict[str, Any]) -> None:
-    """Add what an evaluation found to the folder's `evaluations.json`, and make its card again.
+    """Add the results of an evaluation to the folder's `evaluations.json`, and write the model card again.
 
-    The entry gets the date, versions and commit, and the digest of the weights that it holds for; it takes
-    the place of an older one with the same task, data and options: all of its keys but `entries.FOUND`.
+    The date, the versions, the commit and the digest of the present weights are added to the entry. The entry
+    replaces an older one with the same task, data and options (all keys except `entries.FOUND`).
 
     Args:
-        entry: `{"task", "data", "limit", "metrics", "n"}`, and as may be `"base"` (the base model's metrics)
+        folder: an adapter or model that sparsemem made.
+        entry: `{"task", "data", "limit", "metrics", "n"}`, if known also `"base"` (the base model's metrics),
             and further options.
 
     Raises:
-        ValueError: the folder is no adapter or model that we made.
+        ValueError: the folder holds no adapter or model that sparsemem made.
     """
     check_made(folder)
     read_front_matter(folder)
