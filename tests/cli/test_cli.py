@@ -455,7 +455,7 @@ BAD = {
     "empty items": ("eval TINY --task recall --data empty", "data is empty"),
     "seeds": ("compare demo --seeds 1,two --out OUT", "whole numbers"),
     "recipe": ("compare cake --out OUT", "'cake' is not one of 'demo', 'medical', 'paper'"),
-    "recipe data": ("compare demo --data-dir . --out OUT", "brings its own data"),
+    "recipe data": ("compare demo --data-dir . --out OUT", "has its own data"),
     "recipe method": ("compare demo --methods smf,dora --out OUT", "'dora' is unknown"),
     "recipe dry run as JSON": ("compare demo --dry-run --json --out OUT", "a dry run has no results"),
     "report": ("report OUT", "holds no results.json"),
