@@ -21,7 +21,10 @@ TASKS = {
 }
 # Families, from the weakest setting to the strongest; what is not named stands alone.
 LINES = {
-    "demo": (("lora-1e-4", "lora", "lora 3e-4", "lora-5e-4", "lora 5e-4"), ("full", "full-5e-5", "full 5e-5")),
+    "demo": (
+        ("lora-1e-4", "lora", "lora 3e-4", "lora-5e-4", "lora 5e-4"),
+        ("full", "full-5e-5", "full 5e-5"),
+    ),
     "medical": (("lora", "lora-long"), ("full-2e-5", "full", "full-long"), ("smf, one layer", "smf")),
 }
 # (folder, method there) -> name in the figure, of runs that the task's own folder does not hold
