@@ -1,5 +1,6 @@
 """The package imported: any name first, peft before or after it or not at all; and the command line alone."""
 
+import ast
 import os
 import runpy
 import subprocess
@@ -69,6 +70,17 @@ def run(program, *arguments):
 def test_every_name_can_be_the_first_import(order):
     done = run(EACH_NAME, order, *sparsemem.__all__, "__version__")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_lists_of_public_names_agree():
+    """Names, rooms, and the imports that type checkers read."""
+    tree = ast.parse(Path(sparsemem.__file__).read_text(encoding="utf-8"))
+    (for_types,) = [
+        node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    ]
+    named = {alias.name: node.module for node in for_types.body for alias in node.names}
+    assert named == sparsemem._ROOM
+    assert sparsemem.__all__ == sorted(named)
 
 
 def test_an_adapter_is_loaded_by_peft_imported_after_the_package(tiny, tmp_path, tiny_llama):
