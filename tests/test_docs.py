@@ -1,4 +1,4 @@
-"""README and docs against the code: imports, code blocks."""
+"""README and docs against the code: imports, code blocks, links, the map of folders."""
 
 import re
 from pathlib import Path
@@ -7,10 +7,11 @@ import pytest
 import transformers
 
 import sparsemem
+from test_house import FOLDERS, FREE, PACKAGE, ROOT
 from tiny import batch
 
 PROJECT = Path(__file__).parents[1]
-GUIDE = "docs/guide.md"
+GUIDE, ARCHITECTURE = "docs/guide.md", "docs/architecture.md"
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((PROJECT / "docs").glob("*.md"))))
 
 
@@ -70,3 +71,31 @@ def test_the_guide_trains_in_a_trainer_of_your_own(tmp_path, tiny_llama):
     layers = sparsemem.memory_layers(scope["model"])
     assert all(memory.values.any() for memory in layers.values())
     assert scope["optimizer"].selected
+
+
+def test_the_map_is_the_tree():
+    there = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    on_the_map = re.findall(r"^\| `(\w+)/` \|", text_of(ARCHITECTURE), flags=re.MULTILINE)
+    assert sorted(on_the_map) == sorted(there)
+
+
+def test_the_map_is_in_the_order_of_imports():
+    on_the_map = re.findall(r"^\| `(\w+)/` \|", text_of(ARCHITECTURE), flags=re.MULTILINE)
+    ordered = [folder for folder in FOLDERS if folder in on_the_map]
+    assert on_the_map[: len(ordered)] == ordered
+    assert set(on_the_map[len(ordered) :]) <= set(FREE)
+
+
+def test_the_architecture_page_names_files_that_are_there():
+    named = re.findall(r"`([\w/]+\.py)`", text_of(ARCHITECTURE))
+    missing = [one for one in named if not (PACKAGE / one).is_file() and not (PROJECT / one).is_file()]
+    assert named
+    assert not missing
+    assert {one for one in ROOT if (PACKAGE / f"{one}.py").is_file()} <= {Path(one).stem for one in named}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text_of(page))
+    missing = [one for one in links if not ((PROJECT / page).parent / one).exists()]
+    assert not missing
