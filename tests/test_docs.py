@@ -12,7 +12,11 @@ from tiny import batch
 
 PROJECT = Path(__file__).parents[1]
 GUIDE, ARCHITECTURE = "docs/guide.md", "docs/architecture.md"
-PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((PROJECT / "docs").glob("*.md"))))
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{path.name}" for path in sorted((PROJECT / "docs").glob("*.md"))),
+)
 
 
 def text_of(page):
