@@ -1,12 +1,17 @@
-"""README and docs against the code: imports, code blocks, links, the map of folders."""
+"""README and docs against the code: imports, code blocks, commands, links, the map of folders."""
 
 import re
+import shlex
+from importlib import import_module
 from pathlib import Path
 
+import click
 import pytest
 import transformers
 
 import sparsemem
+from sparsemem.cli.main import RECIPES, main
+from sparsemem.recipes.overrides import changed
 from test_house import FOLDERS, FREE, PACKAGE, ROOT
 from tiny import batch
 
@@ -23,9 +28,10 @@ def text_of(page):
     return (PROJECT / page).read_text(encoding="utf-8")
 
 
-def blocks(page):
-    """The Python code of a page, block by block."""
-    return re.findall(r"```python\n(.*?)```", text_of(page), flags=re.DOTALL)
+def blocks(page, language="python"):
+    """The fenced blocks of a page in this language; "": those that name none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), flags=re.DOTALL | re.MULTILINE)
+    return [code for name, code in found if name == language]
 
 
 def block(page, word):
@@ -75,6 +81,39 @@ def test_the_guide_trains_in_a_trainer_of_your_own(tmp_path, tiny_llama):
     layers = sparsemem.memory_layers(scope["model"])
     assert all(memory.values.any() for memory in layers.values())
     assert scope["optimizer"].selected
+
+
+def commands(page):
+    """The command lines of a page, without comments; a backslash continues a line."""
+    lines = "\n".join(blocks(page, "")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("sparsemem ")]
+
+
+def test_every_command_of_the_guide_parses():
+    for arguments in commands(GUIDE):
+        group, rest = main, arguments
+        while isinstance(group, click.Group):
+            _, group, rest = group.resolve_command(click.Context(group), rest)
+        group.make_context(group.name, list(rest))
+
+
+def test_the_guide_has_commands():
+    assert {arguments[0] for arguments in commands(GUIDE)} >= {"train", "eval", "compare", "patch", "push"}
+
+
+@pytest.mark.parametrize(
+    "assignments", re.findall(r"`(--set [a-z][\w.=]+(?: --set [\w.=]+)*)`", text_of(GUIDE))
+)
+def test_the_settings_that_the_guide_changes_exist(assignments):
+    chosen = assignments.removeprefix("--set ").split(" --set ")
+    found = []
+    for name in RECIPES:
+        try:
+            changed(import_module(f"sparsemem.recipes.{name}").SETTINGS, chosen)
+        except ValueError:
+            continue
+        found.append(name)
+    assert found
 
 
 def test_the_map_is_the_tree():
