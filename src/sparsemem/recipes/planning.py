@@ -62,11 +62,11 @@ def training_bytes(model: Any, adapter: PeftConfig | None) -> int:
 def gpu_estimate(
     model: Any, *, added_bytes: int, batch_tokens: int, all_tokens: int, trains_base: bool
 ) -> dict[str, float]:
-    """Hours and peak memory of training on one 24 GB GPU with bfloat16 autocast: an estimate, not a measurement.
+    """Hours and peak memory of training on one 24 GB GPU with bfloat16 autocast: estimated, not measured.
 
-    Two operations a weight and token forward, two for the gradients of activations, and two for those of the
-    base's weights where it trains. Activations: about 16 hidden and 3 MLP states a block and token in bfloat16,
-    and logits with their gradient.
+    Operations per weight and token: two forward, two for the gradients of activations, and two for those of
+    the base's weights where it trains. Activations per block and token: about 16 hidden states and 3 MLP
+    states in bfloat16; logits with their gradient come on top.
 
     Args:
         model: of `empty_model`, without an adapter.

@@ -14,7 +14,7 @@ UNTRAINED = {"loss": None, "steps": 0, "samples": 0, "seconds": 0.0, "trained_pa
 
 
 def costs(done: Any, batch_size: int) -> dict[str, Any]:
-    """The costs of training, from the `Finetuned` that `finetune` returned; `batch_size` is of a whole step."""
+    """The costs of training, from the `Finetuned` of `finetune`; `batch_size` is of a whole step."""
     return {**{name: getattr(done, name) for name in _COSTS}, "samples": done.steps * batch_size}
 
 
