@@ -1,7 +1,7 @@
 """Gated LoRA: low-rank maps in place of the tail memory's tables, behind the same gate.
 
-It tells what the gate does from what the memory does: the read layers, the scope, the known states, the cached
-states and the loss are sparse memory's; only the read is another, up(down(x)) with `up` zero at first.
+It tells what the gate does from what the memory does. The read layers, the scope, the known states, the
+cached states and the loss are sparse memory's; only the read differs: up(down(x)), with `up` zero at first.
 
 Reference: ours (no paper).
 """

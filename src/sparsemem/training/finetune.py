@@ -135,8 +135,8 @@ def finetune(
         schedule: of the learning rate, after `warmup_steps` of linear increase: "constant", or "linear" or
             "cosine" down to 0. None: "linear" for sparse memory, "constant" for other methods.
         validation: data on which the loss is measured before training, after each epoch, and at the end.
-        cache_bytes: a tail memory trains on the base model's states, computed once. States of up to this many
-            bytes are kept in memory, larger ones in a file next to the checkpoints. 0: each step computes them.
+        cache_bytes: a tail memory trains on the base model's states, computed once. They are kept in memory,
+            or in a file next to the checkpoints if they take more bytes than this. 0: each step computes them.
         precision: "float32", "bfloat16" (autocast of float32 weights), or None for the faster of the two on
             this device.
         resume: continue from the last complete checkpoint in output_dir; without one, start from the
