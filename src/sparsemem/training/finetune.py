@@ -136,7 +136,9 @@ def finetune(
             "cosine" down to 0. None: "linear" for sparse memory, "constant" for other methods.
         validation: data on which the loss is measured before training, after each epoch, and at the end.
         cache_bytes: a tail memory trains on the base model's states, computed once. They are kept in memory,
-            or in a file next to the checkpoints if they take more bytes than this. 0: each step computes them.
+        cache_bytes: a tail memory trains on the base model's states, computed once. They are kept in memory,
+            or in a file next to the checkpoints if larger than this. 0: each step computes them.
+            or in a file next to the checkpoints if larger than this. 0: each step computes them.
         precision: "float32", "bfloat16" (autocast of float32 weights), or None for the faster of the two on
             this device.
         resume: continue from the last complete checkpoint in output_dir; without one, start from the
