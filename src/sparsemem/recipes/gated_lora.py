@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 GATED = "lora-gated"
-RANK, LEARNING_RATE, STEPS = 64, 3e-3, 600
+RANK, LEARNING_RATE, STEPS = 64, 1e-2, 600
 
 
 def gated_settings() -> dict[str, Any]:
