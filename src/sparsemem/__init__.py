@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .optim.selection import select_rows
     from .patches.patch import RowPatch
     from .training.finetune import finetune
+    from .training.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _ROOM = {
     "RowPatch": "patches.patch",
     "RowSGD": "optim.rows",
     "SparseMemoryConfig": "adapter.config",
+    "Stream": "training.stream",
     "calibrate": "background.calibration",
     "clear_scope": "background.scoping",
     "count_accesses": "background.counting",
@@ -48,8 +50,8 @@ _ROOM = {
 
 __all__ = [
     "ArtifactError", "Background", "ProductKeyMemory", "RowAdamW", "RowPatch", "RowSGD", "SparseMemoryConfig",
-    "calibrate", "clear_scope", "count_accesses", "exposure", "finetune", "memory_layers", "observe",
-    "scope_gate", "select_rows", "set_scope", "set_trainable",
+    "Stream", "calibrate", "clear_scope", "count_accesses", "exposure", "finetune", "memory_layers",
+    "observe", "scope_gate", "select_rows", "set_scope", "set_trainable",
 ]  # fmt: skip
 
 

@@ -71,8 +71,8 @@ class SparseMemoryConfig(PeftConfig):
         scale_init: initial alpha.
         trainable: "values" (the rows alone), "values+scale" (alpha too) or "memory" (all of it).
         init_weights: True: rows zero, a no-op; "paper": the start of the dense retrofit; False: random.
-        scope_sizes: numbers of centres, known states and known states of tasks, by module path; filled in
-            when the adapter is saved.
+        scope_sizes: numbers of centres, known states, known states of tasks and own rows, by module path;
+            filled in when the adapter is saved.
         base_fingerprint: of the base model that the memory was calibrated on; filled in by `calibrate`.
 
     Raises:

@@ -142,6 +142,15 @@ def subjects_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(subjects))
 
 
+def question_and_subject(record: Mapping[str, Any]) -> tuple[str, str]:
+    """A record's last question, and the subject that stands out in it alone; empty where there is none."""
+    prompt = _prompt(record)
+    if prompt is None:
+        return "", ""
+    found = _alone(prompt, _Common([prompt]))
+    return prompt.text, found.subject if found and found.is_name else ""
+
+
 def mention_records(
     model: Any,
     tokenizer: Any,

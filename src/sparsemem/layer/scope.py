@@ -10,11 +10,15 @@ starts of the background), all of them unit vectors in whitened space. For a sta
 g is exactly 0 outside, so a token out of scope leaves the model as it was, to the bit. Thresholds belong to
 centres, so the union of several taught tasks is the concatenation of their centres. The gate has no gradient.
 
+A centre may have a row of its own. Then the nearest open centre adds its row to what the memory reads, and no
+other centre's row is read there: tasks that have rows of their own cannot change each other.
+
 Reference: ours (no paper). The known states are what tells a taught subject from a known one of the same
 question form; dev/LOG.md has the measurement.
 """
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +36,7 @@ class Scope:
         mean [d], whitener [d, d], known [num_known, d], known_weight [1]: the space.
         task_known [num_task_known, d]: known states that belong to what is taught.
         centres [num_centres, d], lo, hi [num_centres]: what is taught in it, with a threshold pair each.
+        rows [num_centres, d_out]: the centres' own rows; [0, 0] where none has one.
     """
 
     mean: Tensor
@@ -42,18 +47,16 @@ class Scope:
     centres: Tensor
     lo: Tensor
     hi: Tensor
+    rows: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
     def same_space(self, other: "Scope") -> bool:
-        return all(
-            torch.equal(getattr(self, key), getattr(other, key))
-            for key in ("mean", "whitener", "known", "known_weight")
-        )
+        return all(torch.equal(getattr(self, key), getattr(other, key)) for key in SPACE_PARTS)
 
     def joined(self, other: "Scope") -> "Scope":
         """The union with a scope of the same space."""
         assert self.same_space(other)
         parts = {key: torch.cat([getattr(self, key), getattr(other, key)]) for key in TASK_PARTS}
-        return replace(self, **parts)
+        return replace(self, **parts, rows=_rows_of([self, other]))
 
     def without(self, other: "Scope") -> "Scope | None":
         """What is left when the other's centres and known states, blocks of this scope's, are taken away.
@@ -70,7 +73,9 @@ class Scope:
             return None
         known = _rows_without(self.task_known, other.task_known)
         parts = {"task_known": self.task_known[known]}
-        return replace(self, **parts, **{key: getattr(self, key)[kept] for key in ("centres", "lo", "hi")})
+        parts |= {key: getattr(self, key)[kept] for key in ("centres", "lo", "hi")}
+        rows = self.rows[kept] if len(self.rows) else self.rows
+        return replace(self, **parts, rows=rows if rows.any() else rows.new_zeros(0, 0))
 
     def copy(self) -> "Scope":
         """A copy on the CPU, where a memory layer's own scope is a view of its buffers."""
@@ -80,14 +85,40 @@ class Scope:
 
     def gate(self, states: Tensor) -> Tensor:
         """g [tokens] float32 in [0, 1] of states [tokens, d]; exactly 0 out of scope."""
-        z = whiten(states, self.mean, self.whitener)
-        among_known = torch.maximum(nearest_known(z, self.known), nearest_known(z, self.task_known))
-        score = z @ self.centres.T - self.known_weight * among_known[:, None]
+        score = self._scores(states)
         return ((score - self.lo) / (self.hi - self.lo)).clamp(0, 1).amax(-1)
 
+    def own_read(self, states: Tensor) -> Tensor:
+        """[tokens, d_out] of states [tokens, d]: the row of the nearest open centre, the last one of equals.
 
-# What a scope holds of each taught task; the rest is the space that all of them share.
+        Zeros where no centre is open. A scope without rows gives [tokens, 0].
+        """
+        if not len(self.rows):
+            return states.new_zeros(len(states), 0)
+        score = self._scores(states)
+        score = score.masked_fill(score <= self.lo, -torch.inf).flip(-1)
+        best, place = score.max(-1)
+        return self.rows[score.shape[1] - 1 - place] * best.isfinite()[:, None]
+
+    def _scores(self, states: Tensor) -> Tensor:
+        z = whiten(states, self.mean, self.whitener)
+        among_known = torch.maximum(nearest_known(z, self.known), nearest_known(z, self.task_known))
+        return z @ self.centres.T - self.known_weight * among_known[:, None]
+
+
+# The space that all taught tasks share, and what a scope holds of each of them beside its rows.
+SPACE_PARTS = ("mean", "whitener", "known", "known_weight")
 TASK_PARTS = ("task_known", "centres", "lo", "hi")
+
+
+def _rows_of(scopes: Sequence[Scope]) -> Tensor:
+    """The rows of all centres, scope after scope, zeros for those without; [0, 0] if none has any."""
+    width = max(scope.rows.shape[1] for scope in scopes)
+    parts = [
+        scope.rows if len(scope.rows) else scope.centres.new_zeros(len(scope.centres), width)
+        for scope in scopes
+    ]
+    return torch.cat(parts) if width else scopes[0].rows
 
 
 def _rows_without(rows: Tensor, block: Tensor) -> Tensor:

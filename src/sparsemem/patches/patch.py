@@ -7,7 +7,7 @@ refused patch changes nothing.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..adapter.model import memory_layers
 from ..files import ArtifactError, fingerprint_base, load_artifact, save_artifact
 from ..layer.memory import ProductKeyMemory, scope_shapes
-from ..layer.scope import Scope
+from ..layer.scope import SPACE_PARTS, Scope
+from .space import filled_in, referring, space_digest
 from .tensors import (
     TensorPatch,
     addressing_before,
@@ -41,7 +42,8 @@ _SCOPE = tuple(field.name for field in fields(Scope))
 class LayerPatch:
     """One layer's share: slots [n] int64 ascending; before, after [n, d_out]; the scope added, if any.
 
-    `addressing` is the fingerprint of the addressing that the layer had before.
+    `addressing` is the fingerprint of the addressing that the layer had before. `space` is the digest of the
+    scope's space where the patch refers to it; the scope then lacks its SPACE_PARTS.
     """
 
     slots: Tensor
@@ -49,6 +51,7 @@ class LayerPatch:
     after: Tensor
     addressing: str
     scope: Scope | None = None
+    space: str | None = None
 
 
 @dataclass
@@ -109,12 +112,14 @@ class RowPatch:
         """One safetensors file, written atomically; rows before are left out where all of them are zero."""
         tensors = packed(self.tensors)
         header = {"base": self.base, "info": self.info, "addressing": {}, "whole": sorted(self.tensors)}
+        header["spaces"] = {name: layer.space for name, layer in self.layers.items() if layer.space}
         for name, layer in self.layers.items():
             held = {"slots": layer.slots, "after": layer.after}
             if layer.before.any():
                 held["before"] = layer.before
             if layer.scope is not None:
-                held |= {f"scope_{key}": getattr(layer.scope, key) for key in _SCOPE}
+                kept = [key for key in _SCOPE if layer.space is None or key not in SPACE_PARTS]
+                held |= {f"scope_{key}": _smallest(getattr(layer.scope, key)) for key in kept}
             tensors |= {f"{name}/{key}": value for key, value in held.items()}
             header["addressing"][name] = layer.addressing
         save_artifact(path, KIND, tensors, header)
@@ -130,23 +135,39 @@ class RowPatch:
             held = {
                 key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")
             }
-            problem = _problem(held)
+            space = header.get("spaces", {}).get(name)
+            problem = _problem(held, space)
             if problem:
                 raise ArtifactError(f"{path}: layer {name}: {problem}; get an undamaged copy")
-            scope = Scope(*(held[f"scope_{key}"] for key in _SCOPE)) if "scope_mean" in held else None
+            parts = {key: held[f"scope_{key}"].float() for key in _SCOPE if f"scope_{key}" in held}
+            scope = referring(parts) if space else Scope(**parts) if parts else None
             before = held.get("before", torch.zeros_like(held["after"]))
-            layers[name] = LayerPatch(held["slots"], before, held["after"], addressing, scope)
+            layers[name] = LayerPatch(held["slots"], before, held["after"], addressing, scope, space)
         others = unpacked(path, tensors, header.get("whole", []))
         return cls(layers, header["base"], header["info"], others)
 
-    def apply(self, model: nn.Module) -> None:
+    def referring(self) -> "RowPatch":
+        """The same patch, which refers to the space of its scopes by digest instead of holding it."""
+        layers = {
+            name: layer
+            if layer.scope is None or layer.space
+            else replace(layer, scope=referring(vars(layer.scope)), space=space_digest(layer.scope))
+            for name, layer in self.layers.items()
+        }
+        return replace(self, layers=layers)
+
+    def apply(self, model: nn.Module, *, spaces: Mapping[str, Scope] | None = None) -> None:
         """Write the rows and tensors after and add the scope.
+
+        Args:
+            spaces: by layer name, scopes in the spaces that the patch may refer to, as `load_spaces` gives
+                them; None: the model's own scopes.
 
         Raises:
             ArtifactError: another base, memory or addressing, a row or tensor not as `before`, a scope that
                 cannot be added, or a patch that is applied already; nothing is changed then.
         """
-        self._move(model, forward=True)
+        self._move(model, forward=True, spaces=spaces)
 
     def revert(self, model: nn.Module) -> None:
         """Write the rows and tensors before and take the scope away: `apply` undone to the byte.
@@ -172,7 +193,7 @@ class RowPatch:
         return are_after(tensors, self.tensors)
 
     @torch.no_grad()
-    def _move(self, model: nn.Module, *, forward: bool) -> None:
+    def _move(self, model: nn.Module, *, forward: bool, spaces: Mapping[str, Scope] | None = None) -> None:
         memories = memory_layers(model)
         if self.base != fingerprint_base(model):
             raise ArtifactError(
@@ -188,6 +209,8 @@ class RowPatch:
                 raise ArtifactError(
                     f"patch: was made on another addressing of {name}; calibrate with the same data and seed"
                 )
+            known = [scope for scope in ((spaces or {}).get(name), memories[name].scope) if scope]
+            layer = replace(layer, scope=filled_in(name, layer.scope, layer.space, known))
             scopes[name] = _checked_scope(name, memories[name], layer, forward=forward)
         check_tensors(model, self.tensors, forward=forward)
         for name, layer in self.layers.items():
@@ -265,7 +288,13 @@ def _checked_scope(name: str, memory: ProductKeyMemory, layer: LayerPatch, *, fo
     return now.joined(layer.scope)
 
 
-def _problem(held: dict[str, Tensor]) -> str | None:
+def _smallest(tensor: Tensor) -> Tensor:
+    """In bfloat16 where that loses nothing."""
+    rounded = tensor.to(torch.bfloat16)
+    return rounded if torch.equal(rounded.to(tensor.dtype), tensor) else tensor
+
+
+def _problem(held: dict[str, Tensor], space: str | None) -> str | None:
     if (
         not {"slots", "after"} <= held.keys()
         or held["slots"].dtype != torch.int64
@@ -283,20 +312,27 @@ def _problem(held: dict[str, Tensor]) -> str | None:
         return "slots are negative, unordered or duplicate"
     if not all(bool(t.isfinite().all()) for t in held.values() if t.is_floating_point()):
         return "holds NaN or infinite numbers"
-    scope = [held.get(f"scope_{key}") for key in _SCOPE]
-    if any((part is None) != (scope[0] is None) for part in scope):
+    scope = {key: held[f"scope_{key}"] for key in _SCOPE if f"scope_{key}" in held}
+    # patches made before centres had rows lack these
+    needed = {key for key in _SCOPE if key != "rows" and (space is None or key not in SPACE_PARTS)}
+    if (scope and not needed <= scope.keys()) or (space and not scope):
         return "half of a scope"
-    if scope[0] is not None:
-        parts = Scope(*(part for part in scope if part is not None))
-        wanted = scope_shapes(len(parts.mean), len(parts.centres), len(parts.known), len(parts.task_known))
-        if any(getattr(parts, key).shape != wanted[f"scope_{key}"] for key in _SCOPE):
+    if scope:
+        parts = referring(scope) if space else Scope(**scope)
+        width = parts.centres.shape[-1]
+        sizes = (len(parts.centres), len(parts.known), len(parts.task_known), len(parts.rows))
+        wanted = scope_shapes(width, *sizes, d_out=after.shape[1])
+        if len(parts.rows) not in (0, len(parts.centres)) or any(
+            getattr(parts, key).shape != wanted[f"scope_{key}"] for key in scope
+        ):
             return "a scope whose parts do not fit together"
     return None
 
 
 def _scope_in(tensors: Mapping[str, Tensor], name: str) -> Scope | None:
     parts = {key: _lookup(tensors, name, f"scope_{key}") for key in _SCOPE}
-    if any(part is None for part in parts.values()) or not len(parts["centres"]):  # type: ignore[arg-type]
+    lacking = [key for key, part in parts.items() if part is None and key != "rows"]
+    if lacking or not len(parts["centres"]):  # type: ignore[arg-type]
         return None
     return Scope(**{key: part.cpu() for key, part in parts.items() if part is not None})
 
