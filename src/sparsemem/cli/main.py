@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from .adapters import evaluate, graft, push, train
+from .learn import learn
 from .options import as_json, comma_names, comma_numbers, say, seed_option
 from .patches import patch
 
@@ -169,7 +170,7 @@ def _lines() -> Iterator[str]:
             return
 
 
-for command in (graft, train, evaluate, push, patch):
+for command in (graft, train, evaluate, push, patch, learn):
     main.add_command(command)
 
 
