@@ -53,7 +53,8 @@ def learn(
         except KeyboardInterrupt:
             say(f"\nstopped; --resume continues with {out}")
             raise SystemExit(130) from None
-        text = f"{out}: taught {done['taught']} of {done['taught'] + done['skipped']} tasks, holds {done['tasks']}"
+        number = done["taught"] + done["skipped"]
+        text = f"{out}: taught {done['taught']} of {number} tasks, holds {done['tasks']}"
         _show(done, as_json, f"{text} ({done['seconds']:.0f} s, {done['bytes']:,} bytes)")
     elif undo is not None:
         done = streams.undo(out, undo, model)

@@ -1,4 +1,4 @@
-"""What `sparsemem learn` does with a folder: teach a stream of tasks, take one back, say what is there, check it.
+"""What `sparsemem learn` does with a folder: teach tasks, take one back, say what is there, check it.
 
 Reading and checking need no base model.
 """
