@@ -19,7 +19,8 @@ from .fitting import whitening
 # How much nearness to something known counts. Less than where rows are shared: an own row speaks near its
 # centre alone, and unseen wordings lie nearer to known states than taught ones do (dev/LOG.md, section 16).
 KNOWN_WEIGHT = 0.15
-KNOWN_SIZE = 512
+# States of a kind that are known ones, and that are compared to each other for the thresholds.
+KNOWN_SIZE, COMPARED_SIZE = 512, 2_048
 # Share of the background's states of a kind that may come nearer to another than the kind's threshold.
 START_SHARE, WITHIN_SHARE = 0.10, 0.05
 # From closed to fully open.
@@ -48,11 +49,12 @@ def own_space(layer: LayerBackground) -> tuple[Scope, KindThresholds]:
             "give records with questions and answers"
         )
     mean, whitener = layer.mean.float(), whitening(layer.covariance)
-    starts = whiten(layer.starts[:KNOWN_SIZE], mean, whitener)
-    within = whiten(layer.answers[:KNOWN_SIZE], mean, whitener)
+    starts = whiten(layer.starts[:COMPARED_SIZE], mean, whitener)
+    within = whiten(layer.answers[:COMPARED_SIZE], mean, whitener)
     nothing, none = mean.new_zeros(0, len(mean)), mean.new_zeros(0)
     weight = mean.new_tensor([KNOWN_WEIGHT])
-    space = Scope(mean, whitener, torch.cat([starts, within]), weight, nothing, nothing, none, none)
+    known = torch.cat([starts[:KNOWN_SIZE], within[:KNOWN_SIZE]])
+    space = Scope(mean, whitener, known, weight, nothing, nothing, none, none)
     return space, KindThresholds(_threshold(starts, START_SHARE), _threshold(within, WITHIN_SHARE))
 
 

@@ -37,8 +37,8 @@ def learn(
     """
     from ..folders import streams
 
-    chosen = [name for name, given in
-              (("--stream", stream), ("--undo", undo), ("--status", status), ("--verify", verify)) if given]  # fmt: skip
+    asked = {"--stream": stream, "--undo": undo, "--status": status, "--verify": verify}
+    chosen = [name for name, given in asked.items() if given]
     if len(chosen) != 1:
         got = " and ".join(chosen) or "none of them"
         raise click.UsageError(f"give one of --stream, --undo, --status and --verify, not {got}")
