@@ -82,6 +82,19 @@ def test_undo_is_as_though_the_task_was_never_taught(stream_in, tmp_path):
     assert answers(every, questions(*TASKS)) == expected(*TASKS)
 
 
+def test_a_selection_of_tasks_is_as_though_the_others_were_never_taught(stream_in, tmp_path):
+    stream = stream_in(tmp_path / "s")
+    for name, records in TASKS.items():
+        stream.teach(name, records)
+    stream.select(["fruit"])
+    assert answers(stream, questions("fruit")) == expected("fruit")
+    assert answers(stream, questions("moon", "river")) != expected("moon", "river")
+    with pytest.raises(ValueError, match="sun not taught"):
+        stream.select(["sun"])
+    stream.select(None)
+    assert answers(stream, questions(*TASKS)) == expected(*TASKS)
+
+
 def test_undo_of_all_is_the_base_to_the_bit(stream_in, tmp_path, tiny_llama, tokenizer):
     stream = stream_in(tmp_path / "s")
     ids = torch.tensor([question_ids(*questions("moon"), tokenizer)])

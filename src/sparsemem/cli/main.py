@@ -19,7 +19,7 @@ from .learn import learn
 from .options import as_json, comma_names, comma_numbers, say, seed_option
 from .patches import patch
 
-RECIPES = ("demo", "medical", "paper")
+RECIPES = ("demo", "medical", "paper", "lifelong")
 NUM_SHOWN = 3
 
 

@@ -49,7 +49,8 @@ class Recipe:
     those whose loss against the base it draws, a panel each. `order` is that of the methods in a report
     (empty: that of `methods`), `seeds` those of a comparison that names none, and `plan(method)` says, as
     plain JSON values, what a run will take (data, steps, memory). `precision` is what models compute in while
-    a run lasts, one of its settings; None: the faster one on this machine.
+    a run lasts, one of its settings; None: the faster one on this machine. `figures(out)` draws what the
+    recipe shows beside the report, from the finished runs under `out`.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Recipe:
     seeds: tuple[int, ...] = (0,)
     precision: str | None = None
     plan: Callable[[str], dict[str, Any]] | None = None
+    figures: Callable[[Path], None] | None = None
 
 
 def compare(
@@ -112,6 +114,8 @@ def compare(
             base = read_json(folder / "result.json")
     results = collect(out)
     write_json(out / "results.json", results)
+    if recipe.figures is not None:
+        recipe.figures(out)
     return results
 
 

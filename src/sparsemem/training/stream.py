@@ -14,7 +14,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,7 @@ class Stream:
         self._head = TailHead(self._model, int(self.tokenizer.pad_token_id or 0))  # type: ignore[arg-type]
         self._versions = environment()["versions"]
         self._patches: dict[str, RowPatch] = {}
+        self._only: set[str] | None = None
         self._stale = True
 
     @property
@@ -112,12 +113,24 @@ class Stream:
 
     @property
     def model(self) -> PeftModel:
-        """The base model with all that it holds."""
+        """The base model with all that it holds, or with what `select` chose of it."""
         if self._stale:
-            patches = [self._patch(entry) for entry in self.ledger.active()]
+            active = [e for e in self.ledger.active() if self._only is None or e["task"] in self._only]
+            patches = [self._patch(entry) for entry in active]
             memory_layers(self._model)[self._name].scope = composed(self._name, patches, self._space)
             self._stale = False
         return self._model
+
+    def select(self, tasks: Iterable[str] | None) -> None:
+        """Let the model hold these tasks alone, until another call; None: all. The folder stays as it is.
+
+        Raises:
+            ValueError: a task that the ledger does not hold.
+        """
+        chosen = None if tasks is None else set(tasks)
+        if missing := sorted((chosen or set()) - set(self.tasks)):
+            raise ValueError(f"tasks: {', '.join(missing[:5])} not taught; see Stream.tasks")
+        self._only, self._stale = chosen, True
 
     def teach(self, task: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Teach a task; returns the ledger's line, which is on the disk then, and the task's patch too.
@@ -176,6 +189,7 @@ class Stream:
         Raises:
             OSError: the disk is full; the former adapter is still there.
         """
+        self.select(None)
         model = self.model
         with tempfile.TemporaryDirectory(dir=self.folder) as part:
             _write(Path(part), model.save_pretrained)
