@@ -150,7 +150,7 @@ def run(
     folder: Path,
     edits: Sequence[Edit],
 ) -> dict[str, Any]:
-    """Teach the edits one at a time and ask after each of the counts; measured counts are kept in `folder`."""
+    """Teach the edits one at a time and ask after each count; `folder` keeps what is measured."""
     from ..data.models import load_base
     from ..precision import precision_of
 
