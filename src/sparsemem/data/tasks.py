@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .mentions import question_and_subject
+from .subjects import question_and_subject
 
 
 class Task(NamedTuple):

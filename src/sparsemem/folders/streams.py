@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..data.models import packaged_name
-from ..data.records import read_records
+from ..data.reading import read_records
 from ..data.tasks import Task, tasks_of
 from ..files import ArtifactError
 from ..patches.composing import composed, silenced

@@ -39,7 +39,7 @@ class LifelongSettings:
     model: str = "smollm2"
     precision: str = "auto"
     data: str = "zsre"
-    counts: tuple[int, ...] = (1, 10, 100, 1000)
+    counts: tuple[int, ...] = (1, 10, 100, 300, 1000)
     limit: dict[str, int] = field(
         default_factory=lambda: {
             "smf": 1000,
@@ -117,7 +117,7 @@ def read_edits(path: Path, data: str) -> list[Edit]:
     """Raises:
     ValueError: the file cannot be read, or a line lacks a field.
     """
-    from ..data.records import read_jsonl
+    from ..data.reading import read_jsonl
 
     fields = {
         "zsre": ("src", "alt", "rephrase", "loc"),

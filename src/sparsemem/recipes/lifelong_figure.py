@@ -1,5 +1,6 @@
 """The benchmark's own figures: accuracy over the number of edits, and by the age of an edit."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def _by_age(runs: list[dict[str, Any]]) -> Any:
             right = run["points"][-1][key]
             if len(right) >= _TENTHS:
                 bounds = [round(i * len(right) / _TENTHS) for i in range(_TENTHS + 1)]
-                parts = [right[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+                parts = [right[a:b] for a, b in pairwise(bounds)]
                 shares = [sum(part) / len(part) for part in parts]
                 axes.plot(range(1, _TENTHS + 1), shares, marker="o", markersize=4,
                           label=f"{run['method']}, {len(right):,} edits")  # fmt: skip

@@ -1,64 +1,31 @@
-"""Medical: the paper's question (learn a domain, keep the rest) at a size that anyone can run.
+"""Medical: the paper's question (learn a domain without forgetting) at a size that runs on any machine.
 
-Taught: diagnosis to chapter of ICD-10, see `chapters`; every method the same number of steps and batches.
-Learnt: accuracy over four chapters by the likelihood of their names, on categories that were not taught.
-Kept: capitals by greedy decoding (asked in the same form), perplexity of prose, drift from the base.
+Training data: diagnoses and their ICD-10 chapters, see `chapters`. LoRA and full finetuning get the same
+number of steps; sparse memory takes more, cheaper steps (`memory_steps`).
+Learnt: accuracy over four chapters by the likelihood of their names, on categories outside the training data.
+Lost: questions about capitals by greedy decoding, perplexity on prose, drift from the base model.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ..comparison.compare import BASE, PARTIAL, Recipe
 from .chapters import chapter_items
-from .forgetting import background, read_prose
+from .forgetting import read_prose
+from .medical_methods import METHODS, MedicalSettings, method_settings, num_steps, teaching
 from .questions import capital_items
-from .runs import (
-    MEMORY_METHODS,
-    UNTRAINED,
-    costs,
-    keep_metrics,
-    precision_setting,
-    refuse_data_dir,
-    spread,
-    stages,
-    told,
-)
-
-METHODS = (BASE, "smf", "smf-open", "lora", "full")
-
-
-@dataclass(frozen=True)
-class MedicalSettings:
-    """The recipe's numbers, all of them."""
-
-    model: str = "smollm2"
-    # "float32", "bfloat16", or "auto": the faster one on this machine
-    precision: str = "auto"
-    num_train: int = 2400
-    num_test: int = 400
-    max_steps: int = 150
-    # on cached states, with a decaying rate: three passes over the records
-    memory_steps: int = 900
-    batch_size: int = 8
-    lr: Mapping[str, float] = field(
-        default_factory=lambda: {"smf": 0.4, "smf-open": 0.4, "lora": 2e-4, "full": 5e-5}
-    )
-    max_new_tokens: int = 12
-    prose_tokens: int = 3000
-    background_tokens: int = 2048
-    piece_tokens: int = 256
-
+from .runs import UNTRAINED, costs, keep_metrics, precision_setting, refuse_data_dir, spread, stages, told
 
 SETTINGS = MedicalSettings()
 _ABOUT = (
-    "A language model was taught to name the ICD-10 chapter of a diagnosis, by {max_steps} batches of "
-    "{batch_size} ({memory_steps} for sparse memory, whose steps are on cached states). Then it had to tell "
-    "the right chapter from three others for {num_test} diagnoses of categories that were not taught, was "
-    "asked the capitals of real countries, and was given prose to read."
+    "A language model was trained to name the ICD-10 chapter of a diagnosis, with {max_steps} batches of "
+    "{batch_size} ({memory_steps} for sparse memory, whose steps use cached states). Then it had to choose "
+    "the right chapter among four for {num_test} diagnoses of categories outside the training data, and was "
+    "asked for the capitals of real countries. Its perplexity on general prose was measured too."
 )
-# expected seconds on two cores, for the time left
+# expected seconds on two cores, to estimate the time left
 _PROBES = {"ask for chapters": 50, "ask for capitals": 12, "read prose": 25}
 _TEACHING_SECONDS = {"smf": 160, "smf-open": 200, "lora": 360, "full": 330}
 
@@ -66,10 +33,10 @@ _TEACHING_SECONDS = {"smf": 160, "smf-open": 200, "lora": 360, "full": 330}
 def recipe(
     *, model: str | None = None, data_dir: Path | None = None, settings: MedicalSettings | None = None
 ) -> Recipe:
-    """The medical comparison as `compare` runs it, by default on SmolLM2-135M-Instruct.
+    """The medical comparison as a recipe for `compare`, by default on SmolLM2-135M-Instruct.
 
     Raises:
-        ValueError: for a `data_dir`, since the recipe brings its own data.
+        ValueError: a `data_dir` is given; the recipe has its own data.
     """
     refuse_data_dir("medical", data_dir)
     chosen = settings or SETTINGS
@@ -93,20 +60,6 @@ def recipe(
     )
 
 
-def method_settings(settings: MedicalSettings, method: str) -> dict[str, Any]:
-    """The settings that decide this method's outcome: tuning one method leaves the others' runs valid."""
-    kept = asdict(settings)
-    del kept["model"], kept["precision"]
-    rate, memory_steps = kept.pop("lr").get(method), kept.pop("memory_steps")
-    if method in MEMORY_METHODS:
-        kept["max_steps"] = memory_steps
-    return kept if method == BASE else {**kept, "lr": rate}
-
-
-def num_steps(settings: MedicalSettings, method: str) -> int:
-    return settings.memory_steps if method in MEMORY_METHODS else settings.max_steps
-
-
 def run(
     settings: MedicalSettings,
     method: str,
@@ -114,7 +67,7 @@ def run(
     stage: Callable[[str], None],
     folder: Path,
 ) -> dict[str, Any]:
-    """Teach the model by one method (none for the base) and probe it; an interrupted teaching goes on."""
+    """Train the model (not for the base) and evaluate it; continues an interrupted training."""
     from ..data.models import load_base
     from ..evaluation.probes import multiple_choice, recall
     from ..precision import precision_of
@@ -126,22 +79,22 @@ def run(
     cost = UNTRAINED
     if method != BASE:
         stage("teach")
-        kept = (seed or 0, tokenizer, settings.background_tokens, settings.piece_tokens)
+        records = [_record(item) for item in taught]
+        taught_by = teaching(settings, method, seed or 0, tokenizer, records, folder.parents[1])
         done = finetune(
-            model,
-            [_record(item) for item in taught],
-            method,
+            taught_by.model,
+            taught_by.data,
+            taught_by.method,
             tokenizer=tokenizer,
-            lr=settings.lr[method],
             max_steps=num_steps(settings, method),
             batch_size=settings.batch_size,
             seed=seed or 0,
-            background=background(*kept) if method in MEMORY_METHODS else None,
             output_dir=folder / PARTIAL,
             resume=True,
+            **taught_by.options,
         )
         keep_metrics(folder)
-        model, cost = done.model, costs(done)
+        model, cost = done.model, costs(done, settings.batch_size)
     stage("ask for chapters")
     chapters = multiple_choice(model, tokenizer, asked, tokens=_tokens)
     stage("ask for capitals")
@@ -164,7 +117,7 @@ def _record(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokens(item: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """The question alone, and the chapters' names: the model is not shown what it chooses from."""
+    """Token ids of the question alone, and of each chapter's name; the prompt does not list the choices."""
     from ..data.records import choice_text, prompt_ids
 
     names = [choice_text(name, tokenizer) for name in item["choices"]]

@@ -38,8 +38,9 @@ from ..data.tasks import fact_of
 from ..files import ArtifactError, fingerprint_base
 from ..layer.scope import Scope, nearest_known, whiten
 from ..patches.composing import composed
+from ..patches.layers import LayerPatch
 from ..patches.ledger import FILE, LEARN, UNDO, Ledger, checked_patch
-from ..patches.patch import LayerPatch, RowPatch
+from ..patches.patch import RowPatch
 from ..patches.space import load_spaces, save_spaces, space_digest
 from ..precision import autocast, device_of, precise
 from ..provenance import environment
