@@ -99,10 +99,15 @@ class Scope:
         """
         if not len(self.rows):
             return states.new_zeros(len(states), 0)
+        place = self.nearest_open(states)
+        return self.rows[place] * (place >= 0)[:, None]
+
+    def nearest_open(self, states: Tensor) -> Tensor:
+        """[tokens] int64: which centre each of the states [tokens, d] is in, the last of equals; -1: none."""
         score = self._scores(states)
         score = score.masked_fill(score <= self.lo, -torch.inf).flip(-1)
         best, place = score.max(-1)
-        return self.rows[score.shape[1] - 1 - place] * best.isfinite()[:, None]
+        return (score.shape[1] - 1 - place).masked_fill(~best.isfinite(), -1)
 
     def _scores(self, states: Tensor) -> Tensor:
         z = whiten(states, self.mean, self.whitener)

@@ -72,7 +72,7 @@ class LifelongSettings:
     stop_loss: float = 0.02
     locality_tokens: int = 10
     knowledge_tokens: int = 12
-    prose_tokens: int = 2048
+    prose_tokens: int = 1024
 
 
 SETTINGS = LifelongSettings()
@@ -170,7 +170,9 @@ def run(
         stage(f"teach {count} edits")
         editor.teach_until(edits, count)
         stage(f"ask after {count}")
-        points.append(measure(settings, method, editor, tokenizer, edits[:count], base))
+        # the base knows after any number of edits what it knew before
+        former = points[-1] if method == BASE and points else None
+        points.append(measure(settings, method, editor, tokenizer, edits[:count], base, former))
         write_json(held, points)
     last = points[-1]
     row = {key: last[key] for key in last if key not in _DETAILS}
@@ -192,13 +194,20 @@ def measure(
     tokenizer: Any,
     edits: Sequence[Edit],
     base: dict[str, Any] | None,
+    former: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """All figures after these edits; of the base the answers too, which the others' must be."""
+    """All figures after these edits; of the base the answers too, which the others' must be.
+
+    Args:
+        former: an earlier point whose knowledge and prose still hold.
+    """
     from ..evaluation.probes import is_right
 
     number, before = len(edits), _point(base, len(edits))
     asked = general_items()
     local = editor.ask([edit.locality for edit in edits], settings.locality_tokens)
+    if former is not None:
+        return {**former, "edits": number, "locality_answers": local}
     general = editor.ask([item["question"] for item in asked], settings.knowledge_tokens)
     right = [is_right(text, item["answer"]) for text, item in zip(general, asked, strict=True)]
     point: dict[str, Any] = {"edits": number}
