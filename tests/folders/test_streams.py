@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from sparsemem.cli.main import main
+from sparsemem.files import load_artifact
 from sparsemem.folders.streams import status, verify
 
 BACKGROUND = [
@@ -63,12 +64,14 @@ def run(*more):
 
 
 def parts(folder):
-    """What a folder holds of its tasks: the weights, and each patch's bytes."""
-    files = [folder / "adapter_model.safetensors", *sorted((folder / "patches").glob("*.safetensors"))]
-    return [file.read_bytes() for file in files]
+    """What a folder holds of its tasks: the weights' bytes, and each patch's header with all digests."""
+    # safetensors writes the two keys of the metadata in any order, so a patch's own bytes may differ
+    patches = sorted((folder / "patches").glob("*.safetensors"))
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    return [weights, *(load_artifact(file, "row patch")[1] for file in patches)]
 
 
-@pytest.mark.parametrize("after", [0, 2, 4])
+@pytest.mark.parametrize("after", [0, 3])
 def test_a_killed_process_leaves_a_folder_that_resumes(paths, whole, tmp_path, after):
     out = tmp_path / "killed"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
