@@ -75,19 +75,14 @@ def parts(folder):
 def test_a_killed_process_leaves_a_folder_that_resumes(paths, whole, tmp_path, after):
     out = tmp_path / "killed"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sparsemem", *arguments(paths, out)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    # a line of progress says that a task is on the disk; the kill hits what comes after it
-    for line in process.stderr:
-        if f"t{after}:" in line:
-            break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, "-m", "sparsemem", *arguments(paths, out)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        # a line of progress says that a task is on the disk; the kill hits what comes after it
+        for line in process.stderr:
+            if f"t{after}:" in line:
+                break
+        process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     held = status(out)["tasks"]
     assert after < len(held) <= NUM_TASKS

@@ -6,6 +6,7 @@ Reading and checking need no base model.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from ..data.models import packaged_name
 from ..data.reading import read_records
 from ..data.tasks import Task, tasks_of
 from ..files import ArtifactError
+from ..layer.scope import Scope
 from ..patches.composing import composed, silenced
 from ..patches.ledger import FILE, LEARN, Ledger, checked_patch
-from ..patches.space import load_spaces, space_digest
+from ..patches.space import load_spaces, memory_digest, space_digest
 from .staging import refuse_existing
 
 
@@ -143,10 +145,13 @@ def verify(out: Path) -> dict[str, Any]:
     try:
         held = {key.rpartition(".")[2]: tensor for key, tensor in load_file(weights).items()}
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{weights}: cannot be read ({error}); learn --resume writes it again") from error
-    for key in ("centres", "lo", "hi", "rows"):
-        wanted = held[f"scope_{key}"][:0] if scope is None else getattr(scope, key)
-        if not torch.equal(wanted, held[f"scope_{key}"]):
+        raise ArtifactError(f"{weights}: cannot be read ({error}); get an undamaged copy") from error
+    if memory_digest(held) != ledger.about["memory"]:
+        raise ArtifactError(f"{weights}: was altered; get an undamaged copy")
+    for field in fields(Scope):
+        there = held[f"scope_{field.name}"]
+        wanted = there[:0] if scope is None else getattr(scope, field.name)
+        if not torch.equal(wanted, there):
             raise ArtifactError(f"{weights}: is not what the ledger says; learn --resume writes it again")
     return {"out": str(out), "lines": len(ledger.entries), "patches": len(patches), "ok": True}
 

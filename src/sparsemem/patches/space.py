@@ -23,6 +23,12 @@ def space_digest(scope: Scope) -> str:
     return fingerprint_tensors(*(getattr(scope, key) for key in SPACE_PARTS))
 
 
+def memory_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what no task of a stream changes: a memory's tensors, by name, but for its scope."""
+    fixed = sorted(name for name in tensors if not name.startswith("scope_"))
+    return fingerprint_tensors(*(tensors[name].detach().cpu() for name in fixed))
+
+
 def empty_scope(mean: Tensor, whitener: Tensor, known: Tensor, known_weight: float) -> Scope:
     """A space without anything taught in it.
 

@@ -41,7 +41,7 @@ from ..patches.composing import composed
 from ..patches.layers import LayerPatch
 from ..patches.ledger import FILE, LEARN, UNDO, Ledger, checked_patch
 from ..patches.patch import RowPatch
-from ..patches.space import load_spaces, save_spaces, space_digest
+from ..patches.space import load_spaces, memory_digest, save_spaces, space_digest
 from ..precision import autocast, device_of, precise
 from ..provenance import environment
 from .cached import TailHead, answer_starts
@@ -214,7 +214,7 @@ class Stream:
                 "learn needs a model whose are"
             )
         seen: Background = calibrate(prepared, batches(examples, BATCH_SIZE, pad), seed=seed)
-        ((name, _),) = memory_layers(prepared).items()
+        ((name, memory),) = memory_layers(prepared).items()
         space, thresholds = own_space(seen[name])
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder.parent, prefix=f".{self.folder.name}.") as part:
@@ -228,6 +228,7 @@ class Stream:
                 "model": getattr(model.config, "name_or_path", ""),
                 "base": fingerprint_base(prepared),
                 "space": space_digest(space),
+                "memory": memory_digest(memory.state_dict()),
                 "background": seen.corpus,
                 "seed": seed,
                 **environment(),
@@ -242,7 +243,15 @@ class Stream:
             raise ArtifactError(
                 f"{self.folder}: belongs to another base model; give {self.ledger.about['model']!r}"
             )
-        return PeftModel.from_pretrained(model, str(self.folder)).eval()  # type: ignore[return-value]
+        damaged = f"{self.folder / SAFETENSORS_WEIGHTS_NAME}: is damaged; get an undamaged copy"
+        try:
+            adapted: Any = PeftModel.from_pretrained(model, str(self.folder)).eval()
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ArtifactError(damaged) from error
+        ((_, memory),) = memory_layers(adapted).items()
+        if memory_digest(memory.state_dict()) != self.ledger.about["memory"]:
+            raise ArtifactError(damaged)
+        return adapted
 
     def _patch(self, entry: dict[str, Any]) -> RowPatch:
         name = entry["patch"]
