@@ -14,7 +14,7 @@ from ..layer.scope import Scope
 from .patch import RowPatch
 
 # Cosine of two answer starts' states from which two questions about one subject ask the same.
-SAME_FACT = 0.75
+SAME_FACT = 0.85
 
 
 @dataclass(frozen=True)
