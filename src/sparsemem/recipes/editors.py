@@ -46,6 +46,10 @@ class Editor(Protocol):
 class Plain:
     """A model that answers; by itself it is the base, which is taught nothing."""
 
+    model: Any
+    seconds: float
+    bytes: int
+
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.seconds, self.bytes = 0.0, 0

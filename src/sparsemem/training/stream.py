@@ -300,7 +300,7 @@ class Stream:
 def stream_config(model: PreTrainedModel) -> SparseMemoryConfig:
     """A memory that reads the deepest of the default layers; its own small table stays empty."""
     deepest = default_targets(model)[-1]
-    sizes = {"num_keys": 2, "num_heads": 1, "top_k": 1, "key_dim": 2}
+    sizes: dict[str, Any] = {"num_keys": 2, "num_heads": 1, "top_k": 1, "key_dim": 2}
     return SparseMemoryConfig(target_modules=[deepest], task_type="CAUSAL_LM", **sizes)
 
 
