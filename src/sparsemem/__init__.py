@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .optim.selection import select_rows
     from .patches.patch import RowPatch
     from .training.finetune import finetune
+    from .training.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ _ROOM = {
     "RowPatch": "patches.patch",
     "RowSGD": "optim.rows",
     "SparseMemoryConfig": "adapter.config",
+    "Stream": "training.stream",
     "calibrate": "background.calibration",
     "clear_scope": "background.scoping",
     "count_accesses": "background.counting",
@@ -61,8 +63,8 @@ _ROOM = {
 
 __all__ = [
     "ArtifactError", "Background", "ProductKeyMemory", "RowAdamW", "RowPatch", "RowSGD",
-    "SparseMemoryConfig", "calibrate", "clear_scope", "count_accesses", "drift", "evaluate", "exposure",
-    "finetune", "load", "load_base", "log_probs", "memory_layers", "multiple_choice", "observe",
+    "SparseMemoryConfig", "Stream", "calibrate", "clear_scope", "count_accesses", "drift", "evaluate",
+    "exposure", "finetune", "load", "load_base", "log_probs", "memory_layers", "multiple_choice", "observe",
     "perplexity", "read_items", "recall", "scope_gate", "select_rows", "set_scope", "set_trainable",
 ]  # fmt: skip
 

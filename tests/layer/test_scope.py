@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -42,3 +44,22 @@ def test_joined_scopes_can_be_separated_again():
 def test_whitened_states_have_unit_length():
     z = whiten(torch.randn(9, 5) * 100, torch.ones(5), torch.eye(5))
     torch.testing.assert_close(z.norm(dim=-1), torch.ones(9))
+
+
+def test_the_nearest_open_centre_speaks_and_the_last_of_equals():
+    centres = torch.eye(4)[[0, 1, 1, 2]]
+    rows = torch.arange(12.0).view(4, 3)
+    scope = replace(scope_of(centres, torch.full((4,), 0.5), torch.full((4,), 0.6)), rows=rows)
+    states = torch.tensor([[1.0, 0.2, 0, 0], [0.2, 1.0, 0, 0], [0, 0, 1.0, 0.9], [0, 0, 0.1, 1.0]])
+    assert torch.equal(scope.own_read(states), torch.stack([rows[0], rows[2], rows[3], torch.zeros(3)]))
+
+
+def test_rows_join_and_leave_with_their_centres():
+    thresholds = torch.full((2,), 0.5), torch.full((2,), 0.6)
+    plain = scope_of(torch.eye(4)[:2], *thresholds)
+    owned = replace(scope_of(torch.eye(4)[2:], *thresholds), rows=torch.ones(2, 3))
+    both = plain.joined(owned)
+    assert torch.equal(both.rows, torch.cat([torch.zeros(2, 3), torch.ones(2, 3)]))
+    left, other = both.without(owned), both.without(plain)
+    assert left.rows.shape == (0, 0)
+    assert torch.equal(other.rows, owned.rows)

@@ -74,8 +74,8 @@ class SparseMemoryConfig(PeftConfig):
         trainable: "values" (only the rows), "values+scale" (rows and alpha) or "memory" (all parameters).
         init_weights: True: rows are zero, so the memory changes nothing until it is trained. "paper": the
             start of the dense retrofit. False: random.
-        scope_sizes: by module path, the numbers of centres, of known states and of known states of tasks.
-            Filled in when the adapter is saved.
+        scope_sizes: by module path, the numbers of centres, of known states, of known states of tasks and of
+            own rows. Filled in when the adapter is saved.
         base_fingerprint: fingerprint of the base model that the memory was calibrated on. Filled in by
             `calibrate`.
 

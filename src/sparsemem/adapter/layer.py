@@ -49,7 +49,7 @@ class SparseMemoryLayer(nn.Module, BaseTunerLayer):
             value_gate=config.value_gate,
             scale_init=config.scale_init,
             init_weights=config.init_weights,
-            scope_sizes=config.scope_sizes.get(self.path, (0, 0, 0)),
+            scope_sizes=config.scope_sizes.get(self.path, ()),
         )
         freeze(memory, config.trainable)
         self.sparse_memory_layers[adapter_name] = memory

@@ -255,7 +255,7 @@ def _note_scope_sizes(config: SparseMemoryConfig, adapter: str, model: nn.Module
     held: dict[str, Any] = {layer.path: layer.sparse_memory_layers[adapter] for layer in layers}
     scopes = {path: memory.scope for path, memory in held.items()}
     config.scope_sizes = {
-        path: [len(part) for part in (scope.centres, scope.known, scope.task_known)]
+        path: [len(part) for part in (scope.centres, scope.known, scope.task_known, scope.rows)]
         for path, scope in scopes.items()
         if scope is not None
     }

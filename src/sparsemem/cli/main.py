@@ -17,11 +17,12 @@ import click
 
 from .adapters import evaluate, push
 from .graft import graft
+from .learn import learn
 from .options import NAMES, as_json, comma_names, comma_numbers, say, seed_option
 from .patches import patch
 from .train import train
 
-RECIPES = ("demo", "medical", "paper")
+RECIPES = ("demo", "medical", "paper", "lifelong")
 NUM_SHOWN = 3
 
 
@@ -228,7 +229,7 @@ def _lines() -> Iterator[str]:
             return
 
 
-for command in (graft, train, evaluate, push, patch):
+for command in (graft, train, evaluate, push, patch, learn):
     main.add_command(command)
 
 

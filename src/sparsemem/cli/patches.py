@@ -1,4 +1,4 @@
-"""Commands for row patches: show, diff, apply, revert."""
+"""Commands for row patches: show, diff, apply, revert, merge, dial, subset."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from .algebra import dial_patch, merge_patches, show_patch, subset_patch
 from .options import as_json
 
 
@@ -26,17 +27,6 @@ out_copy = click.option(
 )
 
 
-@patch.command("show", short_help="Show what a patch changes.")
-@patch_file
-@as_json
-def show_patch(patch_file: Path, as_json: bool) -> None:
-    """Show what PATCH changes."""
-    from ..folders.contents import describe_patch
-    from ..patches.patch import RowPatch
-
-    _show_patch(describe_patch(RowPatch.load(patch_file)), as_json)
-
-
 @patch.command("diff", short_help="Save the difference between two adapters as a patch.")
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("after", type=click.Path(path_type=Path))
@@ -46,7 +36,7 @@ def diff_patch(before: Path, after: Path, out: Path, as_json: bool) -> None:
     """Save the difference between two adapter folders, BEFORE and AFTER training, as a patch."""
     from ..folders.patching import diff_adapters
 
-    _show_patch(diff_adapters(before, after, out), as_json)
+    show_described(diff_adapters(before, after, out), as_json)
 
 
 @patch.command("apply", short_help="Apply a patch to an adapter.")
@@ -58,7 +48,7 @@ def apply_patch(adapter: Path, patch_file: Path, out: Path | None, as_json: bool
     """Apply PATCH to ADAPTER: write its rows and its scope into the memory."""
     from ..folders.patching import move_patch
 
-    _show_patch(move_patch(adapter, patch_file, out, forward=True), as_json)
+    show_described(move_patch(adapter, patch_file, out, forward=True), as_json)
 
 
 @patch.command("revert", short_help="Revert a patch that an adapter holds.")
@@ -70,10 +60,11 @@ def revert_patch(adapter: Path, patch_file: Path, out: Path | None, as_json: boo
     """Revert PATCH: restore ADAPTER's memory to its state before the patch, to the byte."""
     from ..folders.patching import move_patch
 
-    _show_patch(move_patch(adapter, patch_file, out, forward=False), as_json)
+    show_described(move_patch(adapter, patch_file, out, forward=False), as_json)
 
 
-def _show_patch(described: dict[str, Any], as_json: bool) -> None:
+def show_described(described: dict[str, Any], as_json: bool) -> None:
+    """Print what `describe_patch` found."""
     if as_json:
         click.echo(json.dumps(described))
         return
@@ -87,3 +78,7 @@ def _show_patch(described: dict[str, Any], as_json: bool) -> None:
     for key in ("base", "out"):
         if key in described:
             click.echo(f"{key}: {described[key]}")
+
+
+for command in (show_patch, merge_patches, dial_patch, subset_patch):
+    patch.add_command(command)

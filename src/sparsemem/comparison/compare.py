@@ -57,6 +57,7 @@ class Recipe:
         precision: number format of the computation during a run; it is one of the run's settings. None: the
             faster one on this machine.
         plan: `plan(method)` returns what a run needs (data, steps, memory), as plain JSON values.
+        figures: `figures(out)` draws further figures from the finished runs in the folder `out`.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Recipe:
     seeds: tuple[int, ...] = (0,)
     precision: str | None = None
     plan: Callable[[str], dict[str, Any]] | None = None
+    figures: Callable[[Path], None] | None = None
 
 
 def compare(
@@ -127,6 +129,8 @@ def compare(
             base = read_json(folder / "result.json")
     results = collect(out)
     write_json(out / "results.json", results)
+    if recipe.figures is not None:
+        recipe.figures(out)
     return results
 
 

@@ -30,6 +30,8 @@ _OTHER_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#33228
 _OTHER_MARKERS = ("P", "X", "p", "*", "<", ">", "h")
 _OPEN_RULES = ("tfidf", "tf", "grad", "random")
 _NAMES = {
+    "reliability": "taught facts answered wholly",
+    "locality": "unrelated answers",
     "recall_heldout": "recall of reworded questions",
     "recall_train": "recall of taught questions",
     "knowledge": "general knowledge",

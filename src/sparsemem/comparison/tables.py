@@ -49,6 +49,15 @@ def _count(value: float) -> str:
 
 
 COLUMNS = (
+    Column("edits", "edits", "facts that were taught, strictly one at a time", _count),
+    Column(
+        "reliability", "reliability", "of all of them, answered wholly right in the taught words", _percent
+    ),
+    Column("generality", "generality", "the same, asked in other words", _percent),
+    Column("first_tenth", "first tenth", "reliability of the tenth that was taught first", _percent),
+    Column("locality", "locality", "answers to unrelated questions that are the base's own", _percent),
+    Column("seconds_per_edit", "time an edit", "of teaching, without the probes", "{:.2f} s".format),
+    Column("bytes_per_edit", "bytes an edit", "that must be kept for it", _count),
     Column(
         "recall_train",
         "recall",

@@ -99,6 +99,15 @@ def subjects_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(subjects))
 
 
+def question_and_subject(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The last question of a record, and the name that it is about; empty strings if there is none."""
+    prompt = _prompt(record)
+    if prompt is None:
+        return "", ""
+    found = _alone(prompt, _Common([prompt]))
+    return prompt.text, found.subject if found and found.is_name else ""
+
+
 class _Common:
     """How many prompts contain a word, and which words are names."""
 

@@ -244,7 +244,10 @@ def exposure(
         gates = layer_gates(layers, states)
         for name, memory in layers.items():
             slots, _ = memory.address(states[name])
-            exposed |= written[name][slots].any(dim=1) & (gates[name] > 0)
+            reads = written[name][slots].any(dim=1)
+            if (scope := memory.scope) is not None and len(scope.rows):
+                reads |= scope.own_read(states[name]).any(dim=1)
+            exposed |= reads & (gates[name] > 0)
         num_exposed += int(exposed.sum())
         num_tokens += len(exposed)
     return num_exposed / num_tokens

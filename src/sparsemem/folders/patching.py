@@ -56,7 +56,10 @@ def move_patch(adapter: Path, file: Path, out: Path | None, *, forward: bool) ->
     # an unreadable card must be found before anything is written
     read_front_matter(adapter)
     model = load_adapter(adapter)
-    (patch.apply if forward else patch.revert)(model)
+    if forward:
+        patch.apply(model, spaces=spaces_of(adapter))
+    else:
+        patch.revert(model)
     if out is not None:
         with new_folder(out) as part:
             shutil.copytree(adapter, part, dirs_exist_ok=True)
@@ -69,6 +72,18 @@ def move_patch(adapter: Path, file: Path, out: Path | None, *, forward: bool) ->
             (Path(part) / SAFETENSORS_WEIGHTS_NAME).replace(adapter / SAFETENSORS_WEIGHTS_NAME)
         write_card(adapter)
     return {"out": str(out or adapter), **describe_patch(patch)}
+
+
+def spaces_of(adapter: Path) -> dict[str, Any] | None:
+    """The spaces that patches may refer to, of an adapter that `learn` made; else None.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    from ..patches.space import load_spaces
+
+    file = adapter / "space.safetensors"
+    return load_spaces(file)[0] if file.is_file() else None
 
 
 def load_adapter(adapter: Path) -> Any:

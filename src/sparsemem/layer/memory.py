@@ -55,7 +55,7 @@ class ProductKeyMemory(nn.Module):
         value_gate: str = "none",
         scale_init: float = 1.0,
         init_weights: bool | str = True,
-        scope_sizes: Sequence[int] = (0, 0, 0),
+        scope_sizes: Sequence[int] = (0, 0, 0, 0),
     ) -> None:
         super().__init__()
         self.d_in, self.d_out, self.mode, self.write = d_in, d_out, mode, write
@@ -72,7 +72,7 @@ class ProductKeyMemory(nn.Module):
         if value_gate == "silu":
             self.gate_in = nn.Parameter(torch.empty(d_out, d_in))
             self.gate_out = nn.Parameter(torch.empty(d_out, d_out))
-        for key, shape in scope_shapes(d_in, *scope_sizes).items():
+        for key, shape in scope_shapes(d_in, *scope_sizes, d_out=d_out).items():
             self.register_buffer(key, torch.zeros(shape))
         self.log: ReadLog | None = None
         self.token_mask: Tensor | None = None
@@ -162,7 +162,7 @@ class ProductKeyMemory(nn.Module):
             return scope.gate(x.detach())
 
     def read(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
-        """scale * y [tokens, d_out] float32 of states [tokens, d_in].
+        """scale * y [tokens, d_out] float32 of states [tokens, d_in], and the rows of the scope's centres.
 
         Args:
             x: [tokens, d_in].
@@ -174,7 +174,9 @@ class ProductKeyMemory(nn.Module):
             y = read_rows(self.values, slots, weights, self.log, counted, reached=self.write == "last")
             if self.gate_in is not None and self.gate_out is not None:
                 y = F.linear(y * F.silu(F.linear(x.float(), self.gate_in.float())), self.gate_out.float())
-            return self.scale.float() * y
+            y = self.scale.float() * y
+            scope = self.scope
+            return y if scope is None or not len(scope.rows) else y + scope.own_read(x.detach())
 
     def forward(self, x: Tensor, base: Tensor) -> Tensor:
         """The layer's output, in the shape and dtype of `base`.
@@ -228,7 +230,13 @@ class ProductKeyMemory(nn.Module):
 
 
 def scope_shapes(
-    d: int, num_centres: int = 0, num_known: int = 0, num_task_known: int = 0
+    d: int,
+    num_centres: int = 0,
+    num_known: int = 0,
+    num_task_known: int = 0,
+    num_rows: int = 0,
+    *,
+    d_out: int = 0,
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of a memory's scope tensors. With no centres there is no scope, and all tensors are empty."""
     width = d if num_centres else 0
@@ -241,4 +249,5 @@ def scope_shapes(
         "scope_centres": (num_centres, width),
         "scope_lo": (num_centres,),
         "scope_hi": (num_centres,),
+        "scope_rows": (num_rows, d_out if num_rows else 0),
     }

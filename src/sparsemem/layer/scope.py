@@ -12,11 +12,15 @@ g is exactly 0 out of scope, so for such a token the memory adds nothing and the
 the base model's. The scopes of several tasks are joined by concatenating their centres, because each centre
 has its own thresholds. The gate has no gradient.
 
+A centre may have a row of its own. Then the nearest open centre adds its row to what the memory reads, and no
+other centre's row is read there: tasks that have rows of their own cannot change each other.
+
 Reference: ours (no paper). The known states let the gate tell a taught subject from a known subject in the
 same form of question. dev/LOG.md has the measurement.
 """
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +39,7 @@ class Scope:
             for all tasks ("the space").
         task_known [num_task_known, d]: further known states, given for the taught tasks.
         centres [num_centres, d], lo, hi [num_centres]: the taught states, and the thresholds of each centre.
+        rows [num_centres, d_out]: the centres' own rows; [0, 0] if no centre has one.
     """
 
     mean: Tensor
@@ -45,19 +50,17 @@ class Scope:
     centres: Tensor
     lo: Tensor
     hi: Tensor
+    rows: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
     def same_space(self, other: "Scope") -> bool:
         """Whether both scopes come from the same background."""
-        return all(
-            torch.equal(getattr(self, key), getattr(other, key))
-            for key in ("mean", "whitener", "known", "known_weight")
-        )
+        return all(torch.equal(getattr(self, key), getattr(other, key)) for key in SPACE_PARTS)
 
     def joined(self, other: "Scope") -> "Scope":
         """The union of this scope and another one of the same space."""
         assert self.same_space(other)
         parts = {key: torch.cat([getattr(self, key), getattr(other, key)]) for key in TASK_PARTS}
-        return replace(self, **parts)
+        return replace(self, **parts, rows=_rows_of([self, other]))
 
     def without(self, other: "Scope") -> "Scope | None":
         """This scope without the centres and task_known states of another scope, which was joined to it.
@@ -74,7 +77,9 @@ class Scope:
             return None
         known = _rows_without(self.task_known, other.task_known)
         parts = {"task_known": self.task_known[known]}
-        return replace(self, **parts, **{key: getattr(self, key)[kept] for key in ("centres", "lo", "hi")})
+        parts |= {key: getattr(self, key)[kept] for key in ("centres", "lo", "hi")}
+        rows = self.rows[kept] if len(self.rows) else self.rows
+        return replace(self, **parts, rows=rows if rows.any() else rows.new_zeros(0, 0))
 
     def copy(self) -> "Scope":
         """A copy on the CPU. The scope of a memory layer shares the layer's buffers; a copy does not."""
@@ -84,14 +89,45 @@ class Scope:
 
     def gate(self, states: Tensor) -> Tensor:
         """Gate g [tokens] float32, from 0 to 1, of states [tokens, d]. Exactly 0 out of scope."""
-        z = whiten(states, self.mean, self.whitener)
-        among_known = torch.maximum(nearest_known(z, self.known), nearest_known(z, self.task_known))
-        score = z @ self.centres.T - self.known_weight * among_known[:, None]
+        score = self._scores(states)
         return ((score - self.lo) / (self.hi - self.lo)).clamp(0, 1).amax(-1)
 
+    def own_read(self, states: Tensor) -> Tensor:
+        """[tokens, d_out] of states [tokens, d]: the row of the nearest open centre, the last one of equals.
 
-# The fields that each task has for itself. The other fields are shared by all tasks.
+        Zeros where no centre is open. A scope without rows gives [tokens, 0].
+        """
+        if not len(self.rows):
+            return states.new_zeros(len(states), 0)
+        place = self.nearest_open(states)
+        return self.rows[place] * (place >= 0)[:, None]
+
+    def nearest_open(self, states: Tensor) -> Tensor:
+        """[tokens] int64: which centre each of the states [tokens, d] is in, the last of equals; -1: none."""
+        score = self._scores(states)
+        score = score.masked_fill(score <= self.lo, -torch.inf).flip(-1)
+        best, place = score.max(-1)
+        return (score.shape[1] - 1 - place).masked_fill(~best.isfinite(), -1)
+
+    def _scores(self, states: Tensor) -> Tensor:
+        z = whiten(states, self.mean, self.whitener)
+        among_known = torch.maximum(nearest_known(z, self.known), nearest_known(z, self.task_known))
+        return z @ self.centres.T - self.known_weight * among_known[:, None]
+
+
+# The fields that all tasks share, and those that each task has for itself beside its rows.
+SPACE_PARTS = ("mean", "whitener", "known", "known_weight")
 TASK_PARTS = ("task_known", "centres", "lo", "hi")
+
+
+def _rows_of(scopes: Sequence[Scope]) -> Tensor:
+    """The rows of all centres, scope after scope, zeros for those without; [0, 0] if none has any."""
+    width = max(scope.rows.shape[1] for scope in scopes)
+    parts = [
+        scope.rows if len(scope.rows) else scope.centres.new_zeros(len(scope.centres), width)
+        for scope in scopes
+    ]
+    return torch.cat(parts) if width else scopes[0].rows
 
 
 def _rows_without(rows: Tensor, block: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ The functions make it, check it, write it into a memory, and convert it to the t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..files import ArtifactError
 from ..layer.memory import ProductKeyMemory, scope_shapes
-from ..layer.scope import Scope
+from ..layer.scope import SPACE_PARTS, Scope
 from .sources import lookup
+from .space import referring, space_digest
 from .tensors import same_bytes
 
 _SCOPE = tuple(field.name for field in fields(Scope))
@@ -30,6 +31,7 @@ class LayerPatch:
         before, after: [n, d_out], the rows before and after the run.
         addressing: fingerprint of the layer's addressing before the run.
         scope: the scope that the run added, or None.
+        space: digest of the scope's space, if the patch refers to it. The scope's SPACE_PARTS are empty then.
     """
 
     slots: Tensor
@@ -37,6 +39,13 @@ class LayerPatch:
     after: Tensor
     addressing: str
     scope: Scope | None = None
+    space: str | None = None
+
+    def referring(self) -> "LayerPatch":
+        """The same, but it refers to the space of its scope by digest and does not contain it."""
+        if self.scope is None or self.space is not None:
+            return self
+        return replace(self, scope=referring(vars(self.scope)), space=space_digest(self.scope))
 
 
 def diff_layer(
@@ -160,11 +169,20 @@ def packed_layer(name: str, layer: LayerPatch) -> dict[str, Tensor]:
     if layer.before.any():
         held["before"] = layer.before
     if layer.scope is not None:
-        held |= {f"scope_{key}": getattr(layer.scope, key) for key in _SCOPE}
+        kept = [key for key in _SCOPE if layer.space is None or key not in SPACE_PARTS]
+        held |= {f"scope_{key}": _smallest(getattr(layer.scope, key)) for key in kept}
     return {f"{name}/{key}": value for key, value in held.items()}
 
 
-def unpacked_layer(path: str | Path, tensors: Mapping[str, Tensor], name: str, addressing: str) -> LayerPatch:
+def _smallest(tensor: Tensor) -> Tensor:
+    """In bfloat16, if that loses nothing."""
+    rounded = tensor.to(torch.bfloat16)
+    return rounded if torch.equal(rounded.to(tensor.dtype), tensor) else tensor
+
+
+def unpacked_layer(
+    path: str | Path, tensors: Mapping[str, Tensor], name: str, addressing: str, space: str | None = None
+) -> LayerPatch:
     """The opposite of `packed_layer`.
 
     Args:
@@ -172,20 +190,22 @@ def unpacked_layer(path: str | Path, tensors: Mapping[str, Tensor], name: str, a
         tensors: all tensors of the file.
         name: of the layer.
         addressing: fingerprint of the addressing before.
+        space: digest of the space that the scope refers to, or None if the file contains it.
 
     Raises:
         ArtifactError: tensors of the layer are missing or contradict each other.
     """
     held = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
-    problem = _problem(held)
+    problem = _problem(held, space)
     if problem:
         raise ArtifactError(f"{path}: layer {name}: {problem}; get an undamaged copy")
-    scope = Scope(*(held[f"scope_{key}"] for key in _SCOPE)) if "scope_mean" in held else None
+    parts = {key: held[f"scope_{key}"].float() for key in _SCOPE if f"scope_{key}" in held}
+    scope = referring(parts) if space else Scope(**parts) if parts else None
     before = held.get("before", torch.zeros_like(held["after"]))
-    return LayerPatch(held["slots"], before, held["after"], addressing, scope)
+    return LayerPatch(held["slots"], before, held["after"], addressing, scope, space)
 
 
-def _problem(held: dict[str, Tensor]) -> str | None:
+def _problem(held: dict[str, Tensor], space: str | None) -> str | None:
     """What is wrong with the tensors of a layer, or None."""
     if (
         not {"slots", "after"} <= held.keys()
@@ -204,20 +224,26 @@ def _problem(held: dict[str, Tensor]) -> str | None:
         return "slots are negative, not in order, or not unique"
     if not all(bool(t.isfinite().all()) for t in held.values() if t.is_floating_point()):
         return "contains NaN or infinite numbers"
-    scope = [held.get(f"scope_{key}") for key in _SCOPE]
-    if any((part is None) != (scope[0] is None) for part in scope):
+    scope = {key: held[f"scope_{key}"] for key in _SCOPE if f"scope_{key}" in held}
+    # Patches from before centres had rows lack these.
+    needed = {key for key in _SCOPE if key != "rows" and (space is None or key not in SPACE_PARTS)}
+    if (scope and not needed <= scope.keys()) or (space and not scope):
         return "parts of the scope are missing"
-    if scope[0] is not None:
-        parts = Scope(*(part for part in scope if part is not None))
-        wanted = scope_shapes(len(parts.mean), len(parts.centres), len(parts.known), len(parts.task_known))
-        if any(getattr(parts, key).shape != wanted[f"scope_{key}"] for key in _SCOPE):
+    if scope:
+        parts = referring(scope) if space else Scope(**scope)
+        sizes = (len(parts.centres), len(parts.known), len(parts.task_known), len(parts.rows))
+        wanted = scope_shapes(parts.centres.shape[-1], *sizes, d_out=after.shape[1])
+        if len(parts.rows) not in (0, len(parts.centres)) or any(
+            getattr(parts, key).shape != wanted[f"scope_{key}"] for key in scope
+        ):
             return "the shapes of the scope's parts do not fit together"
     return None
 
 
 def _scope_in(tensors: Mapping[str, Tensor], name: str) -> Scope | None:
     parts = {key: lookup(tensors, name, f"scope_{key}") for key in _SCOPE}
-    if any(part is None for part in parts.values()) or not len(parts["centres"]):  # type: ignore[arg-type]
+    lacking = [key for key, part in parts.items() if part is None and key != "rows"]
+    if lacking or not len(parts["centres"]):  # type: ignore[arg-type]
         return None
     return Scope(**{key: part.cpu() for key, part in parts.items() if part is not None})
 

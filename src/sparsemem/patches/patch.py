@@ -7,7 +7,7 @@ will change are checked. So if a patch is refused, nothing has changed.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..adapter.model import memory_layers
 from ..files import ArtifactError, fingerprint_base, load_artifact, save_artifact
+from ..layer.scope import Scope
 from .layers import (
     LayerPatch,
     checked_scope,
@@ -26,6 +27,7 @@ from .layers import (
     write_layer,
 )
 from .sources import read_adapter
+from .space import filled_in
 from .tensors import (
     TensorPatch,
     addressing_before,
@@ -103,6 +105,7 @@ class RowPatch:
         """
         tensors = packed(self.tensors)
         header = {"base": self.base, "info": self.info, "addressing": {}, "whole": sorted(self.tensors)}
+        header["spaces"] = {name: layer.space for name, layer in self.layers.items() if layer.space}
         for name, layer in self.layers.items():
             tensors |= packed_layer(name, layer)
             header["addressing"][name] = layer.addressing
@@ -118,21 +121,30 @@ class RowPatch:
         """
         tensors, header = load_artifact(path, KIND)
         layers = {
-            name: unpacked_layer(path, tensors, name, addressing)
+            name: unpacked_layer(path, tensors, name, addressing, header.get("spaces", {}).get(name))
             for name, addressing in header["addressing"].items()
         }
         others = unpacked(path, tensors, header.get("whole", []))
         return cls(layers, header["base"], header["info"], others)
 
-    def apply(self, model: nn.Module) -> None:
+    def referring(self) -> "RowPatch":
+        """The same patch, but it refers to the spaces of its scopes by digest and does not contain them."""
+        layers = {name: layer.referring() for name, layer in self.layers.items()}
+        return replace(self, layers=layers)
+
+    def apply(self, model: nn.Module, *, spaces: Mapping[str, Scope] | None = None) -> None:
         """Write the rows and tensors as they were after the run, and add its scope.
+
+        Args:
+            spaces: scopes by layer name, as `load_spaces` returns them, if the patch refers to their spaces
+                and the model's own scopes do not have them.
 
         Raises:
             ArtifactError: the base model, the memory or the addressing is another one; a row or tensor is not
                 as it was before the run, for example because the patch is applied already; or the scope
                 cannot be added. Nothing is changed then.
         """
-        self._move(model, forward=True)
+        self._move(model, forward=True, spaces=spaces)
 
     def revert(self, model: nn.Module) -> None:
         """Write the rows and tensors as they were before the run, and remove its scope. Exactly undoes
@@ -158,7 +170,7 @@ class RowPatch:
         return rows and are_after(tensors, self.tensors)
 
     @torch.no_grad()
-    def _move(self, model: nn.Module, *, forward: bool) -> None:
+    def _move(self, model: nn.Module, *, forward: bool, spaces: Mapping[str, Scope] | None = None) -> None:
         memories = memory_layers(model)
         if self.base != fingerprint_base(model):
             raise ArtifactError(
@@ -176,6 +188,8 @@ class RowPatch:
                     f"patch: was made with another addressing of {name}; calibrate with the same data "
                     "and seed"
                 )
+            known = [scope for scope in ((spaces or {}).get(name), memories[name].scope) if scope]
+            layer = replace(layer, scope=filled_in(name, layer.scope, layer.space, known))
             scopes[name] = checked_scope(name, memories[name], layer, forward=forward)
         check_tensors(model, self.tensors, forward=forward)
         for name, layer in self.layers.items():

@@ -73,8 +73,11 @@ class TailHead:
         *_, deepest = self.layers
         memory = self.layers[deepest]
         gate = memory.relevance(inputs[deepest]) if memory.has_scope else None
-        written = gated_sum(hidden, self.layers, inputs, gate).to(next(self.norm.parameters()).dtype)
-        logits = self._project(self.norm(written))
+        return self.logits_of(gated_sum(hidden, self.layers, inputs, gate))
+
+    def logits_of(self, residual: Tensor) -> Tensor:
+        """[n, vocabulary] of last residuals [n, width], as they are read behind the last block."""
+        logits = self._project(self.norm(residual.to(next(self.norm.parameters()).dtype)))
         config = self.model.config.get_text_config()
         # Gemma, Cohere and Granite change their logits after the head.
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
@@ -160,7 +163,7 @@ class StateRows(Dataset):
         else:
             parts = [self.rows[slice(*self.spans[index])] for index in chosen]
         _, inputs = head.parts(torch.cat(parts))
-        start = [_starts(self.examples[index]["labels"]) for index in chosen]
+        start = [answer_starts(self.examples[index]["labels"]) for index in chosen]
         return Supervised(inputs, torch.tensor(chosen).repeat_interleave(sizes[chosen]), torch.cat(start))
 
     def _computed(self, head: TailHead, number: int, cache_bytes: int, folder: Path) -> Tensor:
@@ -218,7 +221,7 @@ def _write_rows(path: Path, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
             file.write(rows.numpy().tobytes())
 
 
-def _starts(labels: Sequence[int]) -> Tensor:
+def answer_starts(labels: Sequence[int]) -> Tensor:
     """[n] bool: at which of a record's supervised positions an answer starts."""
     now = torch.tensor(list(labels)) != -100
     return ~now[:-1][now[1:]]

@@ -1,0 +1,323 @@
+"""Stream: a model that is taught task after task, and untaught at will.
+
+Every task has rows of its own: the whitened states at its supervised positions are its centres, and each
+centre has one row. At a token the nearest open centre's row speaks. So no task can change another's rows, and
+taking a task back leaves what would be there without it, to the bit (law 13). What a task's patch holds
+depends on the task, the base model and the space alone.
+
+A folder holds the ledger, the space, one patch a task, and the adapter that follows from them, which `load`
+takes. The ledger decides what was taught: whenever a process is killed, the folder can be opened again.
+"""
+
+import hashlib
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ..adapter.blocks import default_targets
+from ..adapter.config import SparseMemoryConfig
+from ..adapter.model import memory_layers
+from ..background.background import Background, addressing_fingerprint
+from ..background.calibration import calibrate
+from ..background.own_space import KindThresholds, own_space, own_thresholds
+from ..data.general import general_background, say_shipped
+from ..data.models import load_base, tokenizer_of
+from ..data.records import batches, encode
+from ..data.tasks import fact_of
+from ..files import ArtifactError, fingerprint_base
+from ..layer.scope import Scope, nearest_known, whiten
+from ..patches.composing import composed
+from ..patches.layers import LayerPatch
+from ..patches.ledger import FILE, LEARN, UNDO, Ledger, checked_patch
+from ..patches.patch import RowPatch
+from ..patches.space import load_spaces, memory_digest, save_spaces, space_digest
+from ..precision import autocast, device_of, precise
+from ..provenance import environment
+from .cached import TailHead, answer_starts
+from .own_rows import own_rows
+
+logger = logging.getLogger(__name__)
+
+SPACE_FILE, PATCHES = "space.safetensors", "patches"
+BATCH_SIZE = 8
+
+
+class Stream:
+    """A base model and a folder of what it was taught.
+
+    Attributes:
+        folder: where the ledger lies.
+        ledger: what was taught and taken back.
+        tokenizer: the base model's.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        folder: str | Path,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        background: Sequence[dict[str, Any]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Begin a folder, or continue the one that is there.
+
+        Args:
+            model: a base model, which gets a memory in place, or its name.
+            tokenizer: None: the one that the model's name leads to.
+            background: records of general text, questions with answers among them, of a new folder; None:
+                `general_background`.
+            seed: of a new folder's addresses, which no task uses, kept in the ledger.
+
+        Raises:
+            ValueError: a model that cannot be taught so, or a background without answers.
+            ArtifactError: the folder belongs to another base model, or was altered.
+        """
+        self.folder = Path(folder)
+        if isinstance(model, str):
+            model, tokenizer = load_base(model)
+        if isinstance(model, PeftModel):
+            raise ValueError("model: has an adapter already; give the base model")
+        self.tokenizer = tokenizer or tokenizer_of(model)
+        if (self.folder / FILE).exists():
+            self.ledger = Ledger(self.folder / FILE)
+            self._model = self._continued(model)
+        else:
+            self._model = self._begun(model, background, seed)
+        ((self._name, memory),) = memory_layers(self._model).items()
+        self._addressing = addressing_fingerprint(memory)
+        spaces, header = load_spaces(self.folder / SPACE_FILE)
+        if space_digest(spaces[self._name]) != self.ledger.about["space"]:
+            raise ArtifactError(f"{self.folder / SPACE_FILE}: is not the ledger's; get an undamaged copy")
+        self._space, self._thresholds = spaces[self._name], KindThresholds(*header["thresholds"])
+        self._head = TailHead(self._model, int(self.tokenizer.pad_token_id or 0))  # type: ignore[arg-type]
+        self._versions = environment()["versions"]
+        self._patches: dict[str, RowPatch] = {}
+        self._only: set[str] | None = None
+        self._stale = True
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks that the model holds, in the order of teaching."""
+        return [entry["task"] for entry in self.ledger.active()]
+
+    @property
+    def model(self) -> PeftModel:
+        """The base model with all that it holds, or with what `select` chose of it."""
+        if self._stale:
+            active = [e for e in self.ledger.active() if self._only is None or e["task"] in self._only]
+            patches = [self._patch(entry) for entry in active]
+            memory_layers(self._model)[self._name].scope = composed(self._name, patches, self._space)
+            self._stale = False
+        return self._model
+
+    def select(self, tasks: Iterable[str] | None) -> None:
+        """Let the model hold these tasks alone, until another call; None: all. The folder stays as it is.
+
+        Raises:
+            ValueError: a task that the ledger does not hold.
+        """
+        chosen = None if tasks is None else set(tasks)
+        if missing := sorted((chosen or set()) - set(self.tasks)):
+            raise ValueError(f"tasks: {', '.join(missing[:5])} not taught; see Stream.tasks")
+        self._only, self._stale = chosen, True
+
+    def teach(self, task: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Teach a task; returns the ledger's line, which is on the disk then, and the task's patch too.
+
+        Args:
+            task: a name that the model does not hold yet.
+            records: whatever `read_records` takes. The loss is on their completions.
+
+        Raises:
+            ValueError: the name is taken, or nothing in the records is to be learnt.
+            OSError: the disk is full; the folder is as it was.
+        """
+        if task in self.tasks:
+            raise ValueError(f"task {task!r} is taught already; undo it first, or give another name")
+        began = time.perf_counter()
+        patch = self._patch_of(task, records)
+        name = f"{PATCHES}/{len(self.ledger.entries):06d}.safetensors"
+        file = self.folder / name
+        _write(file, patch.save)
+        entry = self.ledger.append(
+            {
+                "op": LEARN,
+                "task": task,
+                "data": data_digest(records),
+                "records": len(records),
+                "patch": name,
+                "patch_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+                "bytes": file.stat().st_size,
+                "seed": self.ledger.about["seed"],
+                "seconds": round(time.perf_counter() - began, 3),
+                "versions": self._versions,
+            }
+        )
+        self._patches[name] = RowPatch.load(file)
+        self._stale = True
+        return entry
+
+    def undo(self, task: str) -> dict[str, Any]:
+        """Take a task back: the model is what it would be had the others alone been taught.
+
+        Returns the ledger's line. The task's patch stays in the folder.
+
+        Raises:
+            ValueError: the model does not hold this task.
+        """
+        if task not in self.tasks:
+            held = ", ".join(self.tasks[-5:]) or "none"
+            raise ValueError(f"task {task!r} is not taught; the last ones that are: {held}")
+        entry = self.ledger.append({"op": UNDO, "task": task, "versions": self._versions})
+        self._stale = True
+        return entry
+
+    def save(self) -> None:
+        """Write the adapter that follows from the ledger into the folder.
+
+        Raises:
+            OSError: the disk is full; the former adapter is still there.
+        """
+        self.select(None)
+        model = self.model
+        with tempfile.TemporaryDirectory(dir=self.folder) as part:
+            _write(Path(part), model.save_pretrained)
+            for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+                (Path(part) / file).replace(self.folder / file)
+
+    def _begun(self, model: PreTrainedModel, background: Any, seed: int) -> PeftModel:
+        """A model with a memory that holds nothing, and its folder, whole or not at all."""
+        if background is None:
+            say_shipped()
+            background = general_background()
+        set_seed(seed)
+        # PEFT notes the paths in the config that it is given
+        prepared: Any = get_peft_model(model, stream_config(model))
+        pad = int(self.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
+        examples = encode(background, self.tokenizer, max_length=_context(model))
+        head = TailHead(prepared, pad)
+        if not head.agrees(examples[0]):
+            raise ValueError(
+                f"model: the logits of {type(model).__name__} are not those of final norm and head alone; "
+                "learn needs a model whose are"
+            )
+        seen: Background = calibrate(prepared, batches(examples, BATCH_SIZE, pad), seed=seed)
+        ((name, memory),) = memory_layers(prepared).items()
+        space, thresholds = own_space(seen[name])
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.folder.parent, prefix=f".{self.folder.name}.") as part:
+            made = Path(part) / "new"
+            prepared.save_pretrained(made)
+            self.tokenizer.save_pretrained(made)
+            (made / PATCHES).mkdir()
+            save_spaces(made / SPACE_FILE, {name: space}, {"thresholds": list(thresholds)})
+            about = {
+                "format": 1,
+                "model": getattr(model.config, "name_or_path", ""),
+                "base": fingerprint_base(prepared),
+                "space": space_digest(space),
+                "memory": memory_digest(memory.state_dict()),
+                "background": seen.corpus,
+                "seed": seed,
+                **environment(),
+            }
+            Ledger.begin(made / FILE, about)
+            made.rename(self.folder)
+        self.ledger = Ledger(self.folder / FILE)
+        return prepared
+
+    def _continued(self, model: PreTrainedModel) -> PeftModel:
+        if fingerprint_base(model) != self.ledger.about["base"]:
+            raise ArtifactError(
+                f"{self.folder}: belongs to another base model; give {self.ledger.about['model']!r}"
+            )
+        damaged = f"{self.folder / SAFETENSORS_WEIGHTS_NAME}: is damaged; get an undamaged copy"
+        try:
+            adapted: Any = PeftModel.from_pretrained(model, str(self.folder)).eval()
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ArtifactError(damaged) from error
+        ((_, memory),) = memory_layers(adapted).items()
+        if memory_digest(memory.state_dict()) != self.ledger.about["memory"]:
+            raise ArtifactError(damaged)
+        return adapted
+
+    def _patch(self, entry: dict[str, Any]) -> RowPatch:
+        name = entry["patch"]
+        if name not in self._patches:
+            self._patches[name] = checked_patch(self.folder, entry)
+        return self._patches[name]
+
+    @torch.no_grad()
+    def _patch_of(self, task: str, records: Sequence[dict[str, Any]]) -> RowPatch:
+        examples = encode(records, self.tokenizer)
+        longest, context = max(len(one["input_ids"]) for one in examples), _context(self._model)
+        if longest > context:
+            raise ValueError(f"task {task!r}: has a record of {longest} tokens, the model reads {context}")
+        with autocast(self._model):
+            states, labels = map(torch.cat, zip(*self._head.rows_of(examples), strict=True))
+            residuals, inputs = self._head.parts(states)
+            device = device_of(self._model)
+            rows = own_rows(self._head, residuals.to(device), labels.to(device)).cpu()
+        starts = [answer_starts(one["labels"]) for one in examples]
+        facts = [
+            {**fact_of(record), "centres": len(one)} for record, one in zip(records, starts, strict=True)
+        ]
+        memory = memory_layers(self._model)[self._name]
+        nothing = torch.zeros(0, memory.d_out)
+        layer = LayerPatch(
+            torch.zeros(0, dtype=torch.int64),
+            nothing,
+            nothing,
+            self._addressing,
+            self._scope_of(inputs[self._name], torch.cat(starts), rows),
+        )
+        info = {"task": task, "facts": facts}
+        return RowPatch({self._name: layer}, self.ledger.about["base"], info).referring()
+
+    def _scope_of(self, states: Tensor, start: Tensor, rows: Tensor) -> Scope:
+        space = self._space
+        with precise(self._model):
+            centres = whiten(states, space.mean, space.whitener).to(torch.bfloat16).float()
+            among_known = space.known_weight * nearest_known(centres, space.known)
+            own = centres.square().sum(-1) - among_known
+            lo, hi = own_thresholds(self._thresholds, start, own)
+        parts = {key: getattr(space, key) for key in ("mean", "whitener", "known", "known_weight")}
+        return Scope(**parts, task_known=space.task_known, centres=centres, lo=lo, hi=hi, rows=rows)
+
+
+def stream_config(model: PreTrainedModel) -> SparseMemoryConfig:
+    """A memory that reads the deepest of the default layers; its own small table stays empty."""
+    deepest = default_targets(model)[-1]
+    sizes: dict[str, Any] = {"num_keys": 2, "num_heads": 1, "top_k": 1, "key_dim": 2}
+    return SparseMemoryConfig(target_modules=[deepest], task_type="CAUSAL_LM", **sizes)
+
+
+def data_digest(records: Sequence[dict[str, Any]]) -> str:
+    """SHA-256 of a task's records."""
+    return hashlib.sha256(json.dumps(list(records), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _context(model: Any) -> int:
+    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
+
+
+def _write(path: Path, write: Any) -> None:
+    """Raises:
+    OSError: the disk is full, also where the writer calls it something else.
+    """
+    try:
+        write(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error})") from error
