@@ -30,13 +30,14 @@ class Tail:
 
     Attributes:
         layers: by module path, in the order of the model.
-        row_adapters: the adapter of each row of the running batch; None: the active adapters for every row.
+        row_adapters: the adapter of each row of the running batch, or a tuple of several whose reads add up;
+            None: the active adapters for every row.
     """
 
     def __init__(self, model: nn.Module, norm: nn.Module) -> None:
         self.model = model
         self.layers: dict[str, SparseMemoryLayer] = {}
-        self.row_adapters: Sequence[str] | None = None
+        self.row_adapters: Sequence[str | tuple[str, ...]] | None = None
         self._states: dict[str, Tensor] = {}
         self._hook = norm.register_forward_pre_hook(self._write, with_kwargs=True)
 
@@ -52,7 +53,8 @@ class Tail:
 
     def _reads(self, layer: "SparseMemoryLayer") -> bool:
         """Whether the running batch reads a memory of this layer for the tail."""
-        names = layer.active_adapters if self.row_adapters is None else set(self.row_adapters)
+        rows = layer.active_adapters if self.row_adapters is None else self.row_adapters
+        names = {name for row in rows for name in adapters_of(row)}
         held: Any = layer.sparse_memory_layers
         return any(name in held and held[name].write == "last" for name in names)
 
@@ -88,11 +90,11 @@ class Tail:
         if len(hidden) % len(names):
             raise ValueError(f"adapter_names: has {len(names)} names for {len(hidden)} rows; give one a row")
         # Beam search and several returned sequences repeat each row.
-        names = [name for name in names for _ in range(len(hidden) // len(names))]
-        for adapter in dict.fromkeys(names):
+        several = [adapters_of(name) for name in names for _ in range(len(hidden) // len(names))]
+        for adapter in dict.fromkeys(name for row in several for name in row):
             if adapter == BASE_ROW:
                 continue
-            rows = torch.tensor([name == adapter for name in names], device=hidden.device)
+            rows = torch.tensor([adapter in row for row in several], device=hidden.device)
             hidden = add_reads(hidden, self.memories(adapter), states, rows)
         return hidden
 
@@ -100,6 +102,11 @@ class Tail:
         return any(
             p.requires_grad for name, p in self.model.named_parameters() if "sparse_memory_" not in name
         )
+
+
+def adapters_of(row: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The adapters that speak in a row of a batch."""
+    return (row,) if isinstance(row, str) else row
 
 
 def add_reads(

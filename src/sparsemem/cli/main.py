@@ -17,6 +17,7 @@ import click
 from .adapters import evaluate, graft, push, train
 from .options import as_json, comma_names, comma_numbers, say, seed_option
 from .patches import patch
+from .serve import serve
 
 RECIPES = ("demo", "medical", "paper")
 NUM_SHOWN = 3
@@ -169,7 +170,7 @@ def _lines() -> Iterator[str]:
             return
 
 
-for command in (graft, train, evaluate, push, patch):
+for command in (graft, train, evaluate, push, patch, serve):
     main.add_command(command)
 
 
