@@ -45,9 +45,7 @@ def alone(model, prompt, names, steps):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_that_join_and_leave_get_what_they_get_alone(architecture):
     model = two_memories(architecture)
-    rows = [
-        Row(list(prompt), names, GREEDY) for prompt, names in zip(PROMPTS, NAMES, strict=True)
-    ]
+    rows = [Row(list(prompt), names, GREEDY) for prompt, names in zip(PROMPTS, NAMES, strict=True)]
     decoder = Decoder(model)
     decoder.join(rows[:2])
     decoder.step()
