@@ -13,7 +13,7 @@ from sparsemem.adapter.model import SparseMemoryModel
 from sparsemem.adapter.registration import _register
 
 
-def test_defaults_are_the_contract():
+def test_defaults_match_the_public_contract():
     config = SparseMemoryConfig(task_type="CAUSAL_LM")
     assert config.peft_type == "SPARSE_MEMORY"
     assert config.peft_type.value == "SPARSE_MEMORY"
@@ -24,7 +24,7 @@ def test_defaults_are_the_contract():
     assert config.target_modules is None
     assert config.layers_to_transform is None
     assert not config.is_prompt_learning
-    # What PEFT's get_model_status reads the method's name from.
+    # PEFT's get_model_status takes the method's name from here.
     assert str(config.peft_type).partition(".")[2] == "SPARSE_MEMORY"
 
 

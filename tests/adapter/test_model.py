@@ -35,7 +35,7 @@ def with_memory(model=None, **fields):
 
 
 def masks_of_calls(model):
-    """The masks that the memories know at the end of each later call."""
+    """For each later call of the model: the masks that its memories have when the head runs."""
     seen, memories = [], list(memory_layers(model).values())
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda *_: seen.append([memory.token_mask for memory in memories]))
@@ -93,7 +93,7 @@ def test_a_mixture_of_experts_is_one_mlp(architecture):
     assert not torch.equal(logits(with_memory(tiny_model(architecture))), before)
 
 
-def test_experts_and_other_towers_are_not_the_decoder_blocks():
+def test_experts_and_vision_blocks_are_not_the_decoder_blocks():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -220,7 +220,7 @@ def test_no_op_at_insertion_and_while_disabled(architecture):
 @pytest.mark.parametrize("value_gate", ["none", "silu"])
 @pytest.mark.parametrize("mode", ["additive", "replacement"])
 @pytest.mark.parametrize("target", ["mlp", "q_proj", "down_proj"])
-def test_output_is_the_memory_beside_or_instead_of_the_target(mode, value_gate, target):
+def test_output_adds_the_memory_to_the_target_or_replaces_it(mode, value_gate, target):
     base = tiny_model(num_layers=1)
     fields = {"mode": mode, "value_gate": value_gate, "scale_init": 0.5, "write": "own"}
     model = with_memory(base, target_modules=[target], **fields)
@@ -273,7 +273,7 @@ def test_what_trains_and_what_is_a_buffer(option, expected):
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
-def test_nothing_that_peft_does_trains_what_is_frozen():
+def test_peft_calls_never_make_frozen_tensors_trainable():
     model = with_memory(value_gate="silu")
     model.add_adapter("other", SparseMemoryConfig(**RANDOM))
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
@@ -290,7 +290,7 @@ def test_nothing_that_peft_does_trains_what_is_frozen():
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".other." in n)
 
 
-def test_modules_to_save_train_beside_the_rows():
+def test_modules_to_save_train_with_the_rows():
     model = with_memory(modules_to_save=["lm_head"])
     assert trainable(model) == {"values", "weight"}
     assert {n for n, p in model.named_parameters() if p.requires_grad and "values" not in n} == {
@@ -298,7 +298,7 @@ def test_modules_to_save_train_beside_the_rows():
     }
 
 
-# Adapters come and go
+# Adding, switching and deleting adapters
 
 
 def test_adapters_of_different_shape_are_switched_and_deleted():
@@ -342,7 +342,7 @@ def test_merging_is_refused(call):
     assert torch.equal(logits(model), before)
 
 
-def test_a_batch_that_mixes_memories_of_own_layers_is_refused():
+def test_a_batch_that_mixes_memories_with_write_own_is_refused():
     model = with_memory(write="own")
     model.add_adapter("b", SparseMemoryConfig(**RANDOM, write="own"))
     for call in (model, model.generate):
@@ -350,12 +350,12 @@ def test_a_batch_that_mixes_memories_of_own_layers_is_refused():
             call(**tiny_batch(), adapter_names=["default", "b"])
 
 
-def test_a_target_behind_the_blocks_cannot_write_last():
+def test_a_target_after_the_blocks_cannot_write_last():
     with pytest.raises(ValueError, match="lm_head does not lie in a decoder block"):
         with_memory(target_modules=["lm_head"])
 
 
-def test_unload_gives_the_base_back_for_another_memory():
+def test_unload_restores_the_base_for_a_new_memory():
     base = tiny_model()
     names = list(base.state_dict())
     unloaded = with_memory(base, modules_to_save=["lm_head"]).unload()
@@ -389,7 +389,7 @@ def test_base_tensors_have_the_names_that_lora_gives_them():
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_is_whole_and_independent(duplicate):
+def test_a_copy_is_complete_and_independent(duplicate):
     model = with_memory()
     twin, before = duplicate(model), logits(model)
     assert torch.equal(logits(twin), before)
@@ -435,7 +435,7 @@ def test_only_the_rows_follow_the_base_model_into_half_precision(dtype, upcast):
     assert all(memory.values.grad.abs().sum() > 0 for memory in memory_layers(model).values())
 
 
-def test_casting_the_model_leaves_addresses_alone():
+def test_casting_the_model_does_not_change_the_addressing():
     model = with_memory()
     x = torch.randn(9, HIDDEN)
     before = [memory.address(x) for memory in memory_layers(model).values()]
@@ -445,7 +445,7 @@ def test_casting_the_model_leaves_addresses_alone():
         assert torch.equal(memory.address(x)[1], weights)
 
 
-def test_a_forward_in_inference_mode_does_not_hinder_training():
+def test_a_forward_in_inference_mode_does_not_break_training():
     model = with_memory(trainable="memory", top_k=3, num_keys=7)
     with torch.inference_mode():
         model(**tiny_batch())
@@ -455,7 +455,7 @@ def test_a_forward_in_inference_mode_does_not_hinder_training():
 # The attention mask
 
 
-def test_the_mask_of_a_call_reaches_the_memories_for_that_call():
+def test_memories_get_the_mask_of_each_call():
     model = with_memory()
     seen, batch = masks_of_calls(model), tiny_batch()
     logits(model, batch)
@@ -469,7 +469,7 @@ def test_the_mask_of_a_call_reaches_the_memories_for_that_call():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_part_of_the_model_finds_no_mask_of_an_earlier_call(fails):
+def test_a_later_call_of_a_part_of_the_model_uses_no_old_mask(fails):
     model, batch = with_memory(), tiny_batch()
     if fails:
         with pytest.raises(IndexError):
@@ -479,7 +479,7 @@ def test_a_part_of_the_model_finds_no_mask_of_an_earlier_call(fails):
     assert all(memory.token_mask is None for memory in memory_layers(model).values())
 
 
-def test_masks_follow_the_memories_of_a_model_in_parts():
+def test_masks_are_moved_to_the_device_of_each_memory():
     model, batch = with_memory(), tiny_batch()
     first, second = memory_layers(model).values()
     second.to("meta")

@@ -1,4 +1,4 @@
-"""What users do with LoRA through PEFT, transformers and TRL, done with a sparse memory."""
+"""What users do with LoRA in PEFT, transformers and TRL, tested with a sparse memory."""
 
 import json
 
@@ -34,7 +34,7 @@ def training_batch(seed=0):
 
 
 def with_scope(architecture="llama"):
-    """Calibrated, scoped and written."""
+    """A model with a calibrated memory that has a scope and random rows."""
     model = get_peft_model(tiny_model(architecture), SparseMemoryConfig(**SMALL))
     background = calibrate(model, [tiny_batch(8, 12, seed) for seed in (5, 6)])
     set_scope(model, [training_batch()], background)
@@ -44,7 +44,7 @@ def with_scope(architecture="llama"):
 
 
 def assert_same_memory(model, other, batch):
-    """The same tensors to the bit. Mapped files lie unaligned in memory, so sums may differ by a bit."""
+    """Memory tensors are bit-identical. Logits may differ slightly, as mapped tensors are not aligned."""
     for mine, theirs in zip(memory_layers(model).values(), memory_layers(other).values(), strict=True):
         for name, tensor in mine.state_dict().items():
             assert torch.equal(theirs.state_dict()[name], tensor), name
@@ -97,7 +97,7 @@ def test_loaded_to_train_on(option, tmp_path):
     )
 
 
-def test_rows_trained_alone_after_the_whole_memory(tmp_path):
+def test_only_the_rows_train_after_the_whole_memory_did(tmp_path):
     model = with_memory(trainable="memory")
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
@@ -139,7 +139,7 @@ def test_several_adapters_saved_and_loaded(tmp_path):
     assert torch.equal(logits(loaded), second)
 
 
-def test_modules_to_save_travel_with_the_adapter(tmp_path):
+def test_modules_to_save_are_saved_with_the_adapter(tmp_path):
     model = with_memory(modules_to_save=["lm_head"])
     torch.nn.init.normal_(model.base_model.model.lm_head.modules_to_save.default.weight)
     model.save_pretrained(tmp_path)
@@ -213,7 +213,7 @@ def test_transformers_adds_switches_and_deletes_adapters(tmp_path):
     assert torch.equal(logits(model), base)
 
 
-def test_beside_a_lora_adapter_of_the_same_model():
+def test_together_with_a_lora_adapter_of_the_same_model():
     model = tiny_model()
     model.add_adapter(LoraConfig(target_modules=["down_proj"], init_lora_weights=False), "lora")
     lora = logits(model)
@@ -279,7 +279,7 @@ def test_gradient_checkpointing_changes_no_gradient(option, use_reentrant, archi
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_counts_each_token_once(use_reentrant):
-    """Law 5: the recomputation never counts, padding neither."""
+    """Law 5: recomputed tokens and padding are never counted."""
     batch = training_batch()
     counts = []
     for checkpointing in (False, True):
@@ -293,7 +293,7 @@ def test_gradient_checkpointing_counts_each_token_once(use_reentrant):
         counts.append([m.log.counts(m.num_slots, m.values.device) for m in memories])
     for plain, checkpointed in zip(*counts, strict=True):
         assert torch.equal(plain, checkpointed)
-        # the positions that the loss reaches
+        # the positions that have a label
         assert plain.sum() == (batch["labels"][:, 1:] != -100).sum() * 2 * 4
 
 
@@ -324,7 +324,7 @@ def test_a_batch_out_of_scope_trains_nothing():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_trainer_moves_the_rows_alone(tmp_path):
+def test_trainer_changes_only_the_rows(tmp_path):
     model = with_scope()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     arguments = TrainingArguments(tmp_path, max_steps=3, report_to=[], use_cpu=True, save_steps=2)

@@ -1,4 +1,4 @@
-"""The tail memory: laws 9, 11 and 12, and what users do with it through PEFT and transformers."""
+"""The tail memory: laws 9, 11 and 12, and its use through PEFT and transformers."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def with_memory(architecture="llama", **fields):
 
 
 def written(model, adapter="default", seed=0):
-    """Rows of the adapter's tables at random."""
+    """Fill the tables of the adapter with random rows."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.named_parameters():
         if name.endswith(f"sparse_memory_layers.{adapter}.values"):
@@ -53,7 +53,7 @@ def written(model, adapter="default", seed=0):
 
 
 def scoped(architecture="llama"):
-    """Calibrated, with a scope, and rows written."""
+    """A model with a calibrated memory that has a scope and random rows."""
     model = with_memory(architecture)
     background = calibrate(model, [tiny_batch(8, 12, seed) for seed in (5, 6)])
     batch = tiny_batch(4, 9, 0)
@@ -67,7 +67,7 @@ def everything(model, batch, **options):
 
 
 def assert_undisturbed(out, base):
-    """Hidden states up to the last block's output and the KV cache."""
+    """Hidden states up to the last block's output and the KV cache are bit-identical."""
     for mine, theirs in zip(out.hidden_states[:-1], base.hidden_states[:-1], strict=True):
         assert torch.equal(mine, theirs)
     for mine, theirs in zip(out.past_key_values.layers, base.past_key_values.layers, strict=True):
@@ -120,23 +120,23 @@ def test_a_mixed_batch_generates_what_each_row_generates_alone():
 @pytest.mark.parametrize(
     ("names", "training", "message"),
     [
-        (["c", "default"], False, "name one of"),
-        ([], False, "name one of"),
+        (["c", "default"], False, "must give one of"),
+        ([], False, "must give one of"),
         (["default"] * 3, False, "has 3 names for 2 rows"),
         (["default", "default"], True, "cannot train"),
     ],
 )
-def test_adapter_names_that_do_not_fit(names, training, message):
+def test_bad_adapter_names_are_refused(names, training, message):
     model = written(with_memory()).train(training)
     with pytest.raises(ValueError, match=message):
         model(**tiny_batch(), adapter_names=names)
-    # and the next call is as if nothing had been
+    # the next call works as before
     model.eval()
     assert torch.equal(model(**tiny_batch()).logits, written(with_memory())(**tiny_batch()).logits)
 
 
 @ON_ALL
-def test_generation_with_the_cache_is_generation_without(architecture):
+def test_generation_with_the_cache_equals_generation_without(architecture):
     """Law 8."""
     model, ids = scoped(architecture), tiny_batch(1, 7, 0)["input_ids"][:, :5]
     options = {"input_ids": ids, "max_new_tokens": 12, "do_sample": False}
@@ -174,7 +174,7 @@ def test_no_activation_of_the_base_is_kept_for_the_backward_pass():
         loss = model(**batch, labels=batch["input_ids"]).loss
     assert loss.requires_grad
     tokens, width = batch["input_ids"].numel(), model.config.hidden_size
-    # norm and head keep a few numbers of the last residual's size; four blocks would keep dozens
+    # norm and head keep a few tensors of the last residual's size; four blocks would keep dozens
     kept = [t for t in saved if t.numel() == tokens * width and id(t.data_ptr()) not in base_names]
     assert len(kept) <= 4
     assert all(p.grad is None for p in model.parameters())
@@ -198,7 +198,7 @@ def test_gradient_checkpointing_trains_the_same_rows():
     assert all(table.any() for table in moved[0])
 
 
-def test_an_aborted_pass_leaves_nothing_behind():
+def test_an_aborted_forward_pass_leaves_no_states():
     model, batch = written(with_memory()), tiny_batch(4, 9, 0)
     base = tiny_model()(**batch).logits
     _, norm = final_norm(model.get_base_model())
@@ -225,14 +225,14 @@ def test_it_compiles():
 
 
 def test_saved_loaded_unloaded(tmp_path):
-    """Law 10, with one scope for the whole memory and no padding in the file."""
+    """Law 10, with one scope for the whole memory. The file contains no padded scope."""
     model, batch = scoped(), tiny_batch(4, 9, 0)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
     first, last = memory_layers(loaded).values()
     assert (first.has_scope, last.has_scope) == (False, True)
-    # over an adapter whose scope has another size
+    # loading into an adapter whose scope has another size
     other = with_memory()
     other.load_adapter(tmp_path, "default")
     assert torch.equal(other(**batch).logits, model(**batch).logits)
@@ -241,10 +241,10 @@ def test_saved_loaded_unloaded(tmp_path):
     assert tail.tail_of(base) is None
 
 
-def test_a_model_without_a_final_norm_writes_to_its_own_layers(caplog):
+def test_a_model_without_a_final_norm_uses_write_own(caplog):
     chain = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     model = get_peft_model(chain, SparseMemoryConfig(**{**SIZES, "task_type": None}, target_modules=["0"]))
-    assert "writes to its own module's output" in caplog.text
+    assert "so write='own' is used" in caplog.text
     assert model.peft_config["default"].write == "own"
     assert [memory.write for memory in memory_layers(model).values()] == ["own"]
 
@@ -266,8 +266,8 @@ def rows_of(model):
 @pytest.mark.slow
 @ON_ALL
 @WITHOUT_BF16
-def test_law_12_cached_is_not_cached(architecture, tokenizer, tmp_path):
-    """In memory, in a file and without a cache: the same rows to the bit."""
+def test_law_12_cached_equals_not_cached(architecture, tokenizer, tmp_path):
+    """States cached in memory, cached in a file, and not cached: the rows are bit-identical."""
     done = [taught(architecture, tokenizer, 2**30)]
     done.append(taught(architecture, tokenizer, 1, output_dir=tmp_path / "run"))
     assert len(list((tmp_path / "run").glob("states-*.f32"))) == 1
@@ -285,7 +285,7 @@ def test_law_12_cached_is_not_cached(architecture, tokenizer, tmp_path):
 @ON_ALL
 @WITHOUT_BF16
 def test_plain_trainer_trains_the_rows_that_finetune_trains(architecture, tokenizer, tmp_path):
-    """Through the whole model, padding and all: to rounding."""
+    """Trainer runs the whole model, with padding. The rows agree up to rounding."""
     from sparsemem.data.records import collate
 
     ours = taught(architecture, tokenizer, 2**30, schedule="constant", warmup_steps=0, max_steps=4)
@@ -315,8 +315,8 @@ def test_plain_trainer_trains_the_rows_that_finetune_trains(architecture, tokeni
 
 
 @WITHOUT_BF16
-def test_a_cached_run_resumes_to_the_bit(tokenizer, tmp_path):
-    """Law 7; the file of states is made once."""
+def test_a_resumed_cached_run_is_bit_identical(tokenizer, tmp_path):
+    """Law 7. The resumed run reuses the file of states."""
     whole = taught("llama", tokenizer, 1, output_dir=tmp_path / "whole")
     part = {"output_dir": tmp_path / "part"}
     taught("llama", tokenizer, 1, max_steps=6, **part, schedule="constant")
@@ -330,8 +330,8 @@ def test_a_cached_run_resumes_to_the_bit(tokenizer, tmp_path):
     assert not torch.equal(rows_of(whole.model)[0], rows_of(resumed.model)[0])
 
 
-def test_what_trains_below_the_tail_trains_through_the_model(tokenizer):
-    """modules_to_save: autograd has work in the base, so nothing is cached."""
+def test_trainable_base_parameters_switch_the_cache_off(tokenizer):
+    """With modules_to_save, the base model needs gradients, so states cannot be cached."""
     config = SparseMemoryConfig(**{**SIZES, "num_keys": 16}, modules_to_save=["embed_tokens"])
     model = get_peft_model(tiny_model(), config)
     before = model.get_input_embeddings().weight.detach().clone()
@@ -339,13 +339,13 @@ def test_what_trains_below_the_tail_trains_through_the_model(tokenizer):
     assert not torch.equal(done.model.get_input_embeddings().weight, before)
 
 
-def test_validation_is_read_on_states_too(tokenizer):
+def test_validation_uses_cached_states_too(tokenizer):
     done = taught("llama", tokenizer, 2**30, validation=FACTS[:3])
     assert done.validation_loss < torch.tensor(float(VOCABULARY)).log()
 
 
-def test_a_patch_of_a_tail_memory_comes_and_goes(tokenizer, tmp_path):
-    """Law 6 with known states of the task in its scope."""
+def test_a_patch_of_a_tail_memory_is_reverted_and_applied(tokenizer, tmp_path):
+    """Law 6, with known states of the task in the scope."""
     done = taught("llama", tokenizer, 2**30, keep=GENERAL[:5])
     model, batch = done.model, tiny_batch(4, 9, 0)
     (memory,) = (m for m in memory_layers(model).values() if m.has_scope)
@@ -367,7 +367,7 @@ def test_taught_states_are_in_scope_and_others_are_not(tokenizer):
     assert (g == 0).float().mean() > 0.5
 
 
-def test_on_cached_states_the_heads_weight_is_cast_once_and_to_what_autocast_makes_of_it():
+def test_on_cached_states_the_head_weight_is_cast_once_as_autocast_would():
     model = scoped()
     head = TailHead(model, pad_token_id=0)
     states = torch.cat([rows for rows, _ in head.rows_of(FACTS)])

@@ -20,7 +20,7 @@ from sparsemem.background.calibration import addressing_report
 from tiny import SMALL, batch, tiny_model
 
 
-def test_calibrate_is_deterministic_by_seed(tiny_llama):
+def test_calibrate_gives_the_same_result_for_the_same_seed(tiny_llama):
     runs = []
     for seed in (0, 0, 1):
         model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
@@ -30,7 +30,7 @@ def test_calibrate_is_deterministic_by_seed(tiny_llama):
     assert not any(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
 
 
-def test_written_rows_are_not_given_new_addresses(model, background):
+def test_calibrate_refuses_a_memory_with_written_rows(model, background):
     memories = memory_layers(model)
     list(memories.values())[-1].values.data[3, 0] = 1
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -39,7 +39,7 @@ def test_written_rows_are_not_given_new_addresses(model, background):
         calibrate(model, [batch(7)], seed=5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(model(**batch(50)).logits, logits)
-    # counting, which keeps the addresses, goes on
+    # counting does not change the addressing, so it is allowed
     count_accesses(model, [batch(7)])
 
 
@@ -55,7 +55,7 @@ def test_a_corpus_too_large_to_keep_is_read_twice(tiny_llama, monkeypatch):
         assert torch.equal(layer.df, made[1][name].df)
 
 
-def test_autocast_around_it_rounds_nothing(tiny_llama):
+def test_a_surrounding_autocast_changes_nothing(tiny_llama):
     made = []
     for enabled in (False, True):
         torch.manual_seed(0)
@@ -89,7 +89,7 @@ def test_counts_are_the_reads_of_unpadded_tokens(model, background):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_padding_on_the_left_changes_nothing(architecture):
-    """Law 5. GPT-2 learns absolute positions, and counts padding unless it is told where a text begins."""
+    """Law 5. GPT-2 has absolute positions. Without position_ids it would count padding as positions."""
     model = get_peft_model(tiny_model(architecture), SparseMemoryConfig(**SMALL))
     general = [batch(seed) for seed in range(6)]
     background = calibrate(model, general)
@@ -126,7 +126,7 @@ def test_an_iterator_is_refused(model):
         calibrate(model, [])
 
 
-def test_collapse_is_warned_about(tiny_llama, caplog):
+def test_a_collapsed_addressing_gives_a_warning(tiny_llama, caplog):
     model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL | {"num_keys": 32}))
     one = batch(0, rows=1)
     with caplog.at_level(logging.WARNING):
@@ -136,7 +136,7 @@ def test_collapse_is_warned_about(tiny_llama, caplog):
     assert report["used"] < 0.5
 
 
-def test_scope_holds_the_training_positions_and_is_cleared(model, background):
+def test_a_scope_is_set_from_training_positions_and_cleared(model, background):
     data = batch(50)
     set_scope(model, [data], background)
     positions = 3 * 6
@@ -145,7 +145,7 @@ def test_scope_holds_the_training_positions_and_is_cleared(model, background):
     assert last.scope_centres.shape == (positions, last.d_in)
     assert last.scope_centres.norm(dim=-1).sub(1).abs().max() < 1e-5
     assert (last.scope_lo < last.scope_hi).all()
-    # answer starts and the positions within answers have thresholds of their own
+    # answer starts and other positions of answers have different thresholds
     assert len(last.scope_lo.unique()) == 2
     clear_scope(model)
     assert not any(
@@ -160,7 +160,7 @@ def test_taught_states_are_in_scope(model, background):
     assert (g[:, 4:7] > 0.5).float().mean() > 0.8
 
 
-def test_a_memory_of_own_layers_has_a_scope_in_each(tiny_llama):
+def test_with_write_own_each_layer_has_a_scope(tiny_llama):
     model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL, write="own"))
     background = calibrate(model, [batch(seed) for seed in range(8)])
     set_scope(model, [batch(50)], background)
@@ -168,9 +168,7 @@ def test_a_memory_of_own_layers_has_a_scope_in_each(tiny_llama):
     assert len(scope_gate(model, batch(50))) == 2
 
 
-def test_a_task_adds_a_bounded_number_of_centres_and_there_is_room_for_the_next(
-    model, background, monkeypatch
-):
+def test_each_task_adds_at_most_a_fixed_number_of_centres(model, background, monkeypatch):
     monkeypatch.setattr(scoping, "CENTRES_SIZE", 10)
     for number in (1, 2, 3):
         set_scope(model, [batch(50 + number)], background, extend=True)
@@ -178,8 +176,8 @@ def test_a_task_adds_a_bounded_number_of_centres_and_there_is_room_for_the_next(
         assert len(memory.scope_centres) == 10 * number
 
 
-def test_each_kind_of_known_state_has_its_share(model, background, monkeypatch):
-    """Many answer starts leave room for states within answers."""
+def test_each_kind_of_known_state_gets_its_share(model, background, monkeypatch):
+    """Many answer starts do not push out the states at other positions of answers."""
     monkeypatch.setattr(scoping, "KNOWN_SIZE", 40)
     *_, name = memory_layers(model)
     layer = background[name]
@@ -193,8 +191,8 @@ def test_each_kind_of_known_state_has_its_share(model, background, monkeypatch):
     assert torch.equal(memory.scope_known, torch.cat(known))
 
 
-def test_every_module_keeps_its_own_mode(model, background):
-    """Law 1 with dropout: a frozen part in evaluation mode stays in it."""
+def test_every_module_keeps_its_training_mode(model, background):
+    """Law 1 with dropout: a module that was in evaluation mode stays in it."""
     model.train()
     layers = model.get_base_model().model.layers
     layers[0].eval()
@@ -209,13 +207,13 @@ def test_every_module_keeps_its_own_mode(model, background):
         assert [module.training for module in model.modules()] == modes
 
 
-def test_of_much_data_a_part_is_read(model, background, monkeypatch):
+def test_only_a_part_of_a_large_data_set_is_read(model, background, monkeypatch):
     data, read = [batch(seed) for seed in range(50, 60)], []
     inputs = scoping.layer_inputs
     monkeypatch.setattr(scoping, "layer_inputs", lambda m, batches: inputs(m, read_by(batches, read)))
     set_scope(model, data, background)
     assert len(read) == 10
-    # 18 supervised positions a batch
+    # 18 supervised positions per batch
     monkeypatch.setattr(scoping, "TAUGHT_SIZE", 60)
     read.clear()
     set_scope(model, data, background)

@@ -27,7 +27,7 @@ def _fitted(taught, example, known, general, width=1.0):
     return thresholds(taught, example, taught, known, torch.ones(len(known)).bool(), general, 0.98, width)
 
 
-def test_thresholds_lie_between_what_is_known_and_what_is_taught():
+def test_thresholds_lie_between_known_and_taught_states():
     taught, known, general = _around(0, 30, 0.1), _around(1, 50, 0.3, seed=1), _around(2, 200, 0.3, seed=2)
     example = torch.arange(30)
     lo, hi, separable = _fitted(taught, example, known, general)
@@ -42,7 +42,7 @@ def test_thresholds_lie_between_what_is_known_and_what_is_taught():
     assert not _fitted(mixed, example, mixed + 0.0, general)[2]
 
 
-def test_text_outside_of_answers_raises_lo():
+def test_general_text_raises_lo():
     taught, known = _around(0, 30, 0.1), _around(1, 50, 0.1)
     example, near = torch.arange(30), _around(0, 100, 0.9, seed=2)
     far, close = (_fitted(taught, example, known, text)[0] for text in (known, near))
@@ -51,15 +51,15 @@ def test_text_outside_of_answers_raises_lo():
     assert (scope.gate(near) > 0).sum() <= 1
 
 
-def test_one_example_is_no_reason_to_warn():
-    """Without a second example nothing says how near an unseen wording lies."""
+def test_one_example_gives_no_warning():
+    """With only one example, the score of an unseen wording cannot be estimated."""
     taught, known = _around(0, 3, 0.05), _around(1, 50, 0.3, seed=1)
     lo, hi, separable = _fitted(taught, torch.zeros(3).long(), known, known)
     assert separable
     assert lo < hi < 1
 
 
-def test_the_ramp_is_never_empty():
+def test_hi_is_always_above_lo():
     """hi == lo would make the gate NaN."""
     taught, known = _around(0, 30, 1e-4), _around(0, 50, 1e-4, seed=1)
     for own in (known, taught):

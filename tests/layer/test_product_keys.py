@@ -9,14 +9,14 @@ from sparsemem.layer.product_keys import exhaustive_top_k_slots, sub_key_scores,
 @settings(deadline=None, max_examples=80)
 @given(st.data())
 def test_top_k_equals_exhaustive_top_k(data):
-    """Law 4, as score sets: ties may differ in index."""
+    """Law 4. The scores are compared, because ties may differ in index."""
     num_keys = data.draw(st.integers(2, 17))
     top_k = data.draw(st.integers(1, min(40, num_keys**2)))
     heads, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10_000)))
     scores = torch.randn(tokens, heads, 2, num_keys, generator=generator)
     if data.draw(st.booleans()):
-        # rounding makes ties, as bfloat16 does
+        # rounding makes ties, as in bfloat16
         scores = scores.round(decimals=1)
 
     slots, best = top_k_slots(scores, top_k)

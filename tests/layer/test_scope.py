@@ -13,7 +13,7 @@ def test_gate_is_exactly_zero_below_lo_and_one_above_hi():
     assert g[2] == pytest.approx((0.8 - 0.6) / 0.3, abs=1e-5)
 
 
-def test_nearness_to_something_known_counts_against():
+def test_similarity_to_known_states_lowers_the_gate():
     state = torch.tensor([[0.8, 0.6, 0.0]])
     open_scope = scope_of(torch.eye(3)[:1], [0.0], [1.0])
     with_known = scope_of(torch.eye(3)[:1], [0.0], [1.0], known=torch.eye(3)[1:])
@@ -22,7 +22,7 @@ def test_nearness_to_something_known_counts_against():
     )
 
 
-def test_scopes_join_and_part_again():
+def test_joined_scopes_can_be_separated_again():
     centres = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
     first, second = (
         scope_of(centres[:2], [0.1, 0.1], [0.5, 0.5]),

@@ -14,14 +14,16 @@ def _case(tokens=7, reads=6, num_slots=11, width=5, dtype=torch.float32, seed=0)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1, 700])
-# gradients by a matrix product, and by embedding_bag; a bfloat16 table is cast, or gathered for few tokens
+# gradients by a matrix product and by embedding_bag; a bfloat16 table is cast, or gathered if there are few
+# tokens
 @pytest.mark.parametrize(("num_slots", "reads"), [(11, 32), (1100, 32), (1100, 4)])
 def test_read_equals_naive_in_value_and_gradients(dtype, tokens, num_slots, reads):
     """Law 3: fp32 tolerance 1e-5; a bfloat16 table differs only in the rounding of its gradient."""
     values, slots, weights = _case(tokens=tokens, reads=reads, num_slots=num_slots, dtype=dtype)
     grads = []
     for read in (read_rows, naive_read_rows):
-        # the twin sums a bfloat16 table's gradient in float32, so that only the last rounding differs
+        # the naive version sums a bfloat16 table's gradient in float32, so that only the last rounding
+        # differs
         v = (values if read is read_rows else values.float()).clone().requires_grad_()
         w = weights.clone().requires_grad_()
         out = read(v, slots, w)
@@ -45,7 +47,7 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("counted", [None, torch.arange(70) % 3 > 0])
-def test_a_log_that_nobody_reads_is_bounded_and_loses_nothing(counted):
+def test_an_unread_log_stays_bounded_and_exact(counted):
     values, slots, weights = _case(tokens=70, num_slots=40)
     values.requires_grad_()
     log, kept, sizes = ReadLog(), ReadLog(apart=True), []
@@ -88,7 +90,7 @@ def test_counts_leave_out_padding_and_evaluation():
     assert log.counts(11, values.device).tolist() == expected.tolist()
 
 
-def test_row_gradients_of_rows_that_nobody_read_are_zero():
+def test_row_gradients_of_unread_rows_are_zero():
     values, slots, weights = _case(num_slots=50)
     values.requires_grad_()
     log = ReadLog()

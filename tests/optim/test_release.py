@@ -1,4 +1,4 @@
-"""What each quirk of the authors' release changes, on one model and the same batches."""
+"""The effect of each quirk of the authors' code, on one model and the same batches."""
 
 import copy
 from itertools import pairwise
@@ -29,7 +29,7 @@ def micro_batches(seed):
 
 
 def steps(model, optimizer, num_steps=1):
-    """The rows that each step moved, of the first memory layer."""
+    """For each step, the rows of the first memory layer that it changed."""
     memory, moved = next(iter(memory_layers(model).values())), []
     for seed in range(num_steps):
         before = memory.values.detach().clone()
@@ -47,14 +47,14 @@ def both(model, quirk, num_steps=1):
     return as_written, steps(model, ReleaseAdamW(model, quirks=[quirk], **OPTIONS), num_steps)
 
 
-def test_each_micro_batch_selects_rows_of_its_own(model):
+def test_each_micro_batch_selects_its_own_rows(model):
     (plain,), (quirky,) = both(model, "micro-batch")
     assert len(plain) == 4
     assert 4 < len(quirky) <= 8
 
 
-def test_a_micro_batch_moves_no_row_for_another(model):
-    """A single micro-batch is no quirk; of two, each gives gradients to its own rows alone."""
+def test_a_micro_batch_gives_gradients_only_to_rows_it_selected(model):
+    """The gradient of a row is the sum over the micro-batches that selected it."""
     optimizer = ReleaseAdamW(model, quirks=["micro-batch"], **OPTIONS)
     name, memory = next(iter(optimizer.layers.items()))
     parts, alone = micro_batches(0), {}
@@ -71,7 +71,7 @@ def test_a_micro_batch_moves_no_row_for_another(model):
 
 
 def test_padding_counts_as_reads(model):
-    """Each of 36 tokens reads a row of its own, and all but three are padding."""
+    """36 tokens read one row each, all different. All but three tokens are padding."""
     options = {**OPTIONS, "top_t": 36}
     moved = {}
     for quirks in ((), ("padding",)):
@@ -86,14 +86,14 @@ def test_padding_counts_as_reads(model):
     assert set(moved["padding",].values()) == {36}
 
 
-def test_deselected_rows_go_on_moving(model):
+def test_deselected_rows_continue_to_change(model):
     plain, quirky = both(model, "moments", num_steps=4)
     assert all(len(rows) <= 4 for rows in plain)
     assert all(before <= after for before, after in pairwise(quirky))
     assert len(quirky[-1]) > 4
 
 
-def test_leaking_moments_are_a_dense_adamw_behind_a_gradient_mask(model):
+def test_the_moments_quirk_equals_dense_adamw_with_masked_gradients(model):
     name, memory = next(iter(memory_layers(model).items()))
     table = torch.nn.Parameter(memory.values.detach().clone())
     dense = torch.optim.AdamW([table], lr=0.1, weight_decay=0.0)
@@ -110,7 +110,7 @@ def test_leaking_moments_are_a_dense_adamw_behind_a_gradient_mask(model):
         torch.testing.assert_close(memory.values, table, rtol=1e-4, atol=1e-5)
 
 
-def test_no_quirk_is_row_adamw(model):
+def test_without_quirks_it_equals_row_adamw(model):
     plain = copy.deepcopy(model)
     steps(plain, RowAdamW(plain, **OPTIONS), 3)
     steps(model, ReleaseAdamW(model, quirks=[], **OPTIONS), 3)
@@ -119,6 +119,6 @@ def test_no_quirk_is_row_adamw(model):
 
 
 def test_an_unknown_quirk_is_refused(model):
-    with pytest.raises(ValueError, match=r"quirks=\['x'\] must be of"):
+    with pytest.raises(ValueError, match=r"quirks=\['x'\] may only contain 'micro-batch'"):
         ReleaseAdamW(model, quirks=["x"])
     assert QUIRKS == ("micro-batch", "padding", "moments")

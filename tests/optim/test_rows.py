@@ -52,7 +52,7 @@ def _step(model, optimizer, seed=0):
 @pytest.mark.parametrize("rule", ["kl", "tfidf", "tf", "grad", "random"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_selected_rows_and_their_state_ever_change(model, make, rule, dtype):
-    """Law 2, over steps with weight decay, momentum and clipping, for a float32 and a bfloat16 table."""
+    """Law 2, over several steps with weight decay, momentum and clipping, in float32 and bfloat16."""
     for memory in memory_layers(model).values():
         memory.values.data = torch.randn_like(memory.values).to(dtype)
     background = count_accesses(model, [_batch(9)])
@@ -67,7 +67,8 @@ def test_only_selected_rows_and_their_state_ever_change(model, make, rule, dtype
             chosen = set(optimizer.selected[name].tolist())
             changed = set((memory.values != before[name]).any(1).nonzero().flatten().tolist())
             assert 0 < len(chosen) <= 5
-            # a row that only the last token reads has no gradient, and bfloat16 rounds small steps away
+            # a selected row may stay the same: only the last token reads it, or bfloat16 rounds the update
+            # away
             assert changed <= chosen
             moved[name] |= changed
             ever[name] |= chosen
@@ -104,8 +105,8 @@ def _assert_state_of_others_rests(before, after, chosen):
     ],
     ids=["sgd", "adamw"],
 )  # fmt: skip
-def test_rows_selected_at_every_step_move_as_in_torch(tiny_llama, ours, torchs):
-    # one memory layer: its reads are then the same at every step
+def test_rows_selected_in_every_step_change_as_in_torch(tiny_llama, ours, torchs):
+    # with one memory layer, the reads are the same in every step
     config = {"num_keys": 8, "num_heads": 2, "top_k": 3, "key_dim": 8, "layers_to_transform": [3]}
     model = get_peft_model(tiny_llama(), SparseMemoryConfig(task_type="CAUSAL_LM", **config))
     twin = copy.deepcopy(model)
@@ -121,7 +122,7 @@ def test_rows_selected_at_every_step_move_as_in_torch(tiny_llama, ours, torchs):
         torch.testing.assert_close(memory.values[rows], other.values[rows], rtol=1e-4, atol=1e-6)
 
 
-def test_one_moment_per_row_is_the_mean_square(model):
+def test_the_moment_per_row_is_the_mean_square(model):
     optimizer = RowAdamW(model, 0.1, top_t=4, rule="tf", betas=(0.0, 0.0), eps=1e-30)
     before = {n: m.values.detach().clone() for n, m in memory_layers(model).items()}
     _step(model, optimizer)
@@ -131,7 +132,7 @@ def test_one_moment_per_row_is_the_mean_square(model):
         torch.testing.assert_close(moved.square().mean(1).sqrt(), torch.full((len(rows),), 0.1))
 
 
-def test_one_moment_per_table_keeps_the_gradients_proportions(model):
+def test_the_moment_per_table_keeps_the_proportions_of_gradients(model):
     optimizer = RowAdamW(model, 0.1, top_t=4, rule="tf", moments="table", betas=(0.0, 0.9), eps=1e-30)
     twin = copy.deepcopy(model)
     sgd = RowSGD(twin, 1.0, top_t=4, rule="tf")
@@ -144,7 +145,7 @@ def test_one_moment_per_table_keeps_the_gradients_proportions(model):
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
-def test_state_comes_back_exactly(model, make, tmp_path):
+def test_saved_state_is_restored_exactly(model, make, tmp_path):
     optimizer = make(model, top_t=5, rule="random")
     for memory in memory_layers(model).values():
         memory.values.data = memory.values.bfloat16()
@@ -163,7 +164,7 @@ def test_state_comes_back_exactly(model, make, tmp_path):
         assert state["slots"].dtype == torch.int64
 
 
-def test_clipping_is_by_the_norm_over_selected_rows(model):
+def test_clipping_uses_the_norm_over_selected_rows(model):
     moved = {}
     for limit in (None, 1e-3):
         twin = copy.deepcopy(model)
@@ -174,7 +175,7 @@ def test_clipping_is_by_the_norm_over_selected_rows(model):
     assert moved[None] > 1e-3
 
 
-def test_what_trains_beside_rows_has_its_own_rate(tiny_llama):
+def test_other_parameters_have_their_own_learning_rate(tiny_llama):
     config = {"num_keys": 8, "num_heads": 2, "top_k": 3, "key_dim": 8, "init_weights": False}
     config = SparseMemoryConfig(task_type="CAUSAL_LM", trainable="values+scale", **config)
     for options, step in (({}, 1e-3), ({"rest_lr": 0.02}, 0.02)):
@@ -182,11 +183,11 @@ def test_what_trains_beside_rows_has_its_own_rate(tiny_llama):
         optimizer = RowAdamW(model, 0.8, top_t=5, rule="tf", **options)
         _step(model, optimizer)
         for memory in memory_layers(model).values():
-            # AdamW's first step has the length of its rate
+            # the first step of AdamW is as large as its learning rate
             assert abs(float(memory.scale.detach()) - 1) == pytest.approx(step, rel=1e-2)
 
 
-def test_the_rows_own_gradient_norm_is_kept(model):
+def test_the_norm_of_the_rows_gradients_is_stored(model):
     optimizer = RowSGD(model, 1.0, top_t=5, rule="tf", max_grad_norm=1e-3)
     assert optimizer.last_grad_norm is None
     twin = copy.deepcopy(model)
@@ -197,7 +198,7 @@ def test_the_rows_own_gradient_norm_is_kept(model):
 
 
 def _moved_by_adamw(model):
-    """Rows moved by one step of plain AdamW, by layer."""
+    """By layer, the rows that one step of torch's AdamW changes."""
     before = {name: memory.values.detach().clone() for name, memory in memory_layers(model).items()}
     other = torch.optim.AdamW([memory.values for memory in memory_layers(model).values()], 0.1)
     _step(model, other)
@@ -206,7 +207,7 @@ def _moved_by_adamw(model):
 
 @pytest.mark.parametrize("end", ["gone", "released", "kept"])
 def test_a_later_optimizer_of_another_kind_trains(model, end, caplog):
-    """As if there had been no row optimizer, whether that is gone or not."""
+    """It works as if there had been no row optimizer, whether that one still exists or not."""
     twin = copy.deepcopy(model)
     optimizer = RowAdamW(model, 0.1, top_t=5, rule="tf")
     model(**_batch(3)).loss.backward()
@@ -222,15 +223,15 @@ def test_a_later_optimizer_of_another_kind_trains(model, end, caplog):
         assert memory.log is None
     assert ("belonged to a RowAdamW" in caplog.text) == (end == "kept")
     if end == "kept":
-        with pytest.raises(ValueError, match="another optimizer has taken the rows"):
+        with pytest.raises(ValueError, match="another optimizer now owns the rows"):
             optimizer.step()
 
 
-def test_the_row_optimizer_made_last_has_the_rows(model):
+def test_the_row_optimizer_created_last_owns_the_rows(model):
     first = RowAdamW(model, 0.1, top_t=5, rule="tf")
     second = RowSGD(model, 0.1, top_t=5, rule="tf")
     model(**_batch()).loss.backward()
-    with pytest.raises(ValueError, match="another optimizer has taken the rows"):
+    with pytest.raises(ValueError, match="another optimizer now owns the rows"):
         first.step()
     del first
     second.step()
@@ -247,7 +248,7 @@ def test_a_copy_of_the_model_has_no_optimizer(model):
 @pytest.mark.parametrize("trainable", ["values", "values+scale"])
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_gradient_scaler_changes_nothing_but_skips_infinite_steps(tiny_llama, trainable, unscale, wrapped):
+def test_a_gradient_scaler_only_skips_infinite_steps(tiny_llama, trainable, unscale, wrapped):
     config = {"num_keys": 8, "num_heads": 2, "top_k": 3, "key_dim": 8, "init_weights": False}
     config = SparseMemoryConfig(task_type="CAUSAL_LM", trainable=trainable, **config)
     model = get_peft_model(tiny_llama(), config)
@@ -255,7 +256,7 @@ def test_a_gradient_scaler_changes_nothing_but_skips_infinite_steps(tiny_llama, 
     options = {"top_t": 5, "rule": "grad", "max_grad_norm": 1e-3}
     ours, plain = RowSGD(model, 1.0, **options), RowSGD(twin, 1.0, **options)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100)
-    # its optimizers ask for the state that it makes
+    # AcceleratedOptimizer needs the state that this creates
     Accelerator(cpu=True)
     stepper = AcceleratedOptimizer(ours, device_placement=False, scaler=scaler) if wrapped else None
 
@@ -336,7 +337,7 @@ def test_a_step_without_reads_changes_nothing(model):
         ({"weight_decay": -1, "rule": "tf"}, "weight_decay=-1"),
     ],
 )
-def test_bad_options_are_one_sentence(model, options, words):
+def test_bad_options_are_named(model, options, words):
     with pytest.raises(ValueError, match=words):
         RowAdamW(model, **{"lr": 0.1, **options})
 
@@ -362,8 +363,8 @@ def test_a_model_without_memory_is_refused(tiny_llama):
 @pytest.mark.parametrize("make", OPTIMIZERS)
 @pytest.mark.parametrize("rule", ["kl", "tfidf", "tf", "grad", "random"])
 @pytest.mark.parametrize("num_keys", [8, 32])
-def test_a_step_waits_for_the_device_once_a_layer(model, tiny_llama, make, rule, num_keys):
-    """Twice with "grad". No float64 gets there, and the rows are those of the CPU."""
+def test_a_step_waits_for_the_device_once_per_layer(model, tiny_llama, make, rule, num_keys):
+    """Twice with "grad". No float64 is used on the device, and the rows are the same as on the CPU."""
     config = SparseMemoryConfig(task_type="CAUSAL_LM", num_keys=num_keys, num_heads=2, top_k=3, key_dim=8)
     model = get_peft_model(tiny_llama(), config)
     background = count_accesses(model, [_batch(9)])

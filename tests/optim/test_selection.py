@@ -13,7 +13,7 @@ def _background(counts, df, num_batches=10):
     return Background.from_counts(*as_int, num_batches)["layer"]
 
 
-def test_tfidf_and_kl_as_written():
+def test_tfidf_and_kl_equal_their_formulas():
     counts = torch.tensor([4, 0, 3, 2, 1])
     background = _background([100, 5, 0, 50, 1], [10, 2, 0, 9, 1])
     p = [c / 10 for c in (4, 0, 3, 2, 1)]
@@ -25,7 +25,7 @@ def test_tfidf_and_kl_as_written():
         assert select_rows(counts, background, top_t=4, rule=rule).tolist() == expected
 
 
-def test_ties_go_to_the_lowest_slot():
+def test_among_equal_scores_the_lowest_slot_is_selected():
     assert select_rows(torch.tensor([0, 2, 2, 2, 5]), top_t=3, rule="tf").tolist() == [4, 1, 2]
 
 
@@ -58,6 +58,6 @@ def test_grad_takes_the_largest_norms():
         ({"top_t": 1, "rule": lambda c, b: c[:1]}, "returned shape"),
     ],
 )
-def test_bad_input_is_one_sentence(options, words):
+def test_bad_input_is_named(options, words):
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         select_rows(torch.tensor([1, 2]), **options)

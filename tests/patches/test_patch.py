@@ -21,7 +21,7 @@ from tiny import SMALL, batch
 
 
 def _teach(model, background, seed, steps=3, scope=True):
-    """Train a few steps; returns the patch."""
+    """Train a few steps and return the patch."""
     before = RowPatch.snapshot(model)
     if scope:
         set_scope(model, [batch(seed)], background, extend=True)
@@ -58,7 +58,7 @@ def test_apply_and_revert_restore_every_byte(model, background, tmp_path, scope)
     assert _same(model, taught)
 
 
-def test_two_patches_come_and_go_with_their_scopes(model, background):
+def test_two_patches_add_and_remove_their_scopes(model, background):
     untouched = _bytes(model)
     first = _teach(model, background, 50)
     between = _bytes(model)
@@ -103,7 +103,7 @@ def test_refused_patches_change_nothing(model, background, tiny_llama, tmp_path)
     cases.append((other_keys, "another addressing"))
 
     elsewhere = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL, layers_to_transform=[0]))
-    cases.append((elsewhere, "has no memory"))
+    cases.append((elsewhere, "has memories only at"))
 
     for target, words in cases:
         before = _bytes(target)
@@ -130,7 +130,7 @@ def test_one_changed_row_refuses_the_whole_patch(model, background):
     assert _same(model, before)
 
 
-def test_a_scope_is_not_laid_over_rows_written_without_one(model, background):
+def test_a_scope_is_not_added_to_rows_written_without_one(model, background):
     scoped = _teach(model, background, 50)
     scoped.revert(model)
     _teach(model, background, 60, scope=False)
@@ -143,7 +143,7 @@ def test_a_scope_is_not_laid_over_rows_written_without_one(model, background):
         scoped.apply(model)
 
 
-def test_patch_moves_between_processes_as_a_file(model, background, tiny_llama, tmp_path):
+def test_a_patch_file_is_applied_to_a_fresh_model(model, background, tiny_llama, tmp_path):
     model.save_pretrained(tmp_path / "empty")
     patch = _teach(model, background, 50)
     patch.save(tmp_path / "patch.safetensors")
@@ -224,14 +224,14 @@ OTHERS = {
 
 
 def _trained_beside(tiny_llama, changes, seed=0):
-    """A model whose memory trains more than rows, and its background."""
+    """A model in which more than value rows trains, and its background."""
     torch.manual_seed(seed)
     model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL | changes))
     return model, calibrate(model, [batch(seed) for seed in range(8)])
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_trains_beside_rows_comes_and_goes_to_the_byte(tiny_llama, tmp_path, kind):
+def test_other_trained_tensors_are_reverted_and_applied_exactly(tiny_llama, tmp_path, kind):
     """Law 6 for alpha, keys and saved modules."""
     model, background = _trained_beside(tiny_llama, OTHERS[kind])
     untouched = _bytes(model)
@@ -254,7 +254,7 @@ def test_what_trains_beside_rows_comes_and_goes_to_the_byte(tiny_llama, tmp_path
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_patches_with_other_tensors_go_into_a_fresh_process(tiny_llama, tmp_path, kind):
+def test_patches_with_other_tensors_are_applied_to_a_fresh_model(tiny_llama, tmp_path, kind):
     model, background = _trained_beside(tiny_llama, OTHERS[kind])
     model.save_pretrained(tmp_path / "empty")
     _teach(model, background, 50).save(tmp_path / "one.safetensors")
@@ -268,7 +268,7 @@ def test_patches_with_other_tensors_go_into_a_fresh_process(tiny_llama, tmp_path
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_another_byte_in_another_tensor_refuses_the_patch(tiny_llama, kind):
+def test_a_changed_byte_in_another_tensor_refuses_the_patch(tiny_llama, kind):
     model, background = _trained_beside(tiny_llama, OTHERS[kind])
     patch = _teach(model, background, 50)
     tensor = other_tensors(model)[list(patch.tensors)[-1]].view(-1)
@@ -294,10 +294,10 @@ def test_an_adapter_without_the_tensor_refuses_the_patch(tiny_llama):
     assert _same(other, before)
 
 
-def test_what_trains_must_be_known_from_before(tiny_llama):
+def test_since_must_have_all_trained_tensors(tiny_llama):
     model, _ = _trained_beside(tiny_llama, OTHERS["values+scale"])
     tables = {name: memory.values.detach().clone() for name, memory in memory_layers(model).items()}
-    with pytest.raises(ValueError, match=r"holds no .*\.scale, which trains here"):
+    with pytest.raises(ValueError, match=r"has no .*\.scale, which trains in this model"):
         RowPatch.diff(model, since=tables)
 
 

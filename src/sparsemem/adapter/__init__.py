@@ -1,6 +1,6 @@
-"""How a memory enters a Hugging Face model, as a PEFT method.
+"""The PEFT method that adds memories to a Hugging Face model.
 
-Importing anything of this folder registers the method with PEFT.
+Importing any module of this folder registers the method with PEFT.
 """
 
 from . import registration  # noqa: F401

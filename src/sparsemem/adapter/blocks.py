@@ -1,4 +1,7 @@
-"""Finding a decoder's blocks, their MLPs and widths by structure, so that any causal LM will do."""
+"""Find the decoder blocks, their MLPs and the widths of a causal LM.
+
+The search uses the structure of the model, not the names of its modules, so it works for many architectures.
+"""
 
 import inspect
 from typing import Any
@@ -7,21 +10,28 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-# Depths of the default layers: late, where hidden states tell taught subjects from known ones.
+# Depths of the default layers, as shares of all layers. They are late: there, the hidden states of taught
+# subjects differ from those of subjects that the base model knows.
 DEFAULT_DEPTHS = (0.8, 0.9, 0.97)
 
 
 def default_targets(
     model: nn.Module, layers: list[int] | int | None = None, pattern: list[str] | str | None = None
 ) -> list[str]:
-    """Paths of the decoder blocks' MLPs in the given layers; None: three late ones (DEFAULT_DEPTHS).
+    """Module paths of the MLPs of the given decoder blocks.
 
-    Found by structure, not by name: the longest list of blocks (of those that `pattern` names), and in each
-    block the child that holds at least two maps and whose forward knows no attention mask. A block without
-    such a child (OPT) offers its last linear map.
+    The blocks are the longest list of modules in the model. If `pattern` is given, only lists whose names end
+    with a pattern are searched. The MLP of a block is its first child that contains at least two linear maps
+    and whose forward takes no attention mask. If a block has no such child (OPT), its last linear map is
+    used.
+
+    Args:
+        model: a causal LM.
+        layers: block indices, from 0. None: three late blocks (DEFAULT_DEPTHS).
+        pattern: names of the list of blocks, as `layers_pattern` of LoRA.
 
     Raises:
-        ValueError: no such blocks, or a layer index out of range.
+        ValueError: no MLP was found, or a layer index is too large.
     """
     blocks_name, blocks = _decoder_blocks(model, [pattern] if isinstance(pattern, str) else pattern)
     mlps = [_mlp_name(block) for block in blocks]
@@ -37,13 +47,14 @@ def default_targets(
         wrong = [index for index in chosen if index >= len(mlps)]
         if wrong:
             raise ValueError(
-                f"layers_to_transform={layers}: no layer {wrong[0]}, allowed are 0 to {len(mlps) - 1}"
+                f"layers_to_transform={layers}: no layer {wrong[0]}, allowed are 0 to {len(mlps) - 1}; "
+                "remove the indices that are too large"
             )
     return [f"{blocks_name}.{index}.{mlps[index]}" for index in chosen]
 
 
 def blocks_path(model: nn.Module) -> str:
-    """Path of the list of decoder blocks."""
+    """Module path of the list of decoder blocks."""
     return _decoder_blocks(model, None)[0]
 
 
@@ -54,9 +65,9 @@ def num_blocks(model: nn.Module) -> int:
 
 def _decoder_blocks(model: nn.Module, patterns: list[str] | None) -> tuple[str, nn.ModuleList]:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    # Lists within a block (experts) are not the list of blocks.
+    # A list inside a block (experts) is not the list of blocks.
     outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
-    # In a model of several towers, the text decoder's blocks are meant.
+    # If the model has several parts (vision and text), use the blocks of the text decoder.
     inside = set(getattr(model, "get_decoder", lambda: model)().modules())
     outer = {n: m for n, m in outer.items() if m in inside} or outer
     if patterns:
@@ -83,14 +94,18 @@ def _mlp_name(block: nn.Module) -> str | None:
 
 
 def widths(module: nn.Module, name: str, hidden_size: int | None) -> tuple[int, int]:
-    """(d_in, d_out): of a linear map, else of the first and the last linear map inside."""
+    """(d_in, d_out) of a module: d_in of the first and d_out of the last linear map in it.
+
+    Raises:
+        ValueError: the module contains no linear map.
+    """
     linears = _linears(module)
     if len(_experts(module)) >= 2 and hidden_size:
         return hidden_size, hidden_size
     if not linears:
         raise ValueError(
-            f"target_modules: {name} ({type(module).__name__}) holds no linear map, its widths are unknown; "
-            "target an MLP or an nn.Linear"
+            f"target_modules: {name} ({type(module).__name__}) holds no linear map, so its widths are "
+            "unknown; target an MLP or an nn.Linear"
         )
     first, last = (
         (m.weight.shape if isinstance(m, Conv1D) else (m.in_features, m.out_features))
@@ -100,7 +115,7 @@ def widths(module: nn.Module, name: str, hidden_size: int | None) -> tuple[int, 
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear map, an adapter's wrapping included."""
+    """Whether the module is a linear map. A linear map that a PEFT adapter wraps counts too."""
     return isinstance(module, nn.Linear | Conv1D) or (
         hasattr(module, "in_features") and hasattr(module, "out_features")
     )
@@ -111,22 +126,21 @@ def _linears(module: nn.Module) -> list[Any]:
 
 
 def _experts(module: nn.Module) -> list[nn.Parameter]:
-    """The weights [experts, ...] of a mixture of experts, which has one such parameter per map."""
+    """The 3-D weights [experts, ...] of a mixture of experts. It has one such parameter per linear map."""
     return [p for p in module.parameters() if p.dim() == 3]
 
 
 def hidden_size(model: nn.Module) -> int | None:
-    """Width of the text decoder's states, where its config says so."""
+    """Width of the text decoder's hidden states. None if the model's config does not give it."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
     return getattr(text, "hidden_size", None)
 
 
 def final_norm(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """Path and module of the norm behind the last decoder block; None where there is none.
+    """Path and module of the norm after the last decoder block. None if there is none.
 
-    Found by structure: of the modules beside the list of blocks, the last one whose only parameters are
-    vectors of one width.
+    It is the last module next to the list of blocks whose parameters are all vectors of one width.
     """
     blocks_name, blocks = _decoder_blocks(model, None)
     if not len(blocks):
@@ -134,7 +148,7 @@ def final_norm(model: nn.Module) -> tuple[str, nn.Module] | None:
     parent_name = blocks_name.rpartition(".")[0]
     found = None
     for name, child in model.get_submodule(parent_name).named_children():
-        # A wrapper of PEFT's (modules_to_save) holds the norm twice.
+        # PEFT's wrapper for modules_to_save contains the norm twice, so shapes are collected in a set.
         shapes = {tuple(vector.shape) for vector in child.parameters()}
         if len(shapes) == 1 and len(shapes.pop()) == 1:
             found = (f"{parent_name}.{name}".lstrip("."), child)

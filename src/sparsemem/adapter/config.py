@@ -1,4 +1,4 @@
-"""SparseMemoryConfig: what memory is added, and where."""
+"""SparseMemoryConfig: the settings of a memory and of the modules that get one."""
 
 import enum
 import math
@@ -12,8 +12,8 @@ from peft.utils import CONFIG_NAME
 from ..files import write_json
 
 
-class SparseMemoryType(str, enum.Enum):  # noqa: UP042 (PEFT reads "Type.MEMBER" out of str())
-    """A member beside PEFT's own PeftType, which cannot be extended from outside."""
+class SparseMemoryType(str, enum.Enum):  # noqa: UP042 (PEFT parses "Type.MEMBER" from str())
+    """Our PEFT type. PEFT's own enum, PeftType, cannot be extended."""
 
     SPARSE_MEMORY = "SPARSE_MEMORY"
 
@@ -52,31 +52,35 @@ class SparseMemoryConfig(PeftConfig):
     """Configuration of product-key memory layers.
 
     Args:
-        target_modules: modules that get a memory, in LoRA's forms: names, suffixes, a regular expression. Any
-            module that maps (..., d_in) to (..., d_out), an `nn.Linear` included. None: the blocks' MLPs.
-        exclude_modules: modules that get none, as for LoRA.
-        layers_to_transform: indices of the blocks; None with no target_modules: three late ones, at .8, .9,
-            .97 of the depth (23, 26, 28 of 30), where hidden states tell what is taught from what is known.
+        target_modules: modules that get a memory, given as for LoRA: names, suffixes or a regular expression.
+            Any module that maps (..., d_in) to (..., d_out) is allowed, for example an `nn.Linear`. None: the
+            MLPs of the decoder blocks.
+        exclude_modules: modules that get no memory, as for LoRA.
+        layers_to_transform: indices of the decoder blocks that get a memory. If this and target_modules are
+            None: three late blocks, at .8, .9 and .97 of the depth (23, 26, 28 of 30). There, the hidden
+            states of what is taught differ from those of what the base model knows.
         layers_pattern: name of the list of blocks, as for LoRA.
-        modules_to_save: further modules trained and saved whole, as for LoRA.
-        num_keys: sub-keys per codebook; num_slots = num_keys ** 2.
+        modules_to_save: other modules that are trained and saved in full, as for LoRA.
+        num_keys: sub-keys per codebook. num_slots = num_keys ** 2.
         num_heads, top_k: each head reads top_k slots per token.
-        key_dim: width of one head's query, both halves together.
-        write: "last": the tail memory, which adds the sum of all reads to the residual stream behind the last
-            block; "own": each memory adds to its own module's output (the paper).
-        mode: "additive": mlp(x) + scale * y; "replacement": y; with `write="own"` only.
-        query_norm: scale both halves of each head's query to length 1, so that addresses follow directions;
-            the paper: False.
+        key_dim: width of the query of one head, both halves together.
+        write: "last": a tail memory, which adds the sum of all reads to the residual stream after the last
+            block. "own": each memory adds to the output of its own module (the paper).
+        mode: "additive": mlp(x) + scale * y. "replacement": scale * y; only with `write="own"`.
+        query_norm: scale each half of each head's query to length 1, so that only its direction decides which
+            slots are read. The paper: False.
         value_gate: "none", or "silu" (Memory+, 2412.09764).
-        scale_init: initial alpha.
-        trainable: "values" (the rows alone), "values+scale" (alpha too) or "memory" (all of it).
-        init_weights: True: rows zero, a no-op; "paper": the start of the dense retrofit; False: random.
-        scope_sizes: numbers of centres, known states and known states of tasks, by module path; filled in
-            when the adapter is saved.
-        base_fingerprint: of the base model that the memory was calibrated on; filled in by `calibrate`.
+        scale_init: initial value of alpha.
+        trainable: "values" (only the rows), "values+scale" (rows and alpha) or "memory" (all parameters).
+        init_weights: True: rows are zero, so the memory changes nothing until it is trained. "paper": the
+            start of the dense retrofit. False: random.
+        scope_sizes: by module path, the numbers of centres, of known states and of known states of tasks.
+            Filled in when the adapter is saved.
+        base_fingerprint: fingerprint of the base model that the memory was calibrated on. Filled in by
+            `calibrate`.
 
     Raises:
-        ValueError: naming every bad field at once.
+        ValueError: one or more fields are wrong. The message names all of them.
     """
 
     target_modules: set[str] | list[str] | str | None = None
@@ -114,7 +118,7 @@ class SparseMemoryConfig(PeftConfig):
     def save_pretrained(
         self, save_directory: str, *, auto_mapping_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Write adapter_config.json as PEFT does, but whole or not at all, and with sets in one order."""
+        """Write adapter_config.json as PEFT does, but atomically and with sets in sorted order."""
         content = {key: sorted(v) if isinstance(v, set) else v for key, v in sorted(self.to_dict().items())}
         if auto_mapping_dict is not None:
             content["auto_mapping"] = auto_mapping_dict
@@ -122,10 +126,10 @@ class SparseMemoryConfig(PeftConfig):
 
     @classmethod
     def paper(cls, **changes: Any) -> "SparseMemoryConfig":
-        """The memory of the paper (2605.03229): layers 6, 12, 18 of 24, each writing to its own MLP's output.
+        """The paper's settings (2605.03229): layers 6, 12, 18 of 24, each adding to its own MLP's output.
 
         Args:
-            changes: fields that differ.
+            changes: fields to set to other values.
         """
         targeted = {"layers_to_transform": None} if changes.get("target_modules") is not None else {}
         return cls(**{**PAPER, **targeted, **changes})
@@ -140,7 +144,7 @@ class SparseMemoryConfig(PeftConfig):
         found += [
             f"{name}={have[name]!r} must be one of {', '.join(map(repr, allowed))}"
             for name, allowed in _ONE_OF.items()
-            # 1 == True, but it is not what the field means.
+            # 1 == True, but 1 is not an allowed value.
             if not any(have[name] == one and type(have[name]) is type(one) for one in allowed)
         ]
         if not found:
@@ -149,7 +153,10 @@ class SparseMemoryConfig(PeftConfig):
             if self.key_dim % 2:
                 found.append(f"key_dim={self.key_dim} must be even: it is split into two halves")
         if self.mode == "replacement" and self.write == "last":
-            found.append("mode='replacement' needs write='own': a read behind the last block replaces no MLP")
+            found.append(
+                "mode='replacement' needs write='own': a memory that adds its reads after the last block "
+                "replaces no MLP"
+            )
         if not isinstance(self.scale_init, int | float) or not math.isfinite(self.scale_init):
             found.append(f"scale_init={self.scale_init!r} must be a finite number")
         return found + self._layer_problems()
@@ -159,7 +166,9 @@ class SparseMemoryConfig(PeftConfig):
         if layers is not None:
             indices = layers if isinstance(layers, list) else [layers]
             if not indices or not all(_is_whole(index, 0) for index in indices):
-                found.append(f"layers_to_transform={layers!r} must be one or more block indices, from 0 on")
+                found.append(
+                    f"layers_to_transform={layers!r} must be one or more block indices, each 0 or greater"
+                )
             if isinstance(self.target_modules, str):
                 found.append("`layers_to_transform` cannot be used when `target_modules` is a str.")
         if self.layers_pattern is not None and isinstance(self.target_modules, str):

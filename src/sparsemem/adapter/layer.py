@@ -1,4 +1,4 @@
-"""A module with a sparse memory beside it, as PEFT's tuners have it."""
+"""The PEFT layer: a module of the base model with a sparse memory for each adapter."""
 
 from typing import Any
 
@@ -13,16 +13,16 @@ _TENSORS = ("values", "query", "query_bias", "keys", "key_bias", "scale", "gate_
 _TRAINED = {"values": ("values",), "values+scale": ("values", "scale")}
 
 CANNOT_MERGE = (
-    "a sparse memory cannot be merged into the base weights: it is a lookup table, not a change of a matrix; "
-    "keep the adapter beside the base model, or call unload() to get the base model back"
+    "a sparse memory cannot be merged into the base weights, because it is a lookup table and not a "
+    "change of a weight matrix; keep the adapter, or call unload() to get the base model back"
 )
 
 
 class SparseMemoryLayer(nn.Module, BaseTunerLayer):
-    """A module with a product-key memory per adapter.
+    """A module of the base model with one product-key memory per adapter.
 
-    A memory with `write="own"` adds to the module's output, or replaces it. One with `write="last"` leaves
-    the output as it is; the tail gets the module's input.
+    A memory with `write="own"` adds to the output of the module, or replaces it. A memory with `write="last"`
+    does not change the output; the layer passes the module's input to the tail.
     """
 
     adapter_layer_names = ("sparse_memory_layers",)
@@ -62,7 +62,7 @@ class SparseMemoryLayer(nn.Module, BaseTunerLayer):
             self.tail.see(self, x)
         if self.disable_adapters:
             return result
-        # A mixture of experts may return its router's scores beside the output.
+        # A mixture of experts may return a tuple: the output and the scores of its router.
         output, *rest = result if isinstance(result, tuple) else (result,)
         for memory in self.active_memories():
             if memory.write == "own":
@@ -85,11 +85,18 @@ class SparseMemoryLayer(nn.Module, BaseTunerLayer):
 
 
 class SparseMemoryLinear(SparseMemoryLayer):
-    """Beside a linear map. PEFT knows by the word in the class name that "all-linear" includes it."""
+    """A linear map with memories. PEFT's "all-linear" finds it by the word "Linear" in the class name."""
 
 
 def freeze(memory: ProductKeyMemory, trainable: str) -> None:
-    """Parameters are what trains, buffers the rest: PEFT switches on every parameter of an adapter."""
+    """Make the tensors that train parameters, and all others buffers.
+
+    PEFT sets `requires_grad` on every parameter of an active adapter, so a frozen tensor must be a buffer.
+
+    Args:
+        memory: changed in place.
+        trainable: as in `SparseMemoryConfig`.
+    """
     for name in _TENSORS:
         tensor = getattr(memory, name)
         if tensor is None:

@@ -1,8 +1,9 @@
-"""The PEFT tuner: puts memories into a model, and knows which of them are active.
+"""The PEFT tuner: adds memories to a model and finds the active ones.
 
-What PEFT 0.21 needs to be told that it does not know by itself:
-- it switches on every parameter of an active adapter, so what is frozen by design (keys, query) is a buffer;
-- an MLP has no `weight` to read device and dtype from, and it never sees the attention mask.
+Differences from other PEFT 0.21 methods:
+- PEFT makes every parameter of an active adapter trainable. So frozen tensors (keys, query) are buffers.
+- An MLP has no `weight` that gives its device and dtype. They are taken from its first parameter.
+- An MLP does not get the attention mask. Hooks on the model pass the mask to the memories.
 """
 
 import inspect
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class SparseMemoryModel(BaseTuner):
-    """Puts memory layers into a model and keeps the attention mask within their reach."""
+    """Adds memory layers to a model and gives them the attention mask of each call."""
 
     prefix = "sparse_memory_"
     tuner_layer_cls = SparseMemoryLayer
@@ -37,8 +38,8 @@ class SparseMemoryModel(BaseTuner):
             )
         if peft_config.write == "last" and final_norm(self.model) is None:
             logger.warning(
-                "write='last': %s has no norm behind a list of decoder blocks; "
-                "each memory writes to its own module's output (write='own')",
+                "write='last': %s has no norm after a list of decoder blocks, so write='own' is used: "
+                "each memory adds to the output of its own module",
                 type(self.model).__name__,
             )
             peft_config.write = "own"
@@ -58,8 +59,8 @@ class SparseMemoryModel(BaseTuner):
             d_out = len(next(norm.parameters()))
             if not current_key.startswith(f"{blocks_path(self.model)}."):
                 raise ValueError(
-                    f"target_modules: {current_key} does not lie in a decoder block, as write='last' needs; "
-                    "target modules of the blocks, or give write='own'"
+                    f"target_modules: {current_key} does not lie in a decoder block, but write='last' needs "
+                    "this; target modules in the blocks, or set write='own'"
                 )
         layer.update_layer(adapter_name, peft_config, d_out)
 
@@ -102,13 +103,13 @@ class SparseMemoryModel(BaseTuner):
         unknown = [name for name in held if name != BASE_ROW and name not in self.peft_config]
         if unknown or not names:
             raise ValueError(
-                f"adapter_names={names}: name one of {sorted(self.peft_config)} or {BASE_ROW!r}, or a "
+                f"adapter_names={names}: must give one of {sorted(self.peft_config)} or {BASE_ROW!r}, or a "
                 "tuple of several, for each row of the batch"
             )
         own = [name for name in held if name != BASE_ROW and self.peft_config[name].write == "own"]  # type: ignore[union-attr]
         if own:
             raise ValueError(
-                f"adapter_names={names}: one batch cannot mix memories that write to their own layers "
+                f"adapter_names={names}: one batch cannot mix memories that add to their own module's output "
                 f"(write='own': {own[0]}); call set_adapter and pass one batch per adapter"
             )
         if self.training:
@@ -126,10 +127,10 @@ class SparseMemoryModel(BaseTuner):
 
 
 def memory_layers(model: nn.Module) -> dict[str, ProductKeyMemory]:
-    """The active adapter's memory layers by the base model's module path, in the order of the model.
+    """The memory layers of the active adapter, by module path in the base model, from first to last layer.
 
     Raises:
-        ValueError: the model has no sparse memory, or several are active.
+        ValueError: the model has no active sparse memory, or several adapters with one are active.
     """
     layers = {
         name.removeprefix("base_model.model."): module
@@ -157,30 +158,45 @@ def memory_layers(model: nn.Module) -> dict[str, ProductKeyMemory]:
 
 
 def gated_layers(layers: Mapping[str, ProductKeyMemory]) -> dict[str, ProductKeyMemory]:
-    """Of an adapter's memory layers those that hold a scope: the deepest where they write last, else all."""
+    """The memory layers that have a scope of their own.
+
+    With `write="last"` this is the deepest layer, whose gate holds for all layers. With `write="own"` it is
+    every layer.
+
+    Args:
+        layers: all memory layers of one adapter, by name, from first to last.
+    """
     return dict(list(layers.items())[-1:]) if writes_last(layers) else dict(layers)
 
 
 def layer_gates(layers: Mapping[str, ProductKeyMemory], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """g [tokens] that each layer's read is multiplied by, of the layers' inputs [tokens, d_in]."""
+    """The gate of each layer: by layer name, g [tokens], by which the layer's read is multiplied.
+
+    Args:
+        layers: all memory layers of one adapter, by name, from first to last.
+        states: by layer name, the layer's input [tokens, d_in].
+    """
     gates = {name: memory.relevance(states[name]) for name, memory in gated_layers(layers).items()}
     return {name: gates.get(name, next(reversed(gates.values()))) for name in layers}
 
 
 def writes_last(layers: Mapping[str, ProductKeyMemory]) -> bool:
+    """Whether all layers have `write="last"`."""
     return all(memory.write == "last" for memory in layers.values())
 
 
 def set_trainable(model: nn.Module, trainable: str) -> None:
-    """Choose anew what of the active adapter's memory trains: `SparseMemoryConfig.trainable`.
+    """Change which parameters of the active adapter's memory train (`SparseMemoryConfig.trainable`).
 
-    Between the paper's stages: a retrofit trains all of the memory, finetuning its value rows alone.
+    For example between the two stages of the paper: the dense retrofit trains the whole memory, finetuning
+    trains only its value rows.
 
     Args:
+        model: a model with memory layers, changed in place.
         trainable: "values", "values+scale" or "memory".
 
     Raises:
-        ValueError: another word, or a model without sparse memory.
+        ValueError: `trainable` is not one of these, or the model has no active sparse memory.
     """
     if trainable not in TRAINABLE:
         raise ValueError(f"trainable={trainable!r} must be one of {', '.join(map(repr, TRAINABLE))}")
@@ -190,7 +206,7 @@ def set_trainable(model: nn.Module, trainable: str) -> None:
 
 
 class _MaskHooks:
-    """Around each call of the model: its memory layers know the call's attention mask."""
+    """Hooks on the model that give its memory layers the attention mask during each call."""
 
     def __init__(self, model: nn.Module) -> None:
         self._before = model.register_forward_pre_hook(_hand_out_mask, with_kwargs=True)
@@ -202,10 +218,10 @@ class _MaskHooks:
 
 
 def _take_back_mask(model: nn.Module, *_: Any) -> None:
-    """After each call: a part of the model that is called alone must not find another call's mask."""
+    """After each call: remove the mask, so that a later call of only a part of the model does not use it."""
     modules = list(model.modules())
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in modules):
-        # the backward pass may run the layers again, and count then
+        # the backward pass may run the layers again, and their reads are counted then
         return
     for module in modules:
         if isinstance(module, ProductKeyMemory):
@@ -213,7 +229,7 @@ def _take_back_mask(model: nn.Module, *_: Any) -> None:
 
 
 def _hand_out_mask(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Before each call of the model: give every memory layer the call's 2-D attention mask, or none."""
+    """Before each call: give every memory layer the 2-D attention mask of the call, or None."""
     mask = kwargs.get("attention_mask")
     if (
         mask is None
@@ -224,14 +240,15 @@ def _hand_out_mask(model: nn.Module, args: tuple, kwargs: dict) -> None:
     mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
     for module in model.modules():
         if isinstance(module, ProductKeyMemory):
-            # a model in parts over several devices
+            # the layers of one model may be on several devices
             module.token_mask = None if mask is None else mask.to(module.values.device)
 
 
 def _note_scope_sizes(config: SparseMemoryConfig, adapter: str, model: nn.Module, *_: Any) -> None:
-    """Before a state dict is made: the config, which is saved with it, says how large the scopes are.
+    """Before a state dict is made, write the sizes of the scopes to the config, which is saved with it.
 
-    Loaders that compare shapes, transformers' own among them, then find memories of the right shape.
+    A new memory built from this config has buffers of the right shapes. Loaders that compare shapes need
+    this, for example the one in transformers.
     """
     layers = [
         m for m in model.modules() if isinstance(m, SparseMemoryLayer) and adapter in m.sparse_memory_layers

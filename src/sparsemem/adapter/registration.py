@@ -1,6 +1,7 @@
-"""The method's place in PEFT's tables.
+"""Register the method with PEFT.
 
-peft.PeftType is a closed enum; a str-enum member of ours in the tables of `peft.mapping` takes its place.
+`peft.PeftType` is an enum that cannot be extended. So the tables of `peft.mapping` get a member of our own
+str enum.
 """
 
 from typing import Any

@@ -1,12 +1,13 @@
-"""The tail: what several late layers read, added once to the residual stream behind the last block.
+"""The tail: adds the reads of several late layers to the residual stream, once, after the last block.
 
-    x_l = the base's input of module l, for each read layer l
-    g   = relevance gate of the deepest read layer, one number a token
-    h'  = h_last + g * sum_l scale_l * read_l(x_l), then final norm and head as in the base
+    x_l = input of module l in the base model, for each read layer l
+    g   = relevance gate of the deepest read layer, one number per token
+    h'  = h_last + g * sum_l scale_l * read_l(x_l), then final norm and head as in the base model
 
-The read layers pass their module's output on as it is, and the norm gets a new tensor. So every hidden state
-up to the last block's output and every KV cache tensor stay the base's to the bit (law 11), and nothing that
-trains lies below the last residual.
+A read layer is a module with a memory that has `write="last"`. It does not change the module's output. Only
+the input of the final norm changes. So all hidden states up to the last block's output and all KV cache
+tensors are bit-identical to the base model's (law 11), and training the memory needs no backward pass through
+the blocks.
 
 Reference: ours (no paper).
 """
@@ -26,12 +27,18 @@ BASE_ROW = "__base__"
 
 
 class Tail:
-    """The read layers of one model and the states that they saw in the running forward pass.
+    """The read layers of one model, and their inputs in the current forward pass.
 
     Attributes:
+<<<<<<< HEAD
         layers: by module path, in the order of the model.
         row_adapters: the adapter of each row of the running batch, or a tuple of several whose reads add up;
             None: the active adapters for every row.
+=======
+        layers: by module path, from first to last layer.
+        row_adapters: the adapter name for each row of the current batch. None: every row uses the active
+            adapters.
+>>>>>>> lower
     """
 
     def __init__(self, model: nn.Module, norm: nn.Module) -> None:
@@ -42,9 +49,13 @@ class Tail:
         self._hook = norm.register_forward_pre_hook(self._write, with_kwargs=True)
 
     def see(self, layer: "SparseMemoryLayer", x: Tensor) -> None:
-        """Keep the state that a read layer saw until the norm is reached, if the running batch reads it.
+        """Keep the input of a read layer until the final norm runs, if the current batch needs it.
 
-        A state that an aborted pass has left behind is replaced, or dropped.
+        If an earlier forward pass was aborted, its input is replaced or removed.
+
+        Args:
+            layer: the read layer.
+            x: its input [..., d_in].
         """
         if not layer.disable_adapters and self._reads(layer):
             self._states[layer.path] = x.detach()
@@ -52,9 +63,14 @@ class Tail:
             self._states.pop(layer.path, None)
 
     def _reads(self, layer: "SparseMemoryLayer") -> bool:
+<<<<<<< HEAD
         """Whether the running batch reads a memory of this layer for the tail."""
         rows = layer.active_adapters if self.row_adapters is None else self.row_adapters
         names = {name for row in rows for name in adapters_of(row)}
+=======
+        """Whether the current batch uses a memory of this layer that has `write="last"`."""
+        names = layer.active_adapters if self.row_adapters is None else set(self.row_adapters)
+>>>>>>> lower
         held: Any = layer.sparse_memory_layers
         return any(name in held and held[name].write == "last" for name in names)
 
@@ -62,7 +78,7 @@ class Tail:
         self._hook.remove()
 
     def memories(self, adapter: str) -> dict[str, ProductKeyMemory]:
-        """An adapter's memories that write last, by module path."""
+        """The memories of an adapter that have `write="last"`, by module path."""
         held = {path: layer.sparse_memory_layers for path, layer in self.layers.items()}
         return {
             path: memories[adapter]  # type: ignore[misc]
@@ -76,7 +92,7 @@ class Tail:
             return None
         hidden, *rest = args or (kwargs.pop("hidden_states"),)
         if hidden.requires_grad and not self._base_trains():
-            # Gradient checkpointing makes the embeddings require a gradient that nothing below would use.
+            # Gradient checkpointing makes the embeddings require a gradient, but nothing in the base trains.
             hidden = hidden.detach()
         return (self._written(hidden, states), *rest), kwargs
 
@@ -88,10 +104,19 @@ class Tail:
             return hidden
         names = list(self.row_adapters)
         if len(hidden) % len(names):
+<<<<<<< HEAD
             raise ValueError(f"adapter_names: has {len(names)} names for {len(hidden)} rows; give one a row")
         # Beam search and several returned sequences repeat each row.
         several = [adapters_of(name) for name in names for _ in range(len(hidden) // len(names))]
         for adapter in dict.fromkeys(name for row in several for name in row):
+=======
+            raise ValueError(
+                f"adapter_names: has {len(names)} names for {len(hidden)} rows; give one name per row"
+            )
+        # Beam search and num_return_sequences repeat each row, so the names are repeated too.
+        names = [name for name in names for _ in range(len(hidden) // len(names))]
+        for adapter in dict.fromkeys(names):
+>>>>>>> lower
             if adapter == BASE_ROW:
                 continue
             rows = torch.tensor([adapter in row for row in several], device=hidden.device)
@@ -115,16 +140,16 @@ def add_reads(
     states: Mapping[str, Tensor],
     rows: Tensor | None = None,
 ) -> Tensor:
-    """The residual stream with the gated sum of one adapter's reads added.
+    """Add the gated sum of one adapter's reads to the residual stream.
 
     Args:
-        hidden: [batch, seq, d], the last block's output; not changed.
+        hidden: [batch, seq, d], the output of the last block. Not changed.
         memories: by module path, the deepest last.
-        states: by module path, [..., d_in], what the read layers saw.
-        rows: [batch] bool, the rows that the adapter speaks in; None: all.
+        states: by module path, the inputs [..., d_in] of the read layers.
+        rows: [batch] bool, the rows that use this adapter. None: all rows.
 
     Returns:
-        [batch, seq, d]; `hidden` itself where no token is in scope and no gradient is wanted.
+        [batch, seq, d]. With gradients switched off and no token in scope, `hidden` itself or a view of it.
     """
     if not memories:
         return hidden
@@ -141,20 +166,25 @@ def add_reads(
 def gated_sum(
     hidden: Tensor, memories: Mapping[str, ProductKeyMemory], states: Mapping[str, Tensor], g: Tensor | None
 ) -> Tensor:
-    """hidden + g * sum_l scale_l * read_l(x_l), reads at the tokens alone where g > 0.
+    """hidden + g * sum_l scale_l * read_l(x_l). Only tokens with g > 0 read.
 
-    A read counts where the loss reaches it, so padding and positions without a label never do.
+    A read is counted only if the loss depends on it. So padding and positions without a label are not
+    counted.
 
     Args:
-        hidden: [tokens, d]; not changed.
-        memories: by module path; states: by module path, [tokens, d_in].
-        g: [tokens] float32; None: 1 everywhere.
+        hidden: [tokens, d]. Not changed.
+        memories: by module path.
+        states: by module path, [tokens, d_in].
+        g: [tokens] float32. None: 1 everywhere.
+
+    Returns:
+        [tokens, d]
     """
     if g is None:
         y = _sum_of_reads(memories, states)
         return hidden + y.to(hidden.dtype)
     inside = g.nonzero().squeeze(1)
-    # In training the rows stay in the graph, or a backward pass out of scope would find none.
+    # In training, keep the rows in the graph. Without them, backward() fails if no token is in scope.
     if len(inside) == 0 and not torch.is_grad_enabled():
         return hidden
     y = _sum_of_reads(memories, {path: x[inside] for path, x in states.items()})
@@ -162,13 +192,13 @@ def gated_sum(
 
 
 def _sum_of_reads(memories: Mapping[str, ProductKeyMemory], states: Mapping[str, Tensor]) -> Tensor:
-    """[tokens, d] float32."""
+    """The sum of all memories' reads, [tokens, d] float32."""
     reads = [memory.read(states[path]) for path, memory in memories.items()]
     return torch.stack(reads).sum(0) if len(reads) > 1 else reads[0]
 
 
 def tail_of(model: nn.Module) -> Tail | None:
-    """The tail of a model with memories that write last."""
+    """The tail of a model. None if no memory has `write="last"`."""
     for module in model.modules():
         tail: Any = vars(module).get(TAIL)
         if tail is not None:

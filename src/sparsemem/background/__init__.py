@@ -1,1 +1,1 @@
-"""What general text says: access counts, calibration, scopes."""
+"""Statistics of general text, and what is set from them: calibration and scopes."""

@@ -1,4 +1,4 @@
-"""Background: what general text says, as calibration, scopes and selection need it."""
+"""Background: statistics of general text, for calibration, scopes and the selection of rows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ from ..files import ArtifactError, fingerprint_tensors, load_artifact, save_arti
 from ..layer.memory import ProductKeyMemory
 
 KIND = "background"
-# States kept per layer, in bfloat16: enough for k-means and for a .999 quantile, bounded whatever the corpus.
+# Most states kept per layer, in bfloat16, for a corpus of any size. Enough for k-means and a .999 quantile.
 SAMPLE_SIZE = 8_192
 
-# Number and length of the pieces of running text that a background keeps.
+# Most pieces of running text that a background keeps, and the length of each in tokens.
 NUM_CONTEXTS, CONTEXT_LENGTH = 32, 24
 _CONTEXTS = "contexts"
 
@@ -23,16 +23,19 @@ _TENSORS = ("counts", "df", "mean", "covariance", "sample", "starts", "answers")
 
 @dataclass
 class LayerBackground:
-    """One layer's share of a Background.
+    """The statistics of one memory layer.
 
     Attributes:
-        counts, df: [num_slots] int64: reads, and number of batches that read the slot at all.
-        num_batches: n_bg of the TF-IDF rule.
-        mean [d_in], covariance [d_in, d_in] float64, sample [n, d_in]: of the layer's inputs; None where only
-            counts are known.
-        starts [m, d_in]: sample of the inputs at answer starts, the positions before an answer's first label.
-        answers [k, d_in]: sample of the inputs at the other positions of these answers.
-        addressing: fingerprint of the query and keys that made the counts; None: unchecked.
+        counts: [num_slots] int64, how often each slot was read.
+        df: [num_slots] int64, how many batches read the slot at least once.
+        num_batches: number of batches, n_bg of the TF-IDF rule.
+        mean [d_in], covariance [d_in, d_in]: float64, of the layer's inputs. None if only counts are known.
+        sample [n, d_in]: a random sample of the layer's inputs. None if only counts are known.
+        starts [m, d_in]: a sample of the inputs at answer starts. An answer start is the position before the
+            first label of an answer.
+        answers [k, d_in]: a sample of the inputs at the other positions of these answers.
+        num_states: number of inputs that mean and covariance were computed from.
+        addressing: fingerprint of the query and keys for which slots were counted. None: it is not checked.
     """
 
     counts: Tensor
@@ -49,13 +52,13 @@ class LayerBackground:
 
 @dataclass
 class Background:
-    """Access statistics of a general corpus, per memory layer: `background[name]`.
+    """Statistics of a general corpus for each memory layer: `background[name]` gives those of one layer.
 
     Attributes:
         layers: by `memory_layers` name.
-        corpus: SHA-256 of the token ids that were counted.
-        contexts: [n, CONTEXT_LENGTH] int64, token ids from the corpus's running text, in which `finetune`
-            sees how the states of taught answers look elsewhere.
+        corpus: SHA-256 of the token ids of the corpus.
+        contexts: [n, CONTEXT_LENGTH] int64, pieces of the corpus's running text as token ids. `finetune` puts
+            taught answers into them; the states of these answers become known states of the scope.
     """
 
     layers: dict[str, LayerBackground] = field(default_factory=dict)
@@ -66,9 +69,19 @@ class Background:
     def from_counts(
         cls, counts: Mapping[str, Tensor], df: Mapping[str, Tensor], num_batches: int
     ) -> "Background":
-        """From counts made elsewhere; which addressing made them is not checked."""
+        """A background from counts that you have. The addressing that gave the counts is not checked.
+
+        Args:
+            counts, df: by `memory_layers` name, [num_slots] int64, as in `LayerBackground`.
+            num_batches: number of batches.
+
+        Raises:
+            ValueError: `counts` and `df` have different layers.
+        """
         if counts.keys() != df.keys():
-            raise ValueError(f"df: has layers {sorted(df)}, counts has {sorted(counts)}; both need the same")
+            raise ValueError(
+                f"df: has layers {sorted(df)}, counts has {sorted(counts)}; give the same layers"
+            )
         return cls({name: LayerBackground(counts[name], df[name], num_batches) for name in counts})
 
     def __getitem__(self, name: str) -> LayerBackground:
@@ -79,8 +92,10 @@ class Background:
         return self.layers[name]
 
     def check(self, layers: Mapping[str, ProductKeyMemory]) -> None:
-        """Raises:
-        ValueError: the background was counted on other layers or another addressing than `layers`.
+        """Check that the background fits these memory layers.
+
+        Raises:
+            ValueError: a layer is missing, or has another number of slots or another addressing.
         """
         for name, memory in layers.items():
             layer = self[name]
@@ -91,12 +106,12 @@ class Background:
                 )
             if layer.addressing is not None and layer.addressing != addressing_fingerprint(memory):
                 raise ValueError(
-                    f"background: was counted on another addressing of {name} than the model has; "
+                    f"background: was counted with another addressing of {name} than the model has now; "
                     "make a new one with count_accesses(model, batches)"
                 )
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file, written atomically."""
+        """Write the background to one safetensors file, atomically."""
         tensors = {} if self.contexts is None else {_CONTEXTS: self.contexts}
         header: dict[str, Any] = {"corpus": self.corpus, "layers": {}}
         for name, layer in self.layers.items():
@@ -108,8 +123,10 @@ class Background:
 
     @classmethod
     def load(cls, path: str | Path) -> "Background":
-        """Raises:
-        ArtifactError: missing, damaged, or not a background.
+        """Read a background that `save` wrote.
+
+        Raises:
+            ArtifactError: the file is missing, damaged, or not a background.
         """
         tensors, header = load_artifact(path, KIND)
         layers = {}
@@ -126,4 +143,5 @@ class Background:
 
 
 def addressing_fingerprint(memory: ProductKeyMemory) -> str:
+    """Fingerprint of the tensors that decide which slots a state reads."""
     return fingerprint_tensors(memory.query, memory.query_bias, memory.keys, memory.key_bias)

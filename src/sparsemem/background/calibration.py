@@ -1,10 +1,11 @@
-"""What data sets and nobody trains, first part: the addressing of a memory (`calibrate`).
+"""Set a memory's addressing from data, without training (`calibrate`).
 
-Hidden states of a general corpus are centred, whitened and rotated, split into heads and halves;
-the sub-keys of each half are the k-means centroids of its queries, the score is the negative squared distance
-times an inverse temperature from the data. Value rows stay as they are, so logits stay the base's to the bit.
+The hidden states of a general corpus are centred, whitened and rotated, and split into heads and halves. The
+sub-keys of each half are the k-means centroids of its queries. The score of a sub-key is the negative squared
+distance times an inverse temperature, which also comes from the data. Value rows are not changed, so logits
+stay bit-identical to the base model's.
 
-Reference: ours; it takes the place of the paper's dense retrofit (2605.03229, stage 1).
+Reference: ours. It replaces the paper's dense retrofit (2605.03229, stage 1).
 """
 
 import logging
@@ -25,30 +26,34 @@ from .states import layer_inputs, supervised
 
 logger = logging.getLogger(__name__)
 
-# Below this share of slots in use, or of the entropy of uniform reads, the addressing counts as collapsed.
+# The addressing has collapsed if the share of slots in use, or the entropy as a share of that of uniform
+# reads, is below this.
 COLLAPSE = 0.5
-# States that the sub-keys are fitted to.
+# Most states that the sub-keys are fitted to.
 FITTED_SIZE = 4_096
-# States of this size are kept for the count; those of a larger corpus are computed again.
+# If a corpus's states need no more bytes than this, they are kept for counting. Otherwise they are computed
+# again.
 KEPT_BYTES = 2**28
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed: int = 0) -> Background:
-    """Set the addressing of every memory layer from data, then count which slots the same data reads.
+    """Set the addressing of every memory layer from data, then count the slots that this data reads.
 
     Args:
         model: a model with memory layers.
-        batches: dicts with input_ids and, where there is padding, attention_mask; a large corpus is iterated
-            twice. With labels (-100: not an answer) the states at answer starts are kept apart, for
-            `set_scope`'s thresholds.
-        seed: of the sample, the rotation and k-means; same data and seed give the same addressing.
+        batches: dicts with input_ids and, if there is padding, attention_mask. It is iterated more than once.
+            If there are labels (-100: not part of an answer), the states of answers are also kept apart, for
+            the thresholds of `set_scope`.
+        seed: for the sample, the rotation and k-means. The same data and seed give the same addressing.
 
     Returns:
-        The corpus's Background: counts, df, and each layer's mean, covariance and bounded sample of states.
+        The Background of the corpus: counts, df, and for each layer the mean, covariance and a sample of
+        states.
 
     Raises:
-        ValueError: a row is written, `batches` is an iterator, which can be read only once, or is empty.
+        ValueError: a value row is not zero, or `batches` is empty or an iterator, which can be read only
+            once.
     """
     _refuse_written(model)
     statistics, kept = _statistics(model, batches, seed, KEPT_BYTES)
@@ -63,11 +68,13 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed
 
 @torch.no_grad()
 def observe(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed: int = 0) -> Background:
-    """What `calibrate` returns, for a memory that keeps the addressing it has, as after a dense retrofit.
+    """Make the Background that `calibrate` returns, but do not change the addressing.
+
+    Use this after a dense retrofit, for example. The counts are those of the model with its memory, the
+    states are those of the base model. Value rows need not be zero.
 
     Args:
-        model, batches, seed: as for `calibrate`. Counts are of what the model reads as it is, states are the
-            base model's. Rows may be written.
+        model, batches, seed: as for `calibrate`.
 
     Raises:
         ValueError: `batches` is an iterator or is empty.
@@ -79,11 +86,11 @@ def observe(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, seed: 
 
 
 def addressing_report(layer: LayerBackground) -> dict[str, float]:
-    """How evenly a corpus uses the slots of one layer.
+    """Measure how evenly a corpus uses the slots of one layer.
 
     Returns:
-        "used": share of slots read at all; "entropy": of the reads, as a share of uniform's; "top1": share of
-        the reads that fall on the most-read 1 % of slots.
+        "used": share of slots that are read at least once. "entropy": entropy of the reads, divided by that
+        of uniform reads. "top1": share of the reads that go to the most-read 1 % of slots.
     """
     counts = layer.counts.double()
     p = counts / counts.sum().clamp_min(1)
@@ -96,16 +103,16 @@ def _refuse_written(model: nn.Module) -> None:
     written = [name for name, memory in memory_layers(model).items() if memory.values.any()]
     if written:
         raise ValueError(
-            f"model: the memory of {written[0]} has rows that are not zero, and with new addresses other "
+            f"model: the memory of {written[0]} has rows that are not zero, and after calibration other "
             "tokens would read them; revert its patches first, or call count_accesses(model, batches), "
-            "which keeps the addresses"
+            "which does not change the addressing"
         )
 
 
 def _statistics(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], seed: int, kept_bytes: int
 ) -> tuple[dict[str, "_Statistics"], list[tuple[Mapping[str, Tensor], dict[str, Tensor]]]]:
-    """Statistics of each layer's inputs, and what `layer_inputs` gave if it is no more than `kept_bytes`."""
+    """Statistics of each layer's inputs, and the inputs themselves if they need at most `kept_bytes`."""
     if iter(batches) is batches:
         raise ValueError(
             f"batches: got a {type(batches).__name__}, which can be read only once and is needed twice; "
@@ -119,19 +126,19 @@ def _statistics(
         kept.append((batch, states))
         if num_bytes > kept_bytes:
             kept.clear()
-        _, starts, goes_on = supervised(batch) if "labels" in batch else (None, None, None)
+        _, starts, within = supervised(batch) if "labels" in batch else (None, None, None)
         for name, x in states.items():
             statistics[name].add(x)
-            if starts is not None and goes_on is not None:
+            if starts is not None and within is not None:
                 statistics[name].starts.add(x[starts.to(x.device)])
-                statistics[name].answers.add(x[goes_on.to(x.device)])
+                statistics[name].answers.add(x[within.to(x.device)])
     return statistics, kept
 
 
 def _contexts(batches: Iterable[Mapping[str, Tensor]]) -> Tensor | None:
-    """Pieces of the corpus's running text [n, CONTEXT_LENGTH], from end to end; None where there is none.
+    """Pieces of the corpus's running text [n, CONTEXT_LENGTH], spread over the corpus. None if there is none.
 
-    Running text is a row without an answer: all of it is label, or nothing says what is.
+    Running text is a row in which all tokens are labels, or a row of a batch without labels.
     """
     pieces: list[Tensor] = []
     for batch in batches:
@@ -148,7 +155,7 @@ def _contexts(batches: Iterable[Mapping[str, Tensor]]) -> Tensor | None:
 def _background(
     model: nn.Module, background: Background, statistics: Mapping[str, "_Statistics"]
 ) -> Background:
-    """The counts with the statistics put in, and the model marked as counted on."""
+    """Add the statistics to the counts, and note the base model's fingerprint in the adapter's config."""
     for name, seen in statistics.items():
         layer = background[name]
         layer.mean, layer.covariance, layer.num_states = seen.mean, seen.covariance, seen.count
@@ -173,11 +180,11 @@ def _set_addressing(memory: ProductKeyMemory, seen: "_Statistics", seed: int) ->
     for head in range(memory.num_heads):
         for half in range(2):
             memory.keys[head, half] = k_means(queries[:, head, half], memory.num_keys, generator, steps=10)
-    # The score -|q - c|^2 as a linear one: 2 q.c - |c|^2, without |q|^2, the same for every sub-key.
+    # -|q - c|^2 = 2 q.c - |c|^2 - |q|^2. The last term is the same for all sub-keys and is left out.
     centroids = memory.keys.detach().clone()
     memory.keys.copy_(2 * centroids)
     memory.key_bias.copy_(-(centroids**2).sum(-1))
-    # Softmax temperature: on average the last of top_k slots is read top_k times less than the best.
+    # Softmax temperature: on average, the best of the top_k slots gets top_k times the weight of the last.
     if memory.top_k > 1:
         scale = math.log(memory.top_k) / _score_spread(memory, seen.sample.states[:2048]).clamp_min(1e-6)
         memory.keys.mul_(scale)
@@ -200,14 +207,14 @@ def _report(name: str, report: dict[str, float]) -> None:
 
 
 class _Sample:
-    """A uniform sample of at most SAMPLE_SIZE states of a stream of unknown length, in random order."""
+    """A uniform sample, in random order, of at most SAMPLE_SIZE states from a stream of unknown length."""
 
     def __init__(self, width: int, seed: int) -> None:
         self.states, self.ranks = torch.zeros(0, width), torch.zeros(0)
         self.generator = torch.Generator().manual_seed(seed)
 
     def add(self, states: Tensor) -> None:
-        # Every state draws a random rank, and the lowest stay.
+        # Each state gets a random rank, and the states with the lowest ranks are kept.
         ranks = torch.cat([self.ranks, torch.rand(len(states), generator=self.generator)])
         ranks, kept = ranks.sort(stable=True)
         self.ranks = ranks[:SAMPLE_SIZE]
@@ -215,7 +222,7 @@ class _Sample:
 
 
 class _Statistics:
-    """Streaming mean and covariance (Chan's update), and samples of all states and of answer starts."""
+    """Streaming mean and covariance (Chan's update), and samples of all states and of those of answers."""
 
     def __init__(self, width: int, seed: int) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""Which slots a corpus reads."""
+"""Count the slots that a corpus reads."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -13,14 +13,17 @@ from .states import layer_inputs
 
 
 def count_accesses(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Background:
-    """Count which slots a corpus reads when the model reads it, inside or outside of a scope.
+    """Count the slots that a corpus reads. Tokens out of scope are counted too.
 
     Args:
         model: a model with memory layers.
-        batches: dicts with input_ids and, where there is padding, attention_mask; padding is not counted.
+        batches: dicts with input_ids and, if there is padding, attention_mask. Padding is not counted.
+
+    Returns:
+        A Background with only counts and df.
 
     Raises:
-        ValueError: no batches.
+        ValueError: `batches` is empty, or a batch has no input_ids.
     """
     return count_reads(memory_layers(model), layer_inputs(model, batches, memory=True))
 
@@ -28,7 +31,7 @@ def count_accesses(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) ->
 def count_reads(
     layers: Mapping[str, ProductKeyMemory], inputs: Iterable[tuple[Mapping[str, Tensor], dict[str, Tensor]]]
 ) -> Background:
-    """`count_accesses` of what `layer_inputs` gave."""
+    """As `count_accesses`, but from the output of `layer_inputs`."""
     counts = {name: torch.zeros(m.num_slots, dtype=torch.int64) for name, m in layers.items()}
     df = {name: torch.zeros_like(c) for name, c in counts.items()}
     digest, num_batches = hashlib.sha256(), 0

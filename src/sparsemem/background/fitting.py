@@ -1,27 +1,31 @@
-"""How a scope and keys are fitted to data: whitening, thresholds, k-means."""
+"""Functions that fit a scope and keys to data: whitening, thresholds, k-means."""
 
 import torch
 from torch import Tensor
 
 from ..layer.scope import KNOWN_WEIGHT, nearest_known
 
-# Share of known answer starts that may lie past `lo`; of all states, where the background has no answers.
+# `lo` is at least this quantile of the scores of known states. START_QUANTILE is for known states of answers,
+# STATE_QUANTILE is for a background without answers.
 START_QUANTILE, STATE_QUANTILE = 0.98, 0.999
-# `hi` lies this far on the way from `lo` to where an unseen wording of something taught is expected.
+# `hi` is this share of the way from `lo` to the expected score of an unseen wording of what is taught.
 RAMP = 1 / 3
-# The quantile of taught states' scores, without their own example, that `hi` may reach up to.
+# `hi` may be raised to this quantile of the scores of taught states, computed without their own example.
 REACH = 0.02
-# Taught states that are drawn to find the thresholds.
+# Most taught states that are used to find the thresholds, drawn at random.
 DRAWN_SIZE = 2_048
-# Share of all states of general text that may lie past `lo`.
+# At most this share of the states of general text may have a score above `lo`.
 GENERAL_SHARE = 2e-4
-# The share of taught states to be in scope, also where taught and known cannot be told apart; the ramp then,
-# and the least ramp in any case: below it float32 could make lo and hi the same.
+# OWN_SHARE: at least this share of the taught states must be in scope. WIDE_RAMP: hi - lo if taught and known
+# states cannot be told apart. LEAST_RAMP: the smallest hi - lo, so that they differ in float32.
 OWN_SHARE, WIDE_RAMP, LEAST_RAMP = 0.95, 0.1, 1e-3
 
 
 def whitening(covariance: Tensor) -> Tensor:
-    """W [d, d] float32: W C W^T = identity, C = covariance + 1e-3 of the mean variance on the diagonal."""
+    """The matrix W [d, d] float32 with W C W^T = identity, for a covariance [d, d].
+
+    C is the covariance with 1e-3 of the mean variance added to its diagonal.
+    """
     covariance = covariance.double()
     ridge = 1e-3 * covariance.diagonal().mean().clamp_min(1e-12)
     variance, basis = torch.linalg.eigh(covariance + ridge * torch.eye(len(covariance), dtype=torch.float64))
@@ -38,24 +42,31 @@ def thresholds(
     quantile: float,
     width: float,
 ) -> tuple[float, float, bool]:
-    """The pair (lo, hi) of one kind of centre from data, and whether taught and known can be told apart.
+    """Find the thresholds lo and hi of one kind of centre from data.
 
-    Every state is scored against the others alone: a known one without itself, a taught one without its own
-    example. `lo` lies where known states of the same kind and general text are shut. `hi` lies RAMP of the
-    way from there to the taught states' median, or at their quantile REACH where that is higher: these scores
-    foretell those of unseen wordings, so `hi` need not be lower (dev/LOG.md, section 14).
+    The score of a state is computed without the state itself: a known state is compared with the other known
+    states, a taught state with the taught states of other examples. `lo` is chosen so that the gate is 0 for
+    most known states of this kind and for nearly all general text. `hi` is RAMP of the way from `lo` to the
+    median score of the taught states, or their quantile REACH if that is higher. These scores predict those
+    of unseen wordings, so `hi` need not be lower (dev/LOG.md, section 14).
 
     Args:
-        taught: [n, d] whitened taught states of this kind; example: [n] which record each comes from.
+        taught: [n, d], whitened taught states of this kind.
+        example: [n], the record that each taught state comes from.
         centres: [num_centres, d] of this kind.
-        known: [num_known, d] all known states; decides: [num_known] bool, those of this kind.
-        general: [m, d] whitened states of any text; at most GENERAL_SHARE of them may lie past `lo`.
-        quantile: of the deciding known states' scores, where `lo` lies.
-        width: `lo` is raised to this far below `hi`.
+        known: [num_known, d], all known states.
+        decides: [num_known] bool, which known states are of this kind.
+        general: [m, d], whitened states of any text. At most GENERAL_SHARE of them may have a score above
+            `lo`.
+        quantile: `lo` is at least this quantile of the scores of the known states of this kind.
+        width: `lo` is raised if it is more than this below `hi`.
+
+    Returns:
+        lo, hi, and whether taught and known states can be told apart.
     """
     lo = 0.0
     if decides.any():
-        # The nearest known state of a known one is itself: the second nearest counts.
+        # The nearest known state of a known state is itself, so the second nearest is used.
         among = (known[decides] @ known.T).topk(min(2, len(known)), dim=-1).values
         among = among[:, 1].clamp_min(0) if among.shape[1] > 1 else 0.0
         lo = float(((known[decides] @ centres.T).amax(-1) - KNOWN_WEIGHT * among).quantile(quantile))
@@ -64,7 +75,7 @@ def thresholds(
         lo = max(lo, float(scores.quantile(1 - GENERAL_SHARE)))
     drawn = torch.randperm(len(taught), generator=torch.Generator().manual_seed(0))[:DRAWN_SIZE]
     among_known = KNOWN_WEIGHT * nearest_known(taught[drawn], known)
-    # What is taught must itself be in scope, or it could not be learnt, even where it is as good as known.
+    # Taught states must be in scope, even if they are as near to known states. Otherwise nothing is learnt.
     own = float((1 - among_known).quantile(1 - OWN_SHARE))
     alone = None
     if len(example.unique()) > 1:
@@ -82,10 +93,11 @@ def thresholds(
 
 
 def k_means(points: Tensor, num_centres: int, generator: torch.Generator, steps: int = 20) -> Tensor:
-    """Centroids [num_centres, d] of points [n, d]: k-means++, then Lloyd's; deterministic by generator.
+    """Centroids [num_centres, d] of points [n, d], by k-means++ and then Lloyd's algorithm.
 
-    Empty clusters restart at the points that are farthest from their centroid. With fewer points than
-    centres, points repeat with a little noise, so that no two centroids coincide.
+    The result depends only on the arguments and the state of `generator`. An empty cluster is moved to the
+    point that is farthest from its centroid. If there are fewer points than centres, points are repeated with
+    a little noise, so that all centroids differ.
     """
     n = len(points)
     if n < num_centres:
@@ -105,7 +117,7 @@ def k_means(points: Tensor, num_centres: int, generator: torch.Generator, steps:
 
 
 def _seeds(points: Tensor, num_centres: int, generator: torch.Generator) -> Tensor:
-    """k-means++: each seed is drawn in proportion to its squared distance to the seeds before it."""
+    """k-means++: each new seed is drawn in proportion to its squared distance to the nearest seed."""
     chosen = [int(torch.randint(len(points), (), generator=generator))]
     distance = (points - points[chosen[0]]).square().sum(-1)
     while len(chosen) < num_centres:

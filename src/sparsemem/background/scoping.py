@@ -1,9 +1,9 @@
-"""What data sets and nobody trains, second part: the scope of a memory (`set_scope`).
+"""Set a memory's scope from data, without training (`set_scope`).
 
-The whitened states at the supervised positions of the training data become the centres of the relevance gate,
-its thresholds come from the background and from the training examples' own nearness.
+The centres of the relevance gate are the whitened states at the supervised positions of the training data.
+The thresholds come from the background, and from how similar the training examples are to each other.
 
-Reference: ours.
+Reference: ours (no paper).
 """
 
 import logging
@@ -24,13 +24,14 @@ from .states import layer_inputs, supervised
 
 logger = logging.getLogger(__name__)
 
-# Supervised states that a scope is made of; where there are more, a random part.
+# Most supervised states that a scope is made from. If there are more, a random part is used.
 TAUGHT_SIZE = 8_192
-# Centres that one call of `set_scope` adds at most, and known states of a scope.
+# Most centres that one call of `set_scope` adds, and most known states of a scope.
 CENTRES_SIZE, KNOWN_SIZE = 1_024, 1_024
-# `lo` lies at most this far below `hi`, at answer starts and within answers, where general text comes near.
+# Largest hi - lo at answer starts and within answers. It is smaller within answers, because states of general
+# text are more similar to those.
 START_WIDTH, WITHIN_WIDTH = 0.15, 0.05
-# A background with fewer answers than this says too little of what is known; its states take their place.
+# If a background has fewer answers than this, its sample of all states is used as known states.
 MIN_STARTS = 32
 
 
@@ -43,23 +44,24 @@ def set_scope(
     extend: bool = False,
     known: Iterable[Mapping[str, Tensor]] = (),
 ) -> None:
-    """Set the memory's scope from training data; tokens out of scope then pass as in the base model.
+    """Set the memory's scope from training data. The memory then adds nothing to tokens out of scope.
 
-    A memory that writes last has one scope, held by its deepest layer; one that writes to its own layers has
-    a scope in each.
+    With `write="last"` the memory has one scope, in its deepest layer. With `write="own"` each layer has a
+    scope.
 
     Args:
         model: a model with memory layers.
-        batches: dicts with input_ids, labels (-100: not supervised) and attention_mask. Centres are the
-            states at the positions whose next label is supervised, memory switched off. Of a list with
-            many more than TAUGHT_SIZE of them, batches are drawn at random and the others not read.
-        background: of `calibrate`, which keeps mean, covariance and a sample of states.
-        extend: keep the scope there is and add to it: g is then the largest over both.
-        known: batches like these whose supervised states are known beside the background's: what must stay
-            as it is although it is near to what is taught.
+        batches: dicts with input_ids, labels (-100: not supervised) and attention_mask. Centres are the base
+            model's states at the positions whose next label is supervised. If a list has many more than
+            TAUGHT_SIZE such positions, only some batches are used, drawn at random.
+        background: from `calibrate`, with mean, covariance and a sample of states.
+        extend: keep the present scope and add to it. The gate is then the larger one of both scopes.
+        known: further batches of the same form. Their supervised states are added to the known states. Use it
+            for answers that are similar to what is taught, but must not change.
 
     Raises:
-        ValueError: no supervised position, or a background without states.
+        ValueError: no position is supervised, labels are missing, or the background has no states or does not
+            fit the model.
     """
     layers = memory_layers(model)
     check_background(layers, background)
@@ -74,8 +76,8 @@ class Supervised:
 
     Attributes:
         states: by layer name, [n, d_in].
-        example: [n] int64, the record that each comes from.
-        start: [n] bool, whether an answer starts there.
+        example: [n] int64, the record that each state comes from.
+        start: [n] bool, whether the state is at an answer start.
     """
 
     states: dict[str, Tensor]
@@ -86,10 +88,15 @@ class Supervised:
 def supervised_states(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], layers: Iterable[str]
 ) -> Supervised:
-    """States of the base model, float32 on the CPU.
+    """States of the base model at supervised positions, float32 on the CPU.
+
+    Args:
+        model: a model with memory layers.
+        batches: as for `set_scope`.
+        layers: names of the layers whose inputs are wanted.
 
     Raises:
-        ValueError: batches without labels, or none of them supervised.
+        ValueError: a batch has no labels, or no position is supervised.
     """
     taught: dict[str, list[Tensor]] = {name: [] for name in layers}
     examples: list[Tensor] = []
@@ -98,7 +105,7 @@ def supervised_states(
     for batch, states in layer_inputs(model, batches):
         if "labels" not in batch:
             raise ValueError(
-                "batches: have no 'labels'; a scope is taken from supervised positions, pass labels too"
+                "batches: have no 'labels'; a scope is made from supervised positions, so pass labels too"
             )
         chosen, first, _ = supervised(batch)
         examples.append(_rows(batch)[chosen] + num_rows)
@@ -123,7 +130,7 @@ def set_scope_of(
     extend: bool,
     known: Iterable[Mapping[str, Tensor]] = (),
 ) -> None:
-    """`set_scope` from states that were computed before."""
+    """As `set_scope`, from states that `supervised_states` returned. The background is not checked."""
     gated = gated_layers(memory_layers(model))
     known = list(known)
     also = supervised_states(model, known, gated).states if known else {}
@@ -148,26 +155,28 @@ def set_scope_of(
 
 
 def check_background(layers: Mapping[str, ProductKeyMemory], background: Background) -> None:
-    """Raises:
-    ValueError: a background of another memory, or one without states.
+    """Check that a background fits these layers and can be used for a scope.
+
+    Raises:
+        ValueError: the background was made for another memory, or has no states.
     """
     background.check(layers)
     for name in layers:
         if background[name].mean is None:
             raise ValueError(
-                f"background: holds only counts for {name}, a scope also needs mean, covariance and states; "
-                "use the background that calibrate returned"
+                f"background: holds only counts for {name}, but a scope also needs mean, covariance and "
+                "states; use the background that calibrate returned"
             )
 
 
 def clear_scope(model: nn.Module) -> None:
-    """Forget every memory layer's scope: the gate is open everywhere (g = 1), as in the paper."""
+    """Remove the scope of every memory layer. The gate is then 1 everywhere, as in the paper."""
     for memory in memory_layers(model).values():
         memory.scope = None
 
 
 def _enough(batches: Iterable[Mapping[str, Tensor]]) -> Iterable[Mapping[str, Tensor]]:
-    """Random batches with TAUGHT_SIZE supervised positions, in their order; all where there are fewer."""
+    """Random batches, in their order, with about TAUGHT_SIZE supervised positions. All if there are fewer."""
     if not isinstance(batches, Sequence) or not all("labels" in batch for batch in batches):
         return batches
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
@@ -182,7 +191,7 @@ def _joined(name: str, old: Scope | None, new: Scope) -> Scope:
     old = old.copy()
     if not old.same_space(new):
         raise ValueError(
-            f"background: the scope of {name} was made with another one; extend it with the same background"
+            f"background: the scope of {name} was made with another background; extend it with that one"
         )
     return old.joined(new)
 
@@ -195,7 +204,19 @@ def _scope_of(
     layer: LayerBackground,
     also: Tensor | None,
 ) -> Scope:
-    """The scope of taught states [n, d]; `start` marks answer starts, which get thresholds of their own."""
+    """Make the scope of one layer.
+
+    Answer starts and the other positions of answers are two kinds of centres. Each kind has its own
+    thresholds.
+
+    Args:
+        name: of the layer, for log messages.
+        states: [n, d], the taught states.
+        example: [n] int64, the record that each state comes from.
+        start: [n] bool, whether the state is at an answer start.
+        layer: the background of the layer.
+        also: [m, d], known states of this task, or None.
+    """
     assert layer.mean is not None
     assert layer.covariance is not None
     assert layer.sample is not None
@@ -204,7 +225,7 @@ def _scope_of(
     known, quantile = _known(layer, mean, whitener)
     task_known = known[0][:0] if also is None else whiten(also, mean, whitener)
     everything = torch.cat([*known, task_known])
-    # Which part of the background's known states each is of; -1: the task's own, which decide nothing.
+    # The kind of each known state. -1: known states of this task, which are not used to find `lo`.
     sizes = torch.tensor([*(len(part) for part in known), len(task_known)])
     kind_of = torch.tensor([*range(len(known)), -1]).repeat_interleave(sizes)
     taught = whiten(states, mean, whitener)
@@ -228,7 +249,8 @@ def _scope_of(
         where = "at the start of answers" if kind is start else "within answers"
         if not separable:
             logger.warning(
-                "%s, %s: what is taught and what is known cannot be told apart; other answers may change",
+                "%s, %s: the states of what is taught and of what the base model knows are too similar to be "
+                "told apart; other answers may change",
                 name,
                 where,
             )
@@ -240,9 +262,10 @@ def _scope_of(
 
 
 def _known(layer: LayerBackground, mean: Tensor, whitener: Tensor) -> tuple[list[Tensor], float]:
-    """The background's known states, answer starts and the rest of answers, and the quantile of `lo`.
+    """The known states of the background, in one tensor for each kind, and the quantile for `lo`.
 
-    Each kind decides the thresholds of its own kind of centre. A background with few answers has one part.
+    The kinds are answer starts and the other positions of answers. The known states of a kind are used for
+    the thresholds of the centres of this kind. If the background has few answers, there is only one tensor.
     """
     assert layer.sample is not None
     assert layer.starts is not None
@@ -257,12 +280,12 @@ def _known(layer: LayerBackground, mean: Tensor, whitener: Tensor) -> tuple[list
 
 
 def _drawn(number: int, room: int) -> Tensor:
-    """Indices of at most `room` of `number` things, at random, in order."""
+    """Random indices below `number`, at most `room` of them, in ascending order."""
     return torch.randperm(number, generator=torch.Generator().manual_seed(0))[:room].sort().values
 
 
 def _quotas(sizes: list[int], room: int) -> list[int]:
-    """Shares of `room`: an equal part each, and what one kind leaves over goes to the others."""
+    """Split `room` into equal parts, one for each size. What one size does not need goes to the others."""
     quotas = [0] * len(sizes)
     for rank, index in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
         quotas[index] = min(sizes[index], (room - sum(quotas)) // (len(sizes) - rank))
@@ -270,7 +293,7 @@ def _quotas(sizes: list[int], room: int) -> list[int]:
 
 
 def _rows(batch: Mapping[str, Tensor]) -> Tensor:
-    """The row of each of a batch's unpadded positions [tokens]."""
+    """For each unpadded position of a batch, the index of its row: [tokens]."""
     ids = batch["input_ids"].cpu()
     mask = batch.get("attention_mask", torch.ones_like(ids)).bool().cpu()
     return torch.arange(len(ids))[:, None].expand_as(ids)[mask]

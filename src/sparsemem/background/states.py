@@ -1,4 +1,4 @@
-"""The hidden states that a memory reads, of a model that reads batches."""
+"""Run a model on batches and collect the hidden states that its memory layers read."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,15 +19,18 @@ def layer_inputs(
     memory: bool = False,
     further: Mapping[str, nn.Module] | None = None,
 ):
-    """For each batch: (batch, {layer name: its inputs [tokens, d_in] at unpadded positions}).
+    """Yield for each batch: (batch, {layer name: inputs [tokens, d_in] at unpadded positions}).
 
-    `further` modules' inputs are given beside the layers'.
+    The model runs in bfloat16 autocast if that is faster. Code that uses the states does not run in autocast.
 
-    With `memory=False` the layers pass through, so that the inputs are the base model's. The model runs in
-    bfloat16 autocast where that is faster; work on its states is not rounded.
+    Args:
+        model: a model with memory layers.
+        batches: dicts with input_ids and, if there is padding, attention_mask.
+        memory: False: the memory is switched off, so the inputs are those of the base model.
+        further: other modules by name, whose inputs are returned too.
 
     Raises:
-        ValueError: no batches, or a batch without input_ids.
+        ValueError: `batches` is empty, or a batch has no input_ids.
     """
     seen: dict[str, Tensor] = {}
     layers = memory_layers(model)
@@ -42,7 +45,7 @@ def layer_inputs(
         )
         for name, module in modules.items()
     ]
-    # no logit is looked at, and the vocabulary's are a fifth of a small model's work
+    # the logits are not used, and in a small model they are a fifth of the work
     least = {
         key: value for key, value in {"logits_to_keep": 1, "use_cache": False}.items() if takes(model, key)
     }
@@ -54,7 +57,7 @@ def layer_inputs(
             for batch in batches:
                 if not isinstance(batch, Mapping) or "input_ids" not in batch:
                     raise ValueError(
-                        f"batches: got {type(batch).__name__}, each batch must be a dict with 'input_ids'"
+                        f"batches: contains a {type(batch).__name__}; each must be a dict with 'input_ids'"
                     )
                 empty = False
                 device = next(model.parameters()).device
@@ -63,7 +66,7 @@ def layer_inputs(
                 mask = torch.ones_like(ids) if mask is None else mask.to(device)
                 places = {}
                 if takes(model, "position_ids") and not mask[:, 0].all():
-                    # as generation counts them: the first token behind padding on the left is at 0
+                    # as in generation: with padding on the left, the first real token has position 0
                     places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
                 with autocast(model):
                     model(input_ids=ids, attention_mask=mask, **least, **places)
@@ -76,22 +79,25 @@ def layer_inputs(
 
 
 def supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the unpadded positions [tokens]: which predict a label, which start an answer, which go on with one.
+    """Which unpadded positions of a batch predict a label.
 
-    Text that is all label starts no answer.
+    Returns:
+        Three masks, each [tokens] bool over the unpadded positions: positions whose next token is a label;
+        those of them that are not labels themselves (answer starts); and the others in rows that have an
+        answer start. A row in which all tokens are labels has no answer start.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
     predicts, labelled = torch.zeros_like(mask), labels != -100
     predicts[:, :-1] = labelled[:, 1:]
     starts = predicts & ~labelled
-    goes_on = predicts & labelled & starts.any(1, keepdim=True)
-    return predicts[mask], starts[mask], goes_on[mask]
+    within = predicts & labelled & starts.any(1, keepdim=True)
+    return predicts[mask], starts[mask], within[mask]
 
 
 @contextmanager
 def memory_off(layers: Iterable[SparseMemoryLayer]):
-    """The given layers pass their base module through, without touching anybody's requires_grad."""
+    """Within, the given layers return their base module's output. `requires_grad` is not changed."""
     before = [(layer, layer._disable_adapters) for layer in layers]
     try:
         for layer, _ in before:
@@ -104,7 +110,7 @@ def memory_off(layers: Iterable[SparseMemoryLayer]):
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """Evaluation mode within; afterwards every module has its own mode again."""
+    """Within, the model is in evaluation mode. Afterwards each module has its former mode again."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

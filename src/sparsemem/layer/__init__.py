@@ -1,1 +1,1 @@
-"""The memory itself, in torch alone: product keys, value rows, the gate."""
+"""The memory itself, in plain PyTorch: product keys, value rows, relevance gate."""

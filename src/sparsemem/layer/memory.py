@@ -1,11 +1,12 @@
 """One memory layer: query -> product keys -> value rows -> value gate -> scale -> relevance gate.
 
 Parameters are flat on the module (PEFT names an adapter's tensors `layer.adapter.tensor`, one level deep).
-Everything but the value rows is computed in float32 whatever the model's precision, autocast included:
-addresses and gates must not depend on the precision that the rest of the model happens to run in.
+Everything except the value rows is computed in float32, even if the model or autocast uses another precision.
+So slots and gates do not depend on the precision of the rest of the model.
 
 Reference: Lample 2019 (1907.05242) for the read, Berges 2024 (2412.09764) for `value_gate="silu"`; the
-additive form mlp(x) + scale * y is the paper's (2605.03229); keys from data and the relevance gate are ours.
+additive form mlp(x) + scale * y is from the paper (2605.03229). Keys from data and the relevance gate are
+ours.
 """
 
 from collections.abc import Sequence
@@ -29,12 +30,14 @@ class ProductKeyMemory(nn.Module):
     Attributes:
         values: the value table [num_slots, d_out].
         query [num_heads * key_dim, d_in], query_bias, keys [num_heads, 2, num_keys, key_dim / 2], key_bias:
-            the addressing of a state.
+            the addressing, which maps a state to slots.
         scale: the scalar alpha.
-        write: "last": the tail adds the read to the residual stream after the last block; "own": `forward`
-            adds it to the output of the module that the memory stands beside.
-        log: where the reads of backward passes go, set by the row optimizers; None: dense gradients.
-        token_mask: [batch, seq] bool of the running forward pass, set by the tuner; None: every token counts.
+        write: "last": the tail adds the read to the residual stream after the last block. "own": `forward`
+            adds it to the output of the module that has this memory.
+        log: where backward passes record the reads. The row optimizers set it. None: `values` gets a dense
+            gradient.
+        token_mask: [batch, seq] bool, the attention mask of the current forward pass. The tuner sets it.
+            None: the reads of every token are counted.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class ProductKeyMemory(nn.Module):
         self.query_bias = nn.Parameter(torch.empty(num_heads * key_dim))
         self.keys = nn.Parameter(torch.empty(num_heads, 2, num_keys, key_dim // 2))
         self.key_bias = nn.Parameter(torch.empty(num_heads, 2, num_keys))
-        # One element, not none: FSDP takes no scalars.
+        # Shape [1], not a scalar: FSDP does not accept scalar parameters.
         self.scale = nn.Parameter(torch.empty(1))
         self.gate_in = self.gate_out = None
         if value_gate == "silu":
@@ -77,7 +80,7 @@ class ProductKeyMemory(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Every initialisation in one place.
+        """Initialise all parameters.
 
         | init_weights | values           | scale      | keys                       | query, value gate |
         | ------------ | ---------------- | ---------- | -------------------------- | ----------------- |
@@ -109,14 +112,17 @@ class ProductKeyMemory(nn.Module):
         return len(self.get_buffer("scope_centres")) > 0
 
     def queries(self, x: Tensor) -> Tensor:
-        """[tokens, num_heads, 2, key_dim / 2] of states [tokens, d_in]."""
+        """Queries [tokens, num_heads, 2, key_dim / 2] of states [tokens, d_in]."""
         with torch.autocast(x.device.type, enabled=False):
             q = F.linear(x.float(), self.query.float(), self.query_bias.float())
         q = q.view(len(x), self.num_heads, 2, self.key_dim // 2)
         return F.normalize(q, dim=-1) if self.query_norm else q
 
     def address(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots, weights [tokens, num_heads * top_k] of states [tokens, d_in]; a head's weights sum to 1."""
+        """Slots and weights, each [tokens, num_heads * top_k], that states [tokens, d_in] read.
+
+        The weights of one head sum to 1.
+        """
         with torch.autocast(x.device.type, enabled=False):
             scores = sub_key_scores(self.queries(x), self.keys.float(), self.key_bias.float())
             slots, top = top_k_slots(scores, self.top_k)
@@ -124,7 +130,7 @@ class ProductKeyMemory(nn.Module):
 
     @property
     def scope(self) -> Scope | None:
-        """The scope, in the memory's own tensors; None: no scope, the gate is open everywhere."""
+        """The scope, sharing the memory's buffers. None: there is no scope, and the gate is 1 everywhere."""
         if not self.has_scope:
             return None
         return Scope(**{key.removeprefix("scope_"): self.get_buffer(key) for key in SCOPE_TENSORS})
@@ -140,7 +146,7 @@ class ProductKeyMemory(nn.Module):
                 setattr(self, key, getattr(scope, key.removeprefix("scope_")).detach().to(device, copy=True))
 
     def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
-        # A scope has no fixed size: it takes that of what is loaded.
+        # The size of a scope is not fixed, so the buffers take the shapes of the loaded tensors.
         for key in SCOPE_TENSORS:
             loaded = state_dict.get(prefix + key)
             if loaded is not None and loaded.shape != self.get_buffer(key).shape:
@@ -148,7 +154,7 @@ class ProductKeyMemory(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def relevance(self, x: Tensor) -> Tensor:
-        """g [tokens] float32 of states [tokens, d_in]: all ones without a scope."""
+        """Gate g [tokens] float32 of states [tokens, d_in]. All ones if there is no scope."""
         scope = self.scope
         if scope is None:
             return x.new_ones(len(x), dtype=torch.float32)
@@ -156,9 +162,12 @@ class ProductKeyMemory(nn.Module):
             return scope.gate(x.detach())
 
     def read(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
-        """scale * y [tokens, d_out] float32 of states [tokens, d_in]; `counted` as in `values.read_rows`.
+        """scale * y [tokens, d_out] float32 of states [tokens, d_in].
 
-        Of a memory that writes last those reads count that the loss reaches: the others train nothing.
+        Args:
+            x: [tokens, d_in].
+            counted: as in `values.read_rows`. With `write="last"` it is not used: only tokens whose output
+                gets a gradient are counted, because the others train no row.
         """
         slots, weights = self.address(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -171,10 +180,11 @@ class ProductKeyMemory(nn.Module):
         """The layer's output, in the shape and dtype of `base`.
 
         Args:
-            x: [..., d_in], the input of the module that the memory stands beside.
-            base: [..., d_out], that module's output.
+            x: [..., d_in], the input of the module that has this memory.
+            base: [..., d_out], the output of that module.
 
-        A token out of scope reads nothing: its output is `base`'s to the bit, and its slots are not counted.
+        A token out of scope reads nothing. Its output is bit-identical to `base`, and its slots are not
+        counted.
         """
         flat, out = x.reshape(-1, self.d_in), base.reshape(-1, self.d_out)
         counted = self.counted(x)
@@ -183,7 +193,7 @@ class ProductKeyMemory(nn.Module):
             return (y if self.mode == "replacement" else out + y).view_as(base)
         g = self.relevance(flat)
         inside = g.nonzero().squeeze(1)
-        # In training the rows stay in the graph, or a backward pass out of scope would find none.
+        # In training, keep the rows in the graph. Without them, backward() fails if no token is in scope.
         if len(inside) == 0 and not torch.is_grad_enabled():
             return base
         y = self.read(flat[inside], None if counted is None else counted[inside])
@@ -192,17 +202,18 @@ class ProductKeyMemory(nn.Module):
         return out.index_add(0, inside, (g[inside, None] * y).to(base.dtype)).view_as(base)
 
     def counted(self, x: Tensor) -> Tensor | None:
+        """Which tokens of x [..., d_in] count as reads: [tokens] bool. None: all of them."""
         mask, tokens = self.token_mask, x[..., 0].numel()
         if self.log is None or mask is None or tokens % len(mask):
             return None
-        # With a KV cache the mask is longer than the call; OPT flattens batch and sequence before its MLP.
+        # With a KV cache the mask covers more tokens than x. OPT flattens batch and sequence before its MLP.
         seq = tokens // len(mask)
         return mask[:, -seq:].reshape(-1) if mask.shape[1] >= seq else None
 
     def _apply(self, fn, recurse=True):
         kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        # A cast of the model must not move the scope or a frozen address: buffers follow devices, not dtypes.
+        # Casting the model must not change the scope or frozen keys, so buffers change device but not dtype.
         for name, before in kept.items():
             after = getattr(self, name)
             if after.dtype != before.dtype:
@@ -219,7 +230,7 @@ class ProductKeyMemory(nn.Module):
 def scope_shapes(
     d: int, num_centres: int = 0, num_known: int = 0, num_task_known: int = 0
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of a memory's scope tensors; without centres there is no scope, and all of them are empty."""
+    """Shapes of a memory's scope tensors. With no centres there is no scope, and all tensors are empty."""
     width = d if num_centres else 0
     return {
         "scope_mean": (width,),

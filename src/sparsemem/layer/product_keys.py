@@ -1,9 +1,9 @@
-"""Product keys: scores of sub-keys, and the exact top_k over all pairs of them.
+"""Product keys: score the sub-keys, then find the exact top_k slots over all pairs of sub-keys.
 
-Every slot of a memory is a pair (i, j) of sub-keys, slot = i * num_keys + j, and its score is the sum of the
-scores of i (first half of the query) and j (second half). The best top_k of all num_keys ** 2 sums are found
-among few candidates: a pair whose halves rank i-th and j-th (from 0) is beaten by at least (i + 1)(j + 1) - 1
-others, so only pairs with (i + 1)(j + 1) <= top_k can be chosen.
+Every slot of a memory is a pair (i, j) of sub-keys, slot = i * num_keys + j. Its score is the sum of the
+score of i (first half of the query) and the score of j (second half). Only a few of the num_keys ** 2 pairs
+can be in the top_k. If a pair's halves have ranks i and j (from 0), at least (i + 1)(j + 1) - 1 other pairs
+score as high or higher. So only pairs with (i + 1)(j + 1) <= top_k are candidates.
 
 Reference: Lample 2019 (1907.05242), section 3.1; the candidate bound is ours.
 """
@@ -20,7 +20,7 @@ def sub_key_scores(queries: Tensor, keys: Tensor, key_bias: Tensor) -> Tensor:
     Args:
         queries: [tokens, heads, 2, half], half = key_dim / 2.
         keys: [heads, 2, num_keys, half].
-        key_bias: [heads, 2, num_keys]; zero in the paper, -|key|^2 terms after `calibrate`.
+        key_bias: [heads, 2, num_keys]. Zero in the paper; `calibrate` sets it to -|centroid|^2, scaled.
 
     Returns:
         [tokens, heads, 2, num_keys].
@@ -36,8 +36,8 @@ def top_k_slots(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         top_k: at most num_keys ** 2.
 
     Returns:
-        slots [tokens, heads, top_k] int64, and their scores [tokens, heads, top_k], best first. Where scores
-        tie, the choice among equals is torch.topk's.
+        slots [tokens, heads, top_k] int64, and their scores [tokens, heads, top_k], best first. Ties are
+        broken as `torch.topk` breaks them.
     """
     num_keys = scores.shape[-1]
     best, sub_keys = scores.topk(min(top_k, num_keys), dim=-1)
@@ -51,7 +51,7 @@ def top_k_slots(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def exhaustive_top_k_slots(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The naive twin of `top_k_slots`: same arguments and result, over all num_keys ** 2 sums."""
+    """The slow version of `top_k_slots`: same arguments and result, computed from all num_keys ** 2 sums."""
     sums = (scores[..., 0, :, None] + scores[..., 1, None, :]).flatten(-2)
     top, slots = sums.topk(top_k, dim=-1)
     return slots, top
@@ -60,7 +60,7 @@ def exhaustive_top_k_slots(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=64)
 def _candidates(top_k: int, num_best: int, device: torch.device) -> tuple[Tensor, Tensor]:
     pairs = [(i, j) for i in range(num_best) for j in range(num_best) if (i + 1) * (j + 1) <= top_k]
-    # Cached, so it must not be born an inference tensor, which no later backward pass could use.
+    # The result is cached. An inference tensor could not be used in a later backward pass.
     with torch.inference_mode(False):
         first, second = torch.tensor(pairs, device=device).unbind(1)
     return first, second

@@ -1,17 +1,19 @@
-"""The relevance gate of one memory layer: how far inside the taught region a hidden state lies.
+"""The relevance gate of one memory layer: how far a hidden state lies inside the taught region.
 
-A scope is a set of centres (what is taught) with a threshold pair each, and a set of known states (answer
-starts of the background), all of them unit vectors in whitened space. For a state x:
+A scope has centres, which stand for what is taught, and known states, which stand for what the base model
+already knows (states of answers in the background). Both are unit vectors in whitened space. Each centre has
+its own pair of thresholds, lo and hi. For a state x:
 
     z = normalise(W (x - mean))
     s_c(x) = z . c - known_weight * max(0, max_b z . b)
     g(x) = max_c clip((s_c(x) - lo_c) / (hi_c - lo_c), 0, 1)
 
-g is exactly 0 outside, so a token out of scope leaves the model as it was, to the bit. Thresholds belong to
-centres, so the union of several taught tasks is the concatenation of their centres. The gate has no gradient.
+g is exactly 0 out of scope, so for such a token the memory adds nothing and the output is bit-identical to
+the base model's. The scopes of several tasks are joined by concatenating their centres, because each centre
+has its own thresholds. The gate has no gradient.
 
-Reference: ours (no paper). The known states are what tells a taught subject from a known one of the same
-question form; dev/LOG.md has the measurement.
+Reference: ours (no paper). The known states let the gate tell a taught subject from a known subject in the
+same form of question. dev/LOG.md has the measurement.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -20,18 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# How much nearness to something known counts against nearness to something taught.
+# Weight of the similarity to known states, which is subtracted from the similarity to a centre.
 KNOWN_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What one memory layer takes as taught; all float32.
+    """The scope of one memory layer. All tensors are float32.
 
     Attributes:
-        mean [d], whitener [d, d], known [num_known, d], known_weight [1]: the space.
-        task_known [num_task_known, d]: known states that belong to what is taught.
-        centres [num_centres, d], lo, hi [num_centres]: what is taught in it, with a threshold pair each.
+        mean [d], whitener [d, d], known [num_known, d], known_weight [1]: from the background, and the same
+            for all tasks ("the space").
+        task_known [num_task_known, d]: further known states, given for the taught tasks.
+        centres [num_centres, d], lo, hi [num_centres]: the taught states, and the thresholds of each centre.
     """
 
     mean: Tensor
@@ -44,25 +47,26 @@ class Scope:
     hi: Tensor
 
     def same_space(self, other: "Scope") -> bool:
+        """Whether both scopes come from the same background."""
         return all(
             torch.equal(getattr(self, key), getattr(other, key))
             for key in ("mean", "whitener", "known", "known_weight")
         )
 
     def joined(self, other: "Scope") -> "Scope":
-        """The union with a scope of the same space."""
+        """The union of this scope and another one of the same space."""
         assert self.same_space(other)
         parts = {key: torch.cat([getattr(self, key), getattr(other, key)]) for key in TASK_PARTS}
         return replace(self, **parts)
 
     def without(self, other: "Scope") -> "Scope | None":
-        """What is left when the other's centres and known states, blocks of this scope's, are taken away.
+        """This scope without the centres and task_known states of another scope, which was joined to it.
 
         Returns:
-            None if nothing is left.
+            The remaining scope, or None if no centre is left.
 
         Raises:
-            ValueError: the other is not in this scope.
+            ValueError: this scope does not contain the other one.
         """
         taught = [torch.cat([one.centres, one.lo[:, None], one.hi[:, None]], 1) for one in (self, other)]
         kept = _rows_without(*taught)
@@ -73,25 +77,25 @@ class Scope:
         return replace(self, **parts, **{key: getattr(self, key)[kept] for key in ("centres", "lo", "hi")})
 
     def copy(self) -> "Scope":
-        """A copy on the CPU, where a memory layer's own scope is a view of its buffers."""
+        """A copy on the CPU. The scope of a memory layer shares the layer's buffers; a copy does not."""
         return Scope(
             **{field.name: getattr(self, field.name).detach().cpu().clone() for field in fields(self)}
         )
 
     def gate(self, states: Tensor) -> Tensor:
-        """g [tokens] float32 in [0, 1] of states [tokens, d]; exactly 0 out of scope."""
+        """Gate g [tokens] float32, from 0 to 1, of states [tokens, d]. Exactly 0 out of scope."""
         z = whiten(states, self.mean, self.whitener)
         among_known = torch.maximum(nearest_known(z, self.known), nearest_known(z, self.task_known))
         score = z @ self.centres.T - self.known_weight * among_known[:, None]
         return ((score - self.lo) / (self.hi - self.lo)).clamp(0, 1).amax(-1)
 
 
-# What a scope holds of each taught task; the rest is the space that all of them share.
+# The fields that each task has for itself. The other fields are shared by all tasks.
 TASK_PARTS = ("task_known", "centres", "lo", "hi")
 
 
 def _rows_without(rows: Tensor, block: Tensor) -> Tensor:
-    """[n] bool: which of `rows` [n, k] are left when `block` [m, k], some rows in a row, is taken away."""
+    """[n] bool: False for the rows of `rows` [n, k] that are `block` [m, k], found as consecutive rows."""
     kept = torch.ones(len(rows), dtype=torch.bool)
     for start in range(len(rows) - len(block), -1, -1):
         if torch.equal(rows[start : start + len(block)], block):
@@ -101,9 +105,10 @@ def _rows_without(rows: Tensor, block: Tensor) -> Tensor:
 
 
 def whiten(states: Tensor, mean: Tensor, whitener: Tensor) -> Tensor:
-    """Unit vectors [tokens, d] float32 in whitened space, of states [tokens, d]."""
+    """Whiten states [tokens, d] and scale them to length 1: [tokens, d] float32."""
     return F.normalize((states.float() - mean) @ whitener.T, dim=-1)
 
 
 def nearest_known(z: Tensor, known: Tensor) -> Tensor:
+    """Largest cosine of each state z [tokens, d] to a known state, at least 0: [tokens]."""
     return (z @ known.T).amax(-1).clamp_min(0) if len(known) else z.new_zeros(len(z))

@@ -1,12 +1,13 @@
-"""Reading the value table: the weighted sum of rows, its gradients, and the log that optimizers select from.
+"""Reading the value table: the weighted sum of rows, its gradients, and the log of reads for the optimizers.
 
-`read_rows` equals `naive_read_rows` in value and in all gradients. With a `ReadLog`, the backward pass leaves
-the table's gradient in the log instead of `values.grad`: the reads and the output's gradient are kept, and
-the rows that an optimizer asks for get theirs in `ReadLog.row_gradients`.
+`read_rows` gives the same values and gradients as `naive_read_rows`. With a `ReadLog`, the backward pass does
+not write `values.grad`. It stores the reads and the gradient of the output in the log.
+`ReadLog.row_gradients` then computes the gradient of only those rows that an optimizer asks for.
 
-Choices: rows are never gathered to a [tokens, reads, d] tensor, and nothing waits for the device. Reads are
-PyTorch's `embedding_bag`. Gradients are its backward pass, or one matrix product where a token reads at least
-one slot in _PRODUCT (measured, dev/LOG.md section 13).
+Choices: rows are not gathered to a [tokens, reads, d] tensor, and nothing waits for the device. The only
+exception is a bfloat16 table with few reads, whose rows are gathered in chunks. The read is PyTorch's
+`embedding_bag`. The gradients come from the backward pass of `embedding_bag`, or from one matrix product if
+each token reads at least 1 / _PRODUCT of all slots (measured, dev/LOG.md section 13).
 """
 
 from dataclasses import dataclass, field
@@ -16,16 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Gradients are matrix products where num_slots / reads is at most this.
+# Gradients are computed by a matrix product if num_slots / reads is at most this.
 _PRODUCT = 8
-# Numbers of a product's temporary: 16 MB of float32.
+# Most elements in the temporary tensor of such a product: 16 MB of float32.
 _SPREAD = 2**22
-# Rows of a bfloat16 table that are gathered at once.
+# Most rows of a bfloat16 table that are gathered at once.
 _CHUNK = 16_384
 
 
 def naive_read_rows(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """The twin of `read_rows` in plain PyTorch: [tokens, d] in float32."""
+    """The slow version of `read_rows` in plain PyTorch: [tokens, d] float32."""
     return (values[slots].float() * weights[..., None]).sum(1)
 
 
@@ -37,15 +38,15 @@ def read_rows(
     counted: Tensor | None = None,
     reached: bool = False,
 ) -> Tensor:
-    """Sum of value rows, weighted.
+    """The weighted sum of the value rows that each token reads.
 
     Args:
         values: the table [num_slots, d], float32 or bfloat16.
         slots: [tokens, reads] int64, reads = heads * top_k.
         weights: [tokens, reads] float32.
-        log: where the backward pass leaves the reads; None: `values.grad` is the dense gradient, as usual.
-        counted: [tokens] bool, False for tokens whose reads do not count (padding); None: all count.
-        reached: count the tokens alone whose gradient is not all zero, instead of `counted`.
+        log: where the backward pass stores the reads. None: `values.grad` gets the dense gradient, as usual.
+        counted: [tokens] bool, False for tokens whose reads are not counted (padding). None: all are counted.
+        reached: if True, ignore `counted` and count the tokens whose output gradient is not all zero.
 
     Returns:
         [tokens, d] float32.
@@ -82,9 +83,9 @@ class _ReadRows(torch.autograd.Function):
 
 
 def _read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    # embedding_bag wants weights in the table's dtype, and rows are summed in float32
+    # embedding_bag needs weights in the table's dtype, but rows are summed in float32
     if values.dtype != torch.float32:
-        # one cast of the table costs less than one of each read, unless few tokens are read
+        # casting the table once costs less than casting each read row, unless there are few reads
         if len(values) > slots.numel():
             step = max(1, _CHUNK // slots.shape[1])
             parts = zip(slots.split(step), weights.split(step), strict=True)
@@ -94,7 +95,7 @@ def _read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 
 def weight_gradients(values: Tensor, slots: Tensor, grad_out: Tensor) -> Tensor:
-    """Gradient [tokens, reads] of the weights: each read row's product with grad_out [tokens, d]."""
+    """Gradient [tokens, reads] of the weights: the dot product of each read row with grad_out [tokens, d]."""
     values = values.float()
     if _by_product(len(values), slots.shape[1]):
         step = max(1, _SPREAD // len(values))
@@ -107,10 +108,10 @@ def weight_gradients(values: Tensor, slots: Tensor, grad_out: Tensor) -> Tensor:
 
 
 def row_gradients(slots: Tensor, weights: Tensor, grad_out: Tensor, rows: Tensor, num_slots: int) -> Tensor:
-    """Gradient of the given rows alone.
+    """Gradient of the given rows only.
 
     Args:
-        slots, weights: [tokens, reads] as read.
+        slots, weights: [tokens, reads], as in `read_rows`.
         grad_out: [tokens, d] float32.
         rows: [t] int64, no duplicates.
         num_slots: of the table.
@@ -120,7 +121,7 @@ def row_gradients(slots: Tensor, weights: Tensor, grad_out: Tensor, rows: Tensor
     """
     place = rows.new_full((num_slots,), len(rows))
     place[rows] = torch.arange(len(rows), device=rows.device)
-    # one row more, for the reads of all other rows
+    # one extra row collects the reads of all other rows
     product = _by_product(num_slots, slots.shape[1])
     return _table_gradient(place[slots], weights, grad_out, len(rows) + 1, product, others=len(rows))[:-1]
 
@@ -137,7 +138,7 @@ def _table_gradient(
     product: bool,
     others: int | None = None,
 ) -> Tensor:
-    """Gradient [num_rows, d] float32 of a table; that of row `others` is not looked at."""
+    """Gradient [num_rows, d] float32 of a table. The gradient of row `others` is not used."""
     gradient = grad_out.new_zeros(num_rows, grad_out.shape[1])
     if product:
         step = max(1, _SPREAD // num_rows)
@@ -153,17 +154,18 @@ def _table_gradient(
 
 @dataclass
 class ReadLog:
-    """What one memory layer read since the last optimizer step, one entry per backward pass.
+    """What one memory layer read since the last optimizer step, with one entry per backward pass.
 
-    Filled by the backward pass of `read_rows`, so evaluation, `no_grad` and the recomputation of gradient
-    checkpointing never count, and a micro-batch counts once. When several entries take more room than the
-    table's gradient does, they are summed to that, so that the log is bounded however long nobody steps.
+    The backward pass of `read_rows` adds the entries. So a micro-batch is counted once, and evaluation,
+    `no_grad` and the recomputation of gradient checkpointing are never counted. If several entries need more
+    memory than the gradient of the whole table, they are replaced by that gradient and the counts. So the log
+    does not grow without limit if no optimizer steps.
 
     Attributes:
-        entries: slots, weights, grad_out and counted, as `read_rows` and its backward pass had them.
-        apart: never sum entries.
-        probe: a parameter whose `.grad` is 1, or infinite where a gradient of the output is not finite; what
-            a GradScaler does to gradients it does to this one.
+        entries: (slots, weights, grad_out, counted) of each backward pass, as in `read_rows`.
+        apart: never replace entries by their sum.
+        probe: a parameter whose `.grad` is set to 1, or to infinity if a gradient of the output is not
+            finite. A GradScaler treats this gradient as any other, so it shows what the scaler does.
     """
 
     entries: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = field(default_factory=list)
@@ -184,18 +186,18 @@ class ReadLog:
             self._sum_up(num_slots)
 
     def counts(self, num_slots: int, device: torch.device) -> Tensor:
-        """Access counts [num_slots] int64 of the tokens that count."""
+        """Access counts [num_slots] int64, of the tokens that are counted."""
         total = torch.zeros(num_slots, dtype=torch.int64, device=device)
         if self._counts is not None:
             total += self._counts
         for slots, _, _, counted in self.entries:
-            # not bincount, which waits for the device to look at the largest id
+            # not bincount: it waits for the device to find the largest id
             once = torch.ones_like(slots) if counted is None else counted[:, None].expand_as(slots).long()
             total.scatter_add_(0, slots.flatten(), once.flatten())
         return total
 
     def row_gradients(self, rows: Tensor, values: Tensor) -> Tensor:
-        """Summed gradient [t, d] float32 of distinct rows of the table `values` [num_slots, d]."""
+        """Gradient [t, d] float32 of distinct rows of the table `values` [num_slots, d], over all entries."""
         total = torch.zeros(len(rows), values.shape[1], device=values.device)
         if len(rows) == 0:
             return total
@@ -206,7 +208,7 @@ class ReadLog:
         return total
 
     def table_gradient(self, values: Tensor) -> Tensor:
-        """Summed gradient of the table `values` [num_slots, d], in its dtype."""
+        """Gradient of the whole table `values` [num_slots, d], over all entries, in the table's dtype."""
         return self.row_gradients(torch.arange(len(values), device=values.device), values).to(values.dtype)
 
     def clear(self) -> None:
@@ -227,5 +229,5 @@ class ReadLog:
         self._counts, self._gradient = counts, gradient
 
     def __reduce__(self):
-        # a copy of the model has no optimizer that would read its log
+        # a copied model has no optimizer, so its memory gets no log
         return type(None), ()

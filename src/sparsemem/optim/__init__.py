@@ -1,1 +1,1 @@
-"""Which rows a step changes, and how."""
+"""Optimizers for value rows: which rows a step changes, and how."""

@@ -1,12 +1,13 @@
-"""What the authors' release of 2605.03229 does otherwise than its text says, as switches of one optimizer.
+"""The differences between the authors' code for 2605.03229 and their paper, as options of one optimizer.
 
 | quirk         | what it does                                                                              |
 | ------------- | ----------------------------------------------------------------------------------------- |
-| "micro-batch" | each micro-batch selects its own top_t rows; a step moves the rows of all of them         |
+| "micro-batch" | each micro-batch selects its own top_t rows; a step changes all of these rows             |
 | "padding"     | padding tokens count as reads                                                             |
-| "moments"     | gradients are masked but not AdamW's moments: rows once selected move at every later step |
+| "moments"     | gradients are masked but AdamW's moments are not: a row changes in every step after it    |
+|               | was selected once                                                                         |
 
-They break laws 2 and 5 on purpose, to compare with the paper's figures; nothing else uses them.
+They break laws 2 and 5 on purpose, to compare results with those of the paper. Nothing else uses them.
 """
 
 from collections.abc import Sequence
@@ -23,14 +24,14 @@ QUIRKS = ("micro-batch", "padding", "moments")
 
 
 class ReleaseAdamW(RowAdamW):
-    """RowAdamW with quirks of the authors' release.
+    """RowAdamW that behaves like the authors' code in some ways.
 
     Args:
-        model, lr, options: as `RowAdamW`.
-        quirks: of QUIRKS.
+        model, lr, options: as for `RowAdamW`.
+        quirks: names from QUIRKS, see the table above.
 
     Raises:
-        ValueError: an unknown quirk, or as `RowAdamW`.
+        ValueError: an unknown quirk, or any error of `RowAdamW`.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class ReleaseAdamW(RowAdamW):
     ) -> None:
         unknown = [quirk for quirk in quirks if quirk not in QUIRKS]
         if unknown:
-            raise ValueError(f"quirks={list(quirks)} must be of {', '.join(map(repr, QUIRKS))}")
+            raise ValueError(f"quirks={list(quirks)} may only contain {', '.join(map(repr, QUIRKS))}")
         self.quirks = frozenset(quirks)
         self._apart = bool(self.quirks & {"micro-batch", "padding"})
         super().__init__(model, lr, **options)
@@ -58,7 +59,7 @@ class ReleaseAdamW(RowAdamW):
     def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         if "moments" in self.quirks:
             state, _ = self._rows_of(table, rows, self._shapes(table, group))
-            # one dense AdamW counts the steps of all rows alike
+            # a dense AdamW has one step count for all rows
             state["steps"].fill_(state["steps"].max())
             ever = state["slots"]
             masked = gradient.new_zeros(len(ever), gradient.shape[1])

@@ -1,4 +1,4 @@
-"""Which rows one optimizer step may change: a score for every slot that the batch read, and the top_t best.
+"""Select the rows that one optimizer step may change: the top_t slots with the highest scores.
 
 | rule     | score of a read slot i                                                              |
 | -------- | ----------------------------------------------------------------------------------- |
@@ -9,10 +9,11 @@
 | "random" | a random number                                                                     |
 | callable | rule(counts, background) -> [num_slots]                                             |
 
-c: access counts of the step; bg, df, n_bg: of the background. Ties go to the lowest slot; unread slots are
-never taken. Scores are float64 on the CPU, which every machine has: equal counts give equal rows anywhere.
+c: access counts of the step. bg, df, n_bg: counts, df and num_batches of the background. Among equal scores,
+the lower slot is selected. Slots that the step did not read are never selected. Scores of "tfidf", "kl" and
+"tf" are computed in float64 on the CPU, so the same counts give the same rows on every machine.
 
-Reference: Lin 2025 (2510.15103) for tfidf, Goyal 2026 (2604.05248) for kl; both as in 2605.03229.
+Reference: Lin 2025 (2510.15103) for tfidf, Goyal 2026 (2604.05248) for kl. Both as in 2605.03229.
 """
 
 from collections.abc import Callable
@@ -36,35 +37,43 @@ def select_rows(
     gradient_norms: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Ids of the selected rows.
+    """Select rows of one memory layer.
 
     Args:
         counts: access counts of the step, [num_slots] int64.
-        background: of this layer; needed by "kl" and "tfidf".
-        top_t: how many rows at most.
-        rule: see the table above.
-        gradient_norms: [num_slots] float32, needed by "grad".
-        generator: for "random"; None: torch's default.
+        background: of this layer. "kl" and "tfidf" need it.
+        top_t: the largest number of rows to select.
+        rule: "kl", "tfidf", "tf", "grad", "random" or a callable; see the table at the top of this module.
+        gradient_norms: [num_slots] float32, the norm of each row's gradient. "grad" needs it.
+        generator: for "random". None: torch's default generator.
 
     Returns:
-        1-D int64 on the device of `counts`, highest score first, at most top_t and never a slot with count 0.
+        Slot ids, 1-D int64 on the device of `counts`, highest score first: at most top_t, and no slot with
+        count 0.
 
     Raises:
-        ValueError: an unknown rule, top_t < 1, or what the rule needs is missing.
+        ValueError: the rule is unknown, top_t < 1, something that the rule needs is missing or has the wrong
+            size.
     """
     check_selection(top_t, rule)
     device, counts = counts.device, counts.cpu()
     scores = _scores(counts, background, rule, gradient_norms, generator)
     read = counts.nonzero().flatten()
-    # A stable sort of candidates in slot order gives ties to the lowest slot, on any number of processes.
+    # The sort is stable and `read` ascends. So among equal scores the lowest slot comes first, on all
+    # processes.
     order = scores[read].sort(descending=True, stable=True).indices
     return read[order[:top_t]].to(device)
 
 
 def check_selection(top_t: int, rule: Rule) -> None:
+    """Check the options of `select_rows`.
+
+    Raises:
+        ValueError: top_t < 1 or not an int, or an unknown rule.
+    """
     if isinstance(top_t, bool) or not isinstance(top_t, int) or top_t < 1:
         raise ValueError(
-            f"top_t={top_t!r} must be a whole number >= 1: the rows that one step may change per layer"
+            f"top_t={top_t!r} must be a whole number >= 1: how many rows one step may change per layer"
         )
     if not callable(rule) and rule not in RULES:
         raise ValueError(f"rule={rule!r} must be one of {', '.join(map(repr, RULES))}, or a callable")
@@ -75,7 +84,10 @@ def _scores(counts, background, rule, gradient_norms, generator) -> Tensor:
         if background is None:
             raise ValueError(f"rule={rule!r} needs background=; make one with calibrate or count_accesses")
         if len(background.counts) != len(counts):
-            raise ValueError(f"background: has {len(background.counts)} slots, counts has {len(counts)}")
+            raise ValueError(
+                f"background: has {len(background.counts)} slots, counts has {len(counts)}; "
+                "give the background of this layer"
+            )
     c = counts.double()
     p = c / c.sum().clamp_min(1)
     if rule == "tfidf":
@@ -95,6 +107,7 @@ def _scores(counts, background, rule, gradient_norms, generator) -> Tensor:
     scores = rule(counts, background).cpu()
     if scores.shape != counts.shape:
         raise ValueError(
-            f"rule: the callable returned shape {tuple(scores.shape)}, expected {tuple(counts.shape)}"
+            f"rule: the callable returned shape {tuple(scores.shape)}; it must return one score per slot, "
+            f"{tuple(counts.shape)}"
         )
     return scores

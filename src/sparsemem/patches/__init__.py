@@ -1,1 +1,1 @@
-"""What a run did to the rows, as a file to apply and revert."""
+"""Patches: what one finetuning run changed, as a file that can be applied and reverted."""

@@ -1,6 +1,6 @@
-"""What a run changed beside value rows and scopes: alpha, keys, `modules_to_save`, each stored whole.
+"""The part of a patch for other tensors than value rows and scopes: alpha, keys, `modules_to_save`.
 
-These tensors are small, or the user asked for them, so a patch keeps them before and after, without slots.
+A patch stores such a tensor in full, before and after. It is small, or the user asked to train it.
 """
 
 import re
@@ -22,16 +22,18 @@ _ROOT = "base_model.model."
 
 @dataclass
 class TensorPatch:
-    """A tensor before and after a run, whole and on the CPU."""
+    """A tensor before and after a run, in full and on the CPU."""
 
     before: Tensor
     after: Tensor
 
 
 def other_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The active adapter's tensors that are neither value rows nor scope: the model's own, not copies.
+    """The active adapter's tensors that are neither value rows nor part of a scope. They are not copied.
 
-    By name: a layer's or a saved module's path in the base model, and the tensor's own name.
+    Returns:
+        By name, for example "model.layers.3.mlp.scale": the path of the memory layer or saved module in the
+        base model, and the name of the tensor.
     """
     found: dict[str, Tensor] = {}
     for layer, memory in memory_layers(model).items():
@@ -51,10 +53,14 @@ def other_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def diff_tensors(model: nn.Module, since: Mapping[str, Tensor]) -> dict[str, TensorPatch]:
-    """Those of `other_tensors` whose bytes changed since; a frozen one that `since` lacks did not change.
+    """The tensors of `other_tensors` whose bytes changed.
+
+    Args:
+        model: the model now.
+        since: the tensors before. If a frozen tensor is missing, it is taken as unchanged.
 
     Raises:
-        ValueError: `since` lacks a tensor that trains, or has it in another shape.
+        ValueError: `since` lacks a tensor that trains, or a shape differs.
     """
     old: dict[str, Tensor] = {}
     for key, tensor in since.items():
@@ -66,7 +72,7 @@ def diff_tensors(model: nn.Module, since: Mapping[str, Tensor]) -> dict[str, Ten
         if name not in old:
             if name in trained:
                 raise ValueError(
-                    f"since: holds no {name}, which trains here; pass RowPatch.snapshot(model) or the "
+                    f"since: has no {name}, which trains in this model; pass RowPatch.snapshot(model) or the "
                     "folder of a saved adapter"
                 )
             continue
@@ -82,8 +88,10 @@ def diff_tensors(model: nn.Module, since: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def check_tensors(model: nn.Module, patches: Mapping[str, TensorPatch], *, forward: bool) -> None:
-    """Raises:
-    ArtifactError: the model lacks a tensor, or its bytes are not what the move starts from.
+    """Check that tensors can be changed to those after (forward) or before the run.
+
+    Raises:
+        ArtifactError: the model lacks a tensor, or its present bytes are not as expected.
     """
     present = other_tensors(model) if patches else {}
     for name, patch in patches.items():
@@ -91,24 +99,25 @@ def check_tensors(model: nn.Module, patches: Mapping[str, TensorPatch], *, forwa
         if name not in present or present[name].shape != start.shape:
             raise ArtifactError(
                 f"patch: changes the tensor {name} of shape {tuple(start.shape)}, which this model's adapter "
-                "does not have; use the adapter that it was made on"
+                "does not have; use the adapter that it was made with"
             )
         if not same_bytes(present[name].cpu(), start.to(present[name].dtype)):
             state = "before the patch" if forward else "after it"
             raise ArtifactError(
-                f"patch: {name} is not as it was {state}; apply patches in order, revert in reverse"
+                f"patch: {name} is not as it was {state}; apply patches in order, revert in reverse order"
             )
 
 
 @torch.no_grad()
 def write_tensors(model: nn.Module, patches: Mapping[str, TensorPatch], *, forward: bool) -> None:
+    """Change the model's tensors to those after (forward) or before the run. Check first."""
     present = other_tensors(model) if patches else {}
     for name, patch in patches.items():
         present[name].copy_(patch.after if forward else patch.before)
 
 
 def addressing_before(name: str, memory: ProductKeyMemory, patches: Mapping[str, TensorPatch]) -> str:
-    """Fingerprint of the addressing that a layer had before the patch, whether it is applied or not."""
+    """Fingerprint of the addressing of a layer before the run, whether the patch is applied now or not."""
     tensors = {key: getattr(memory, key) for key in _ADDRESSING}
     for key, tensor in tensors.items():
         if f"{name}.{key}" in patches:
@@ -117,7 +126,7 @@ def addressing_before(name: str, memory: ProductKeyMemory, patches: Mapping[str,
 
 
 def are_after(tensors: Mapping[str, Tensor], patches: Mapping[str, TensorPatch]) -> bool:
-    """Whether an adapter's saved tensors are as the patches leave them."""
+    """Whether an adapter's saved tensors are as they were after the run."""
     plain = {_plain_name(key): tensor for key, tensor in tensors.items()}
     return all(
         name in plain and same_bytes(plain[name], patch.after.to(plain[name].dtype))
@@ -126,7 +135,7 @@ def are_after(tensors: Mapping[str, Tensor], patches: Mapping[str, TensorPatch])
 
 
 def packed(patches: Mapping[str, TensorPatch]) -> dict[str, Tensor]:
-    """As the tensors of an artefact."""
+    """The tensors of a patch for a file."""
     return {
         f"whole/{name}/{state}": getattr(patch, state)
         for name, patch in patches.items()
@@ -135,19 +144,24 @@ def packed(patches: Mapping[str, TensorPatch]) -> dict[str, Tensor]:
 
 
 def unpacked(path: str | Path, tensors: Mapping[str, Tensor], names: list[str]) -> dict[str, TensorPatch]:
-    """What `packed` gave, out of the artefact that `path` names.
+    """The opposite of `packed`.
+
+    Args:
+        path: the file, for error messages.
+        tensors: all tensors of the file.
+        names: names of the tensors in the patch.
 
     Raises:
-        ArtifactError: a tensor is missing, has another form after than before, or is not finite.
+        ArtifactError: a tensor is missing, its shape or dtype differs before and after, or it is not finite.
     """
     patches = {}
     for name in names:
         before, after = (tensors.get(f"whole/{name}/{state}") for state in ("before", "after"))
         problem = None
         if before is None or after is None or (before.shape, before.dtype) != (after.shape, after.dtype):
-            problem = "is missing, or has another form after than before"
+            problem = "is missing, or its shape or dtype differs before and after"
         elif after.is_floating_point() and not (before.isfinite().all() and after.isfinite().all()):
-            problem = "holds NaN or infinite numbers"
+            problem = "contains NaN or infinite numbers"
         if problem:
             raise ArtifactError(f"{path}: tensor {name} {problem}; get an undamaged copy")
         assert before is not None
@@ -157,14 +171,14 @@ def unpacked(path: str | Path, tensors: Mapping[str, Tensor], names: list[str]) 
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors on the CPU agree in form and in every byte: -0.0 differs from 0.0."""
+    """Whether two tensors on the CPU have the same shape, dtype and bytes. -0.0 differs from 0.0."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def _plain_name(name: str) -> str:
-    """`other_tensors`' name of a tensor in a model's or an adapter's state dict."""
+    """Convert a name in a model's or an adapter's state dict to the name that `other_tensors` uses."""
     name = name.removeprefix(_ROOT)
     name = re.sub(r"\.sparse_memory_layers\.(?:[^.]+\.)?([^.]+)$", r".\1", name)
     return re.sub(r"\.modules_to_save\.[^.]+\.", ".", f".{name}").removeprefix(".")

@@ -1,0 +1,299 @@
+"""RowOptimizer, the base class of RowSGD and RowAdamW: selects value rows and updates only these.
+
+Each memory layer has a log of what the backward passes since the last step read. `step()` uses these logs. It
+counts the accesses of the whole step, selects `top_t` rows per layer, computes the gradients of only these
+rows, clips them by their norm, and updates the rows. All other rows and their optimizer state stay as they
+are (law 2). The tables never get a `.grad`, so clipping and zeroing by Trainer do not affect them.
+
+Several processes: counts are summed over processes, all processes use the selection of the first one, and
+gradients are averaged, as in DDP. The model need not be wrapped in DDP. It must not be wrapped if only value
+tables train.
+
+All other trainable parameters (alpha, keys, modules_to_save) are updated by torch's AdamW inside this
+optimizer. They have their own learning rate, because rates that suit rows are too large for weights.
+
+If several row optimizers are created for one table, the last one gets its gradients (see `ownership`).
+
+fp16: `torch.amp.GradScaler` looks at `.grad`, but the gradients of rows are not there. So the optimizer has a
+probe: a parameter with one element that belongs to no model. Its `.grad` shows the scaler whether a gradient
+is infinite, and shows the optimizer by what factor the scaler divided. A step with infinite gradients is
+skipped.
+
+Reference: 2605.03229, stage 2. Deviation: the moments of a row change only when the row is selected. The
+authors' code masks only gradients, so rows keep changing after they were deselected.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import AdamW, Optimizer
+
+from ..adapter.model import memory_layers
+from ..background.background import Background
+from ..layer.memory import ProductKeyMemory
+from ..layer.values import ReadLog
+from ..processes import averaged, num_processes, of_first, summed
+from .ownership import let_go, take_rows
+from .selection import NEEDS_BACKGROUND, Rule, check_selection, select_rows
+
+# Default learning rate of everything except rows: alpha, keys, modules_to_save.
+REST_LR = 1e-3
+
+
+class RowOptimizer(Optimizer):
+    """Selects rows, clips their gradients and stores their state. A subclass updates rows in `_update`.
+
+    Attributes:
+        layers: the memory layers, by `memory_layers` name.
+        read_logs: by layer, what the backward passes since the last step read.
+        selected: by layer, the rows that the last step selected: int64 on the CPU, ascending.
+        last_grad_norm: norm of the gradients of these rows before clipping, a float32 scalar. None before the
+            first step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        defaults: dict[str, Any],
+        *,
+        rest_lr: float,
+        top_t: int,
+        rule: Rule,
+        background: Background | None,
+        max_grad_norm: float | None,
+        seed: int,
+    ) -> None:
+        check_selection(top_t, rule)
+        check_positive("lr", defaults["lr"])
+        check_positive("rest_lr", rest_lr)
+        if max_grad_norm is not None:
+            check_positive("max_grad_norm", max_grad_norm)
+        self.layers: dict[str, ProductKeyMemory] = memory_layers(model)
+        if rule in NEEDS_BACKGROUND and background is None:
+            raise ValueError(f"rule={rule!r} needs background=; make one with calibrate or count_accesses")
+        if background is not None:
+            background.check(self.layers)
+        frozen = [name for name, memory in self.layers.items() if not memory.values.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"model: the value rows of {frozen[0]} are frozen; load the adapter with is_trainable=True, "
+                "or call model.set_adapter(name)"
+            )
+        self.top_t, self.rule, self.background, self.max_grad_norm = top_t, rule, background, max_grad_norm
+        self.generator = torch.Generator().manual_seed(seed)
+        tables = [memory.values for memory in self.layers.values()]
+        self._probe = nn.Parameter(torch.zeros(1, device=tables[0].device))
+        held = {id(table) for table in tables}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+        groups: list[dict[str, Any]] = [{"params": [*tables, self._probe]}]
+        self._rest = AdamW(rest, lr=rest_lr, weight_decay=0.0) if rest else None
+        if self._rest is not None:
+            groups.append({**self._rest.defaults, "params": rest})
+        self.selected: dict[str, Tensor] = {}
+        self.last_grad_norm: Tensor | None = None
+        super().__init__(groups, defaults)
+        self.read_logs: dict[str, ReadLog] = {
+            name: ReadLog(apart=self._apart, probe=self._probe) for name in self.layers
+        }
+        take_rows(self)
+
+    # Whether the logs keep the micro-batches of a step apart.
+    _apart = False
+    # With this, a GradScaler always calls `step()`, and sets the attributes `grad_scale` and `found_inf`.
+    _step_supports_amp_scaling = True
+
+    def release(self) -> None:
+        """Give the tables up: their gradients are ordinary dense gradients again, for other optimizers."""
+        for name, memory in self.layers.items():
+            let_go(weakref.ref(memory), self.read_logs[name])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Select rows and update them. If nothing was read since the last step, no row changes.
+
+        Args:
+            closure: computes the loss again, as in `torch.optim.Optimizer.step`.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            ValueError: another optimizer owns the rows now.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._overflowed():
+            self._clear_logs()
+            return loss
+        chosen = {
+            name: self._choose(name, memory, self._log(name, memory)) for name, memory in self.layers.items()
+        }
+        others = (
+            [p.grad for p in self._rest.param_groups[0]["params"] if p.grad is not None] if self._rest else []
+        )
+        for gradient in others:
+            if getattr(self, "grad_scale", None) is not None:
+                gradient.div_(self.grad_scale.to(gradient.device))  # type: ignore[attr-defined]
+            averaged(gradient)
+        self._clip([gradient for _, gradient in chosen.values()], others)
+        group = self.param_groups[0]
+        for name, memory in self.layers.items():
+            rows, gradient = chosen[name]
+            if len(rows):
+                self._update(memory.values, rows, gradient, group)
+        if self._rest is not None:
+            self._rest.state, self._rest.param_groups = self.state, self.param_groups[1:]
+            self._rest.step()
+        self._clear_logs()
+        self.selected = {name: rows for name, (rows, _) in chosen.items()}
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._clear_logs()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        # torch casts state to the dtype of the parameter. In bfloat16, slot ids and moments would be
+        # destroyed.
+        tables = self.param_groups[0]["params"][:-1]
+        for index, table in enumerate(tables):
+            saved = state_dict["state"].get(index)
+            if saved is not None:
+                self.state[table] = {
+                    key: value.to("cpu" if key == "slots" else table.device, copy=True)
+                    for key, value in saved.items()
+                }
+        self.generator.set_state(state_dict["generator"].cpu())
+
+    def _choose(self, name: str, memory: ProductKeyMemory, log: ReadLog) -> tuple[Tensor, Tensor]:
+        """The rows of one layer that this step changes, and their gradient.
+
+        The selection runs on the CPU, so a step waits for the device once per layer, or twice with rule
+        "grad".
+
+        Returns:
+            rows [t] int64 on the CPU, ascending; gradient [t, d_out] float32 on the device of the table.
+        """
+        values = memory.values
+        counts = summed(log.counts(memory.num_slots, values.device)).cpu()
+        background = self.background[name] if self.background is not None else None
+        options: dict[str, Any] = {"top_t": self.top_t, "rule": self.rule, "generator": self.generator}
+        if self.rule != "grad":
+            rows = _agreed(select_rows(counts, background, **options).sort().values, values.device)
+            return rows, self._gradients(log, rows, values)
+        read = counts.nonzero().flatten()
+        gradients = self._gradients(log, read, values)
+        norms = torch.zeros(memory.num_slots)
+        norms[read] = gradients.norm(dim=-1).cpu()
+        rows = select_rows(counts, background, gradient_norms=norms, **options).sort().values
+        rows = _agreed(rows, values.device)
+        return rows, gradients[torch.searchsorted(read, rows).to(values.device)]
+
+    def _gradients(self, log: ReadLog, rows: Tensor, values: Tensor) -> Tensor:
+        """Gradient [t, d_out] of rows, without the factor of a GradScaler, averaged over processes."""
+        gradient = log.row_gradients(rows.to(values.device), values)
+        if self._probe.grad is not None:
+            # the probe's gradient was 1 before the scaler's unscale_; without a scaler it may be infinite
+            factor = self._probe.grad.where(self._probe.grad.isfinite(), 1.0)
+            if getattr(self, "grad_scale", None) is not None:
+                factor = factor / self.grad_scale.to(factor.device)  # type: ignore[attr-defined]
+            gradient.mul_(factor.to(gradient.device))
+        return averaged(gradient)
+
+    def _overflowed(self) -> bool:
+        """Whether a GradScaler found an infinite gradient in any process."""
+        if not hasattr(self, "found_inf"):
+            return False
+        found = torch.as_tensor(self.found_inf, dtype=torch.float32).clone()  # type: ignore[attr-defined]
+        return bool(summed(found) > 0)
+
+    def _log(self, name: str, memory: ProductKeyMemory) -> ReadLog:
+        if memory.log is not self.read_logs[name]:
+            raise ValueError(
+                f"{type(self).__name__}: another optimizer now owns the rows of {name}; "
+                "call step() of that one, or make a new row optimizer"
+            )
+        return self.read_logs[name]
+
+    def _clip(self, rows: list[Tensor], others: list[Tensor]) -> None:
+        """Clip all gradients by their common norm, and store the norm of the rows' gradients."""
+        self.last_grad_norm = get_total_norm(rows)
+        if self.max_grad_norm is None:
+            return
+        norm = get_total_norm([self.last_grad_norm, *(gradient.float() for gradient in others)])
+        # clip_grads_with_norm_ scales the `.grad` of parameters, but the gradients of rows are not there.
+        scale = (self.max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
+        for gradient in (*rows, *others):
+            gradient.mul_(scale.to(gradient.device))
+
+    def _clear_logs(self) -> None:
+        self._probe.grad = None
+        for log in self.read_logs.values():
+            log.clear()
+
+    def _rows_of(
+        self, table: Tensor, rows: Tensor, shapes: dict[str, tuple[int, ...]]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Extend the optimizer state of a table by those of `rows` that are new.
+
+        The state has "slots", the rows that were ever selected: [n] int64, ascending, on the CPU. For each
+        entry of `shapes` it has one tensor [n, *shape] on the device of the table; new rows start at 0.
+
+        Args:
+            table: [num_slots, d_out].
+            rows: [t] int64 on the CPU, ascending.
+            shapes: by name, the shape of the state of one row.
+
+        Returns:
+            The state, and for each of `rows` its index in the state, [t] on the device of the table.
+        """
+        state = self.state[table]
+        if "slots" not in state:
+            state["slots"] = rows.new_zeros(0)
+            for key, shape in shapes.items():
+                state[key] = torch.zeros(0, *shape, device=table.device)
+        slots = state["slots"]
+        fresh = rows[~torch.isin(rows, slots)]
+        if len(fresh):
+            state["slots"], order = torch.cat([slots, fresh]).sort()
+            order = order.to(table.device)
+            for key in shapes:
+                added = state[key].new_zeros(len(fresh), *state[key].shape[1:])
+                state[key] = torch.cat([state[key], added])[order]
+        return state, torch.searchsorted(state["slots"], rows).to(table.device)
+
+    def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Update the rows [t] of a table in place from their gradient [t, d_out]; `group` has the options."""
+        raise NotImplementedError
+
+
+def _agreed(rows: Tensor, device: torch.device) -> Tensor:
+    """The rows that the first process selected. All processes select equally many, from the same counts."""
+    return rows if num_processes() == 1 else of_first(rows.to(device)).cpu()
+
+
+def _check(name: str, value: float, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} must be {allowed}")
+
+
+def check_positive(name: str, value: float) -> None:
+    _check(name, value, value > 0, "greater than 0")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    _check(name, value, value >= 0, "0 or greater")
+
+
+def check_fraction(name: str, value: float) -> None:
+    _check(name, value, 0 <= value < 1, "at least 0 and less than 1")

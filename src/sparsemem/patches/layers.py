@@ -1,0 +1,226 @@
+"""The part of a patch for one memory layer: changed rows, and the added scope.
+
+The functions make it, check it, write it into a memory, and convert it to the tensors of a file and back.
+`tensors` does the same for tensors without slots.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..files import ArtifactError
+from ..layer.memory import ProductKeyMemory, scope_shapes
+from ..layer.scope import Scope
+from .sources import lookup
+from .tensors import same_bytes
+
+_SCOPE = tuple(field.name for field in fields(Scope))
+_REPLACED = "since: the scope of {name} was replaced, not extended; use set_scope(..., extend=True)"
+
+
+@dataclass
+class LayerPatch:
+    """What one run changed in one memory layer. All tensors are on the CPU.
+
+    Attributes:
+        slots: [n] int64, ascending.
+        before, after: [n, d_out], the rows before and after the run.
+        addressing: fingerprint of the layer's addressing before the run.
+        scope: the scope that the run added, or None.
+    """
+
+    slots: Tensor
+    before: Tensor
+    after: Tensor
+    addressing: str
+    scope: Scope | None = None
+
+
+def diff_layer(
+    name: str, memory: ProductKeyMemory, before: Mapping[str, Tensor], addressing: str
+) -> LayerPatch:
+    """Make the LayerPatch of one layer.
+
+    Args:
+        name: of the layer.
+        memory: the layer now.
+        before: the tensors before, as `since` of `RowPatch.diff`.
+        addressing: fingerprint of the addressing before.
+
+    Raises:
+        ValueError: `before` has no table of this layer, a table of another shape, or a scope that is not part
+            of the present one.
+    """
+    old = lookup(before, name, "values")
+    if old is None:
+        raise ValueError(
+            f"since: has no value table of {name}; pass RowPatch.snapshot(model) or an adapter folder"
+        )
+    new = memory.values.detach().cpu()
+    if old.shape != new.shape:
+        raise ValueError(
+            f"since: the table of {name} has shape {tuple(old.shape)}, the model's has {tuple(new.shape)}; "
+            "pass a snapshot of this model"
+        )
+    old = old.detach().cpu().to(new.dtype)
+    # Compare bytes, not values, so that 0.0 and -0.0, or two different NaNs, count as different.
+    slots = (_as_ints(old) != _as_ints(new)).any(1).nonzero().flatten()
+    patch = LayerPatch(slots, old[slots].clone(), new[slots].clone(), addressing)
+    first, last = _scope_in(before, name), None if memory.scope is None else memory.scope.copy()
+    if last is not None:
+        try:
+            patch.scope = last if first is None else last.without(first)
+        except ValueError as error:
+            raise ValueError(_REPLACED.format(name=name)) from error
+    elif first is not None:
+        raise ValueError(_REPLACED.format(name=name))
+    return patch
+
+
+def checked_scope(name: str, memory: ProductKeyMemory, layer: LayerPatch, *, forward: bool) -> Scope | None:
+    """Check that a patch of one layer can be applied or reverted, and compute the scope after that.
+
+    Args:
+        name: of the layer.
+        memory: the layer now. Not changed.
+        layer: the patch of this layer.
+        forward: True to apply the patch, False to revert it.
+
+    Raises:
+        ArtifactError: the rows do not fit the table, are not as they must be, or the scope cannot be added or
+            removed.
+    """
+    if layer.after.shape[1] != memory.d_out or (
+        len(layer.slots) and int(layer.slots[-1]) >= memory.num_slots
+    ):
+        raise ArtifactError(
+            f"patch: the rows of {name} do not fit a table of {memory.num_slots} x {memory.d_out}; "
+            "use the adapter that it was made with"
+        )
+    present = memory.values[layer.slots.to(memory.values.device)].cpu()
+    expected = layer.before if forward else layer.after
+    if not same_bytes(present, expected.to(present.dtype)):
+        state = "before the patch" if forward else "after it"
+        raise ArtifactError(
+            f"patch: rows of {name} are not as they were {state}; apply patches in order, revert in reverse "
+            "order"
+        )
+    now = None if memory.scope is None else memory.scope.copy()
+    if layer.scope is None:
+        if forward and now is not None and len(layer.slots):
+            raise ArtifactError(
+                f"patch: has no scope but {name} has one, so the gate would be 0 for what the patch teaches; "
+                "call clear_scope(model) first"
+            )
+        return now
+    if not forward:
+        try:
+            return None if now is None else now.without(layer.scope)
+        except ValueError as error:
+            raise ArtifactError(
+                f"patch: its scope is not in {name}, so it is not applied now; apply it before reverting it"
+            ) from error
+    if now is None:
+        if memory.values.any():
+            raise ArtifactError(
+                f"patch: has a scope, but {name} has rows that were written without one, and the gate would "
+                "be 0 for what they teach; revert the patches that wrote them first"
+            )
+        return layer.scope
+    if not now.same_space(layer.scope):
+        raise ArtifactError(
+            f"patch: its scope of {name} was made with another background than the model's; "
+            "make both with the same background"
+        )
+    return now.joined(layer.scope)
+
+
+@torch.no_grad()
+def write_layer(memory: ProductKeyMemory, layer: LayerPatch, scope: Scope | None, *, forward: bool) -> None:
+    """Write the rows after (forward) or before into a memory, and set its scope. Check first."""
+    rows = layer.after if forward else layer.before
+    memory.values[layer.slots.to(memory.values.device)] = rows.to(memory.values)
+    memory.scope = scope
+
+
+def is_after(tensors: Mapping[str, Tensor], name: str, layer: LayerPatch) -> bool:
+    """Whether the rows of a layer in an adapter's saved tensors are as they were after the run."""
+    values = lookup(tensors, name, "values")
+    if values is None or (layer.slots.numel() and int(layer.slots[-1]) >= len(values)):
+        return False
+    return same_bytes(values[layer.slots], layer.after.to(values.dtype))
+
+
+def packed_layer(name: str, layer: LayerPatch) -> dict[str, Tensor]:
+    """The tensors of a layer for a file. Rows before are left out if all of them are zero."""
+    held = {"slots": layer.slots, "after": layer.after}
+    if layer.before.any():
+        held["before"] = layer.before
+    if layer.scope is not None:
+        held |= {f"scope_{key}": getattr(layer.scope, key) for key in _SCOPE}
+    return {f"{name}/{key}": value for key, value in held.items()}
+
+
+def unpacked_layer(path: str | Path, tensors: Mapping[str, Tensor], name: str, addressing: str) -> LayerPatch:
+    """The opposite of `packed_layer`.
+
+    Args:
+        path: the file, for error messages.
+        tensors: all tensors of the file.
+        name: of the layer.
+        addressing: fingerprint of the addressing before.
+
+    Raises:
+        ArtifactError: tensors of the layer are missing or contradict each other.
+    """
+    held = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
+    problem = _problem(held)
+    if problem:
+        raise ArtifactError(f"{path}: layer {name}: {problem}; get an undamaged copy")
+    scope = Scope(*(held[f"scope_{key}"] for key in _SCOPE)) if "scope_mean" in held else None
+    before = held.get("before", torch.zeros_like(held["after"]))
+    return LayerPatch(held["slots"], before, held["after"], addressing, scope)
+
+
+def _problem(held: dict[str, Tensor]) -> str | None:
+    """What is wrong with the tensors of a layer, or None."""
+    if (
+        not {"slots", "after"} <= held.keys()
+        or held["slots"].dtype != torch.int64
+        or held["slots"].dim() != 1
+    ):
+        return "slots or rows are missing or have the wrong dtype or shape"
+    slots, after, before = held["slots"], held["after"], held.get("before", held["after"])
+    if (
+        after.dim() != 2
+        or len(after) != len(slots)
+        or (before.shape, before.dtype) != (after.shape, after.dtype)
+    ):
+        return "slots and rows differ in number, shape or dtype"
+    if len(slots) and (int(slots[0]) < 0 or not bool((slots[1:] > slots[:-1]).all())):
+        return "slots are negative, not in order, or not unique"
+    if not all(bool(t.isfinite().all()) for t in held.values() if t.is_floating_point()):
+        return "contains NaN or infinite numbers"
+    scope = [held.get(f"scope_{key}") for key in _SCOPE]
+    if any((part is None) != (scope[0] is None) for part in scope):
+        return "parts of the scope are missing"
+    if scope[0] is not None:
+        parts = Scope(*(part for part in scope if part is not None))
+        wanted = scope_shapes(len(parts.mean), len(parts.centres), len(parts.known), len(parts.task_known))
+        if any(getattr(parts, key).shape != wanted[f"scope_{key}"] for key in _SCOPE):
+            return "the shapes of the scope's parts do not fit together"
+    return None
+
+
+def _scope_in(tensors: Mapping[str, Tensor], name: str) -> Scope | None:
+    parts = {key: lookup(tensors, name, f"scope_{key}") for key in _SCOPE}
+    if any(part is None for part in parts.values()) or not len(parts["centres"]):  # type: ignore[arg-type]
+        return None
+    return Scope(**{key: part.cpu() for key, part in parts.items() if part is not None})
+
+
+def _as_ints(rows: Tensor) -> Tensor:
+    return rows.contiguous().view({4: torch.int32, 2: torch.int16}[rows.element_size()])
