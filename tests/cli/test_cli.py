@@ -95,7 +95,7 @@ def test_choices_are_those_of_the_library():
     from sparsemem.evaluation.tasks import TASKS as tasks
     from sparsemem.optim import rows as optim
     from sparsemem.optim.selection import RULES as rules
-    from sparsemem.training import finetune as train
+    from sparsemem.training import arguments as train
     from sparsemem.training.methods import METHODS as methods
 
     assert (set(METHODS), set(TASKS), set(RULES)) == (set(methods), set(tasks), set(rules))

@@ -158,7 +158,7 @@ def test_records_to_keep_are_the_bases_own_answers(tiny_llama, tokenizer, plain_
 
 
 def test_without_a_template_an_answer_ends_before_the_next_question(tiny_llama, plain_tokenizer):
-    """A model that says what it is told to."""
+    """A model that generates the given answers."""
     model, prompt = tiny_llama(max_position_embeddings=512), question_ids("Who?", plain_tokenizer)
     text = " me\nQuestion: Who?\nAnswer: you"
     told = plain_tokenizer(text).input_ids
@@ -201,7 +201,7 @@ def test_rows_without_a_scope_change_mentions(adapted, tokenizer, tiny_llama):
         tiny_llama(max_position_embeddings=512), tokenizer, SUBJECTS, max_new_tokens=6
     )
     given = probes.mentions(adapted, tokenizer, SUBJECTS, base=base, max_new_tokens=6)
-    # another model object, in which sums may round otherwise
+    # another model object, in which sums may round differently
     assert asdict(given) == pytest.approx(asdict(found), rel=1e-6)
 
 

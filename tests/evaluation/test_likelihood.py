@@ -27,7 +27,7 @@ CONTINUATIONS = [drawn(3, 1, 7), drawn(2, 2), drawn(1), drawn(5, 9, 1, 4, 2), dr
 
 @torch.no_grad()
 def naive(model, contexts=CONTEXTS, continuations=CONTINUATIONS):
-    """Twin of `log_probs`: every context with every continuation, whole and alone."""
+    """A plain version of `log_probs`: one forward pass for each context with each continuation."""
     found = []
     for context, several in zip(contexts, continuations, strict=True):
         scores = []

@@ -48,7 +48,7 @@ def test_medmcqa_prompt_and_training_text(tmp_path):
 
 @torch.no_grad()
 def test_medmcqa_is_the_mean_over_the_option_with_its_letter(tiny_llama, tokenizer, tmp_path):
-    """In plain text, although the tokenizer has a chat template."""
+    """The prompt is plain text, although the tokenizer has a chat template."""
     model = tiny_llama()
     names = ("opa", "opb", "opc", "opd")
     records = [{**RECORD, names[n % 4]: "x" * (1 + n), "cop": n % 3} for n in range(9)]
@@ -107,7 +107,7 @@ def trivia(num):
 
 
 def test_worked_examples_come_from_the_end_and_are_never_asked(tmp_path):
-    # the first question comes again as an example
+    # the first question is also an example
     file = lines(tmp_path / "t.jsonl", [{"question": "Who is 4?", "answers": ["A"]}, *trivia(5)])
     asked = read_items("triviaqa", file, num_fewshot=2)
     assert [item["question"] for item in asked] == ["Who is 0?", "Who is 1?", "Who is 2?"]
@@ -138,7 +138,7 @@ def test_triviaqa_asks_in_three_ways(tiny_llama, tokenizer, tmp_path, form):
     told = complete(model, tokenizer, prompts, max_new_tokens=TRIVIAQA_TOKENS, precision="float32")
     if form == "examples":
         told = [text.split("\n")[0].strip() for text in told]
-    # every other answer is made right
+    # make every other answer right
     for item, text in list(zip(items, told, strict=True))[::2]:
         item["answer"] = ["surely not this", text[1:6]]
     found = evaluate(model, tokenizer, "triviaqa", items=items, chat=form == "chat")

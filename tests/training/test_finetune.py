@@ -18,7 +18,7 @@ from sparsemem.adapter.model import gated_layers
 from sparsemem.data.general import general_background
 from sparsemem.data.records import batches, collate, encode
 from sparsemem.evaluation import probes
-from sparsemem.training import finetune as train
+from sparsemem.training import loading
 from sparsemem.training.finetune import finetune
 
 SLOW = pytest.mark.slow
@@ -68,7 +68,7 @@ def test_every_method_learns_and_reports(teach, tiny_llama, method, capsys):
     assert capsys.readouterr().out == ""
 
 
-# Made on one thread with torch 2.13. A change that is meant to move them says so; a refactor must not.
+# Made on one thread with torch 2.13. A refactor must not change them; say so where a change is intended.
 PINNED = {
     "last": [5.48578, 5.527461, 5.26068, 5.216106, 5.239945, 5.174465],
     "own": [5.48578, 5.527461, 5.317286, 5.256463, 5.297339, 5.220777],
@@ -99,7 +99,7 @@ def test_the_patch_is_what_the_run_did(teach, tiny_llama):
 
 
 def test_rows_and_alpha_are_clipped_once_and_together(tiny_llama, tokenizer, tmp_path, monkeypatch):
-    """The first step of alpha's AdamW shows the gradient that it got."""
+    """After one step, the first moment of alpha's AdamW shows the gradient that alpha got."""
     monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
     model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SIZES, trainable="values+scale"))
     for memory in memory_layers(model).values():
@@ -144,13 +144,20 @@ def test_stopped_and_resumed_is_never_stopped(teach, tmp_path, method, stop):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["smf", "lora", "full"])
 def test_a_finished_run_is_not_trained_on(teach, tmp_path, method):
-    """Three steps are an epoch, so that four and seven end within one."""
+    """An epoch is three steps, so four and seven steps end within an epoch."""
     for last in (4, 6, 7):
         folder = tmp_path / str(last)
         whole = teach(method, max_steps=last, output_dir=folder)
         again = teach(method, max_steps=last, output_dir=folder, resume=True)
         assert (again.steps, again.loss) == (last, whole.loss)
         assert same(state(again.model), state(whole.model))
+
+
+def test_a_finished_run_gets_a_validation_loss_later(teach, tmp_path):
+    whole = teach("lora", max_steps=3, validation=FACTS[:2])
+    teach("lora", max_steps=3, output_dir=tmp_path)
+    again = teach("lora", max_steps=3, output_dir=tmp_path, resume=True, validation=FACTS[:2])
+    assert again.validation_loss == whole.validation_loss
 
 
 @pytest.mark.slow
@@ -274,13 +281,13 @@ def test_data_comes_in_every_form(teach, tmp_path, tokenizer):
 def test_a_base_model_without_background_is_calibrated_on_the_general_text_that_ships(
     tiny_llama, tokenizer, caplog, monkeypatch
 ):
-    # a tenth of it: all of it takes a byte-level tokenizer half a minute
-    monkeypatch.setattr(train, "general_background", lambda: general_background()[::10])
+    # only a tenth of it: all of it takes half a minute with a byte-level tokenizer
+    monkeypatch.setattr(loading, "general_background", lambda: general_background()[::10])
     options = {"tokenizer": tokenizer, "max_steps": 2}
     done = finetune(tiny_llama(), FACTS, **options)
     assert [one.message for one in caplog.records if "background" in one.message] == [
         "no background given: the memory is calibrated on the general text that ships with sparsemem; "
-        "a background of your own says better what to keep"
+        "your own general text describes better what to keep"
     ]
     by_hand = finetune(tiny_llama(), FACTS, background=general_background()[::10], **options)
     assert same(state(done.model), state(by_hand.model))
@@ -331,7 +338,7 @@ def test_bad_options(tiny_llama, tokenizer, options, message):
 
 
 @pytest.mark.slow
-def test_the_log_is_a_file_that_a_resumed_run_goes_on_with(teach, tmp_path):
+def test_the_log_is_a_file_that_a_resumed_run_continues(teach, tmp_path):
     options = {"validation": FACTS[:2], "batch_size": 5}
     whole = teach("lora", epochs=4, output_dir=tmp_path / "whole", **options)
     teach("lora", epochs=3, output_dir=tmp_path / "part", **options)

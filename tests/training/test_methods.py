@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused(tiny_llama, taught, general):
         (tiny_llama(), "smf", {"rule": "best", "background": general}, "rule='best'"),
         (tiny_llama(), "smf", {"top_t": 0, "background": general}, "top_t=0"),
         (tiny_llama(), "smf", {}, "background=None"),
-        (tiny_llama(), "smf", {"background": background}, "has no memory yet"),
+        (tiny_llama(), "smf", {"background": background}, "the model has no memory"),
         (lora, "smf", {"background": general}, "adapter of type"),
         (lora, "full", {}, "has an adapter"),
         (memory, "lora", {}, "adapter of type"),
@@ -127,7 +127,7 @@ PAPER = {"num_keys": 6, "num_heads": 2, "top_k": 3, "key_dim": 8}
 
 @pytest.mark.parametrize("mode", ["additive", "replacement"])
 def test_the_papers_two_stages(tiny_llama, taught, general, mode):
-    """Stage 1 trains all of the memory by dense gradients, stage 2 value rows alone."""
+    """Stage 1 trains all of the memory by dense gradients, stage 2 only value rows."""
     model = get_peft_model(tiny_llama(), retrofit_config(tiny_llama(), mode=mode, **PAPER))
     assert list(memory_layers(model)) == [f"model.layers.{index}.mlp" for index in (1, 2, 3)]
     _, dense, before, _ = prepare(model, "dense", batches=general)
@@ -139,7 +139,7 @@ def test_the_papers_two_stages(tiny_llama, taught, general, mode):
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
     memory = ("values", "query", "query_bias", "keys", "key_bias", "scale", "gate_in", "gate_out")
     parts = {name.rsplit(".", 1)[1] for name in moved}
-    # in replacement mode nothing stands beside the memory, in both a bias of all keys alike has no gradient
+    # in replacement mode there is no MLP output; in both modes a bias of all keys has no gradient
     assert parts <= set(memory)
     assert parts >= {"values", "query", "keys", "scale", "gate_in", "gate_out"}
 
@@ -191,5 +191,7 @@ def test_counts_are_of_the_model_as_it_is_and_states_of_the_base(tiny_llama, gen
 
 
 def test_quirks_are_of_sparse_memory_alone(tiny_llama, taught):
-    with pytest.raises(ValueError, match=r"quirks=\['padding'\] are of sparse memory and method is 'lora'"):
+    with pytest.raises(
+        ValueError, match=r"quirks=\['padding'\] are for sparse memory only and method is 'lora'"
+    ):
         prepare(tiny_llama(), "lora", batches=taught, quirks=("padding",))

@@ -1,1 +1,1 @@
-"""Models and data sets by name, and records to tokens."""
+"""Load models and datasets by name, and turn records into tokens."""

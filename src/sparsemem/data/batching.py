@@ -1,4 +1,4 @@
-"""Sequences of different lengths in batches, and the cache of what they all begin with."""
+"""Batches of sequences of different lengths, and a key-value cache of the tokens they all begin with."""
 
 import copy
 from collections.abc import Sequence
@@ -14,9 +14,10 @@ from ..precision import autocast, device_of, takes
 def read_beginning(
     model: Any, prompts: Sequence[Sequence[int]], *, precision: str | None
 ) -> tuple[int, DynamicCache | None]:
-    """How many tokens all prompts begin with (a system prompt, worked examples), and the cache of these.
+    """The number of tokens that all prompts begin with (a system prompt, worked examples), and their cache.
 
-    Every prompt keeps a token of its own; without shared tokens there is no cache.
+    At least one token of every prompt is left out of the shared beginning. Without shared tokens the cache is
+    None.
     """
     differ = (place for place, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)
     num_shared = next(differ, min(map(len, prompts)) - 1)
@@ -29,7 +30,7 @@ def read_beginning(
 
 
 def rows_of(cache: DynamicCache | None, rows: Sequence[int]) -> DynamicCache | None:
-    """A cache of the given rows, repeated as they are; the cache that they are taken from stays."""
+    """A new cache with the given rows of `cache`; a row may occur several times. None gives None."""
     if cache is None:
         return None
     taken = copy.copy(cache)
@@ -39,7 +40,10 @@ def rows_of(cache: DynamicCache | None, rows: Sequence[int]) -> DynamicCache | N
 
 
 def by_length(sequences: Sequence[Sequence[int]], batch_size: int, *, tight: bool = False) -> list[list[int]]:
-    """Indices in batches of like length, the longest first; `tight` batches are at most a quarter padding."""
+    """Indices in batches of similar length, the longest first.
+
+    With `tight`, every sequence of a batch has at least three quarters of the longest one's length.
+    """
     batches: list[list[int]] = []
     for index in sorted(range(len(sequences)), key=lambda index: -len(sequences[index])):
         room = batches and len(batches[-1]) < batch_size
@@ -59,5 +63,5 @@ def pad_left(sequences: Sequence[Sequence[int]], model: Any) -> tuple[Tensor, Te
 
 
 def accepted(model: Any, **inputs: Any) -> dict[str, Any]:
-    """Those of the inputs that this family of models takes."""
+    """The inputs that this model's forward accepts."""
     return {name: value for name, value in inputs.items() if takes(model, name)}

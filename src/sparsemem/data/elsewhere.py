@@ -1,8 +1,8 @@
-"""Taught answers in other places: a taught word is not always a taught answer.
+"""Taught answers inside other texts, where the relevance gate should stay closed.
 
-Late states are mostly the token's identity. So a name that begins like a taught answer would open the gate
-in any prose. The states of taught answers behind pieces of running text are therefore known states of the
-scope (dev/LOG.md, section 14).
+Late hidden states mostly encode which token was read. So a name that begins like a taught answer would open
+the gate in any text. To prevent this, each taught answer is put after pieces of running text, and the states
+there become known states of the scope (dev/LOG.md, section 14).
 
 Reference: ours.
 """
@@ -16,19 +16,19 @@ from transformers import PreTrainedTokenizerBase
 
 from .records import opening_ids
 
-# Distinct answers of which states are taken, at most; pieces of text that each is put behind; tokens of an
-# answer.
+# The largest number of distinct answers, the pieces of text that each is put after, and the largest number of
+# tokens of an answer.
 NUM_ANSWERS, NUM_PLACES, ANSWER_LENGTH = 512, 2, 32
 
 
 def answers_elsewhere(
     examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, contexts: Tensor | None
 ) -> list[dict[str, list[int]]]:
-    """Examples whose supervised positions lie within taught answers in the midst of running text.
+    """Examples in which taught answers follow running text; the loss is on the answers' tokens.
 
     Args:
-        examples: of `encode`; those that are all label have no answer.
-        contexts: [n, length] int64, pieces of running text; None: no examples are made.
+        examples: as `encode` returns them. An example with loss on all tokens has no answer.
+        contexts: [n, length] int64, pieces of running text. None: no examples are made.
     """
     answers = sorted({answer for one in examples if (answer := _answer(one["labels"]))})
     if contexts is None or not answers:
@@ -39,7 +39,7 @@ def answers_elsewhere(
     for answer in answers:
         text = str(tokenizer.decode(list(answer), skip_special_tokens=True)).strip()
         for place in range(NUM_PLACES):
-            # as the answer begins, and as a word of running text
+            # once as the answer begins, and once after a space, as a word within text
             tail = tokenizer((" " if place % 2 else "") + text, add_special_tokens=False).input_ids
             tail = [
                 *tail[:ANSWER_LENGTH],
@@ -47,14 +47,14 @@ def answers_elsewhere(
             ]
             head = [*opening_ids(tokenizer), *contexts[rng.randrange(len(contexts))].tolist()]
             if len(tail) > 1:
-                # the state that predicts an answer's first token is that of the text before it
+                # the first token has no label: the state that predicts it belongs to the text before it
                 labels = [-100] * (len(head) + 1) + tail[1:]
                 made.append({"input_ids": head + tail, "labels": labels})
     return made
 
 
 def _answer(labels: Sequence[int]) -> tuple[int, ...]:
-    """The tokens of the first answer; none where all is label."""
+    """The tokens of the first answer; empty if all tokens have a label."""
     if labels[0] != -100:
         return ()
     first = next((place for place, label in enumerate(labels) if label != -100), len(labels))

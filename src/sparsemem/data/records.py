@@ -1,86 +1,27 @@
-"""Records to tokens and labels: messages, prompt and completion, text, multiple choice.
+"""Turn records into tokens and labels: messages, prompt and completion, text, multiple choice.
 
-Choices: prompt and answer are tokenised apart, so that training sees exactly the tokens that generation
-starts from; the loss covers the answer and the token that ends it, and nothing after; text is taken as it is.
-Without a chat template messages become `Question: ...\\nAnswer: ...`, and a prompt stays as it was written.
+Choices: prompt and answer are tokenised separately, so that training uses exactly the tokens that generation
+starts from. The loss covers the answer and the token that ends it, and nothing after. Text is used unchanged.
+Without a chat template, messages become `Question: ...\\nAnswer: ...`, and a prompt is used as written.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
-import datasets
 import torch
-from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .models import cache_without_hub
+# `read_records` can also be imported from here
+from .reading import read_records, shape_of  # noqa: F401
 
 logger = logging.getLogger(__name__)
 
-SHAPES = (("messages",), ("prompt", "completion"), ("text",), ("question", "choices", "answer"))
 LOSS_ON = ("completion", "all")
-# What begins a turn of the user's where there is no chat template.
+# Begins a user's turn where there is no chat template.
 QUESTION = "Question:"
-
-
-def read_records(
-    source: str | Path | Sequence[dict] | datasets.Dataset, *, mixed: bool = False
-) -> list[dict]:
-    """Records of a JSONL file, of `hub:NAME[:SPLIT]` (split `train` by default), of a list or of a Dataset.
-
-    A record is `{"messages"}`, `{"prompt", "completion"}`, `{"text"}` or `{"question", "choices", "answer"}`
-    with `answer` the index of the right choice; further fields are kept. Without `mixed` all have one shape.
-
-    Raises:
-        ValueError: no such file, a broken line, an unknown record, mixed shapes, or no record at all.
-    """
-    if isinstance(source, str) and source.startswith("hub:"):
-        name, _, split = source.removeprefix("hub:").partition(":")
-        source = from_hub(name, split=split or "train")
-    if isinstance(source, str | Path):
-        places, records = read_jsonl(Path(source).expanduser())
-    else:
-        records: list[Any] = list(source)
-        places = [f"data record {number}" for number in range(1, len(records) + 1)]
-    if not records:
-        raise ValueError(f"data is empty ({source}); give at least one record")
-    first = _shape(records[0], places[0])
-    for place, record in zip(places, records, strict=True):
-        if (shape := _shape(record, place)) != first and not mixed:
-            raise ValueError(
-                f"{place}: {'/'.join(shape)} record among {'/'.join(first)} records; use one shape per file"
-            )
-    return records
-
-
-def from_hub(
-    name: str,
-    config: str | None = None,
-    *,
-    split: str,
-    instead: str = "check both, or put the split into a JSONL file and give that",
-) -> datasets.Dataset:
-    """A split of a dataset on the Hub, or in its cache where the Hub cannot be reached.
-
-    Args:
-        instead: what the error tells the user to do.
-
-    Raises:
-        ValueError: there is no such split to be had.
-    """
-    try:
-        with cache_without_hub():
-            return datasets.load_dataset(name, config, split=split)  # type: ignore[return-value]
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        raise ValueError(
-            f"split {split!r} of {name} cannot be loaded from the Hub ({error}); {instead}"
-        ) from error
 
 
 def encode(
@@ -90,10 +31,10 @@ def encode(
     max_length: int | None = None,
     loss_on: str = "completion",
 ) -> list[dict]:
-    """`[{"input_ids": [tokens], "labels": [tokens]}]`, labels -100 off the loss; cut to `max_length`.
+    """`[{"input_ids": [tokens], "labels": [tokens]}]`; labels are -100 without loss; cut to `max_length`.
 
-    `loss_on="completion"`: the completion, every assistant turn, the right choice, or the whole text, each
-    with the token that ends it (text has none); `"all"`: every token.
+    `loss_on="completion"` puts the loss on the completion, every assistant turn, the right choice, or the
+    whole text, each with the token that ends it (text has none). `"all"` puts it on every token.
 
     Raises:
         ValueError: unknown `loss_on`, or a chat template that rewrites earlier turns.
@@ -105,14 +46,16 @@ def encode(
 
 
 def truncate(examples: Sequence[dict], max_length: int) -> tuple[list[dict], int]:
-    """Examples cut to their first `max_length` tokens, and how many were cut; none without loss is kept.
+    """Examples cut to their first `max_length` tokens, and how many were cut.
+
+    Examples in which no token with loss is left are dropped.
 
     Raises:
-        ValueError: no example keeps a token with loss.
+        ValueError: no example has a token with loss left.
     """
     num_cut = sum(len(example["input_ids"]) > max_length for example in examples)
     kept = [{key: value[:max_length] for key, value in example.items()} for example in examples]
-    # the first label has nothing before it that could predict it
+    # the first token is never predicted, so its label does not count
     kept = [example for example in kept if any(label != -100 for label in example["labels"][1:])]
     if not kept:
         raise ValueError(f"no record has a token with loss within max_length={max_length}; raise max_length")
@@ -125,19 +68,19 @@ def truncate(examples: Sequence[dict], max_length: int) -> tuple[list[dict], int
 
 
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens from which a prompt is completed: through the chat template where there is one."""
+    """Tokens of a prompt that is to be completed; uses the chat template where there is one."""
     if tokenizer.chat_template:
         return question_ids(prompt, tokenizer)
     return _segment_ids([prompt], tokenizer, special=True)[0]
 
 
 def question_ids(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens from which a question is answered, as `encode` puts them before the answer in `messages`."""
+    """Tokens of a question that is to be answered, the same as `encode` puts before the answer."""
     return conversation_ids([{"role": "user", "content": question}], tokenizer)
 
 
 def conversation_ids(turns: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens from which the next answer in a conversation is generated."""
+    """Tokens of a conversation whose next answer is to be generated."""
     if tokenizer.chat_template:
         pieces = [_render(turns, tokenizer, answer_follows=True)]
     else:
@@ -159,7 +102,7 @@ def choice_prompt(item: dict) -> str:
 
 
 def choice_text(choice: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """An option as it follows `choice_prompt`: after a space, or alone where a chat template is used."""
+    """The text of an option after `choice_prompt`: with a space before it unless there is a chat template."""
     return choice if tokenizer.chat_template else f" {choice}"
 
 
@@ -190,68 +133,9 @@ def batches(examples: Sequence[dict], batch_size: int, pad_token_id: int) -> lis
     return [collate(examples[start : start + batch_size], pad_token_id) for start in starts]
 
 
-def read_jsonl(path: Path) -> tuple[list[str], list[Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ValueError(
-            f"data file {str(path)!r} cannot be read ({error.strerror}); give a JSONL file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data file {str(path)!r} is not UTF-8 text; give a JSONL file") from error
-    places, records = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: not valid JSON ({error.msg}); put one object on each line"
-            ) from error
-        places.append(f"{path}, line {number}")
-    return places, records
-
-
-def _shape(record: Any, place: str) -> tuple[str, ...]:
-    allowed = "; ".join(", ".join(shape) for shape in SHAPES)
-    shapes = [shape for shape in SHAPES if isinstance(record, dict) and all(key in record for key in shape)]
-    if not shapes:
-        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{place}: record with {found or 'no field'}; allowed are the fields {allowed}")
-    problem = _problem(record, shapes[0])
-    if problem:
-        raise ValueError(f"{place}: {problem}")
-    return shapes[0]
-
-
-def _problem(record: dict, shape: tuple[str, ...]) -> str | None:
-    """What is wrong with a record's values, if anything."""
-    if shape == ("messages",):
-        turns = record["messages"]
-        good = isinstance(turns, list) and all(
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
-            for turn in turns
-        )
-        if not good or not any(turn["role"] == "assistant" for turn in turns):
-            return "messages must be a list of {role, content} with at least one assistant turn"
-        return None
-    if shape == ("question", "choices", "answer"):
-        choices, answer = record["choices"], record["answer"]
-        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-            return "choices must be a list of strings"
-        if type(answer) is not int or not 0 <= answer < len(choices):
-            return f"answer={answer!r} must be the index of the right choice, 0 to {len(choices) - 1}"
-        shape = ("question",)
-    wrong = [key for key in shape if not isinstance(record[key], str)]
-    return f"{wrong[0]} must be a string, not {type(record[wrong[0]]).__name__}" if wrong else None
-
-
 def _segments(record: dict, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """Consecutive pieces of a record's text, and whether the loss is on each."""
-    shape = _shape(record, "record")
+    shape = shape_of(record, "record")
     if shape == ("text",):
         return [(record["text"], True)]
     if shape == ("messages",):
@@ -279,7 +163,7 @@ def _chat_segments(
         if turn["role"] != "assistant":
             continue
         before = _render(turns[:index], tokenizer, answer_follows=True)
-        # templates end a turn with white space after its last token: that is not the answer's to learn
+        # templates put white space after a turn's last token, which is not part of the answer
         after = _render(turns[: index + 1], tokenizer).rstrip()
         if not (whole.startswith(before) and whole.startswith(after) and after.startswith(before)):
             raise ValueError(
@@ -298,7 +182,7 @@ def _render(turns: Sequence[dict], tokenizer: PreTrainedTokenizerBase, answer_fo
 
 
 def _plain(turns: Sequence[dict], end: str, answer_follows: bool) -> str:
-    """A conversation for models without a chat template; `end` follows every answer."""
+    """The text of a conversation for models without a chat template; `end` follows every answer."""
     forms = {"user": (f"{QUESTION} ", "\n"), "assistant": ("Answer: ", f"{end}\n\n")}
     pieces = []
     for turn in turns:
@@ -318,7 +202,7 @@ def _say_plain() -> None:
 def _encode_one(record: dict, tokenizer: PreTrainedTokenizerBase, loss_on: str) -> dict:
     segments = _segments(record, tokenizer)
     # a chat template writes the special tokens itself
-    special = not tokenizer.chat_template or _shape(record, "record") == ("text",)
+    special = not tokenizer.chat_template or shape_of(record, "record") == ("text",)
     ids = _segment_ids([text for text, _ in segments], tokenizer, special)
     marks = [learnt or loss_on == "all" for _, learnt in segments]
     if not marks[-1]:
@@ -330,8 +214,8 @@ def _encode_one(record: dict, tokenizer: PreTrainedTokenizerBase, loss_on: str) 
 def _segment_ids(
     segments: Sequence[str], tokenizer: PreTrainedTokenizerBase, special: bool
 ) -> list[list[int]]:
-    """Token ids of each piece; with `special` the first begins as the tokenizer begins a text."""
-    # what has been through a chat template may hold its first token already
+    """Token ids of each piece; with `special` the first begins with the tokenizer's special tokens."""
+    # text from a chat template may begin with the BOS token already
     special = special and not (tokenizer.bos_token and segments[0].startswith(str(tokenizer.bos_token)))
     return [
         tokenizer(text, add_special_tokens=special and index == 0).input_ids

@@ -1,1 +1,1 @@
-"""Measuring a model."""
+"""Measure what a model knows and what it has lost."""

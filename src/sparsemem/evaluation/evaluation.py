@@ -1,4 +1,4 @@
-"""What `sparsemem eval` does: a task of ours or of the harness, on a model or an adapter, and on its base."""
+"""What `sparsemem eval` does: run a task on a model, or on an adapter and its base model."""
 
 from functools import partial
 from typing import Any
@@ -23,17 +23,21 @@ def evaluate_named(
     dtype: str = "float32",
     precision: str | None = "float32",
 ) -> dict[str, Any]:
-    """`{"task", "metrics", "n", "model", "precision"}`, and for an adapter "base": the metrics without it.
+    """Evaluate a model or an adapter on a task; for an adapter, evaluate its base model too.
 
     Args:
-        model: name or folder that `load` knows.
-        task: one of `TASKS`, a task of lm-evaluation-harness or a YAML file of it.
-        data: file of the items; None takes a benchmark's from the Hub.
+        model: a name or folder that `load` can load.
+        task: one of `TASKS`, a task of lm-evaluation-harness, or a YAML file that defines such a task.
+        data: file with the items; None: a benchmark's own data from the Hub.
         dtype: of the weights, "float32" or "bfloat16".
-        precision: "float32", "bfloat16", or None for the faster of the two; bfloat16 weights know no other.
+        precision: "float32", "bfloat16", or None for the faster of the two. bfloat16 weights allow only
+            "bfloat16" or None.
+
+    Returns:
+        `{"task", "metrics", "n", "model", "precision"}`, and for an adapter "base": the base model's metrics.
 
     Raises:
-        ValueError: a model, task, option or data that is missing, of another form, or does not fit.
+        ValueError: a model, task, option or data that is missing, has the wrong form, or does not fit.
     """
     options: dict[str, Any] = {"chat": chat, "precision": precision}
     if task in TASKS:
@@ -44,8 +48,8 @@ def evaluate_named(
 
         if data is not None:
             raise ValueError(
-                f"data: task {task!r} is not one of {', '.join(TASKS)}, and the harness's tasks name their "
-                "own data; leave out --data"
+                f"data={str(data)!r}: task {task!r} is not one of {', '.join(TASKS)}, and tasks of "
+                "lm-evaluation-harness name their own data; leave out --data"
             )
         run = partial(evaluate_harness, task=find_task(task), limit=limit, num_fewshot=num_fewshot, **options)
     loaded, tokenizer = load(model, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)

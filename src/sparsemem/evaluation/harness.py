@@ -1,6 +1,6 @@
-"""Tasks of lm-evaluation-harness, by name or as a YAML file, run on a model that is already loaded.
+"""Run tasks of lm-evaluation-harness, given by name or as a YAML file, on a model that is already loaded.
 
-The harness is the optional extra `eval`; it is imported only here, and only when a task needs it.
+The harness is installed with the optional extra `eval`. It is imported only here, and only when it is needed.
 """
 
 import contextlib
@@ -22,10 +22,14 @@ BATCH_SIZE = 8
 
 
 def find_task(task: str) -> dict[str, Any]:
-    """What `evaluate_harness` runs: the harness's task or group of a name or a `.yaml` file, with its data.
+    """Load a task or group of the harness, with its data, by name or from a `.yaml` file.
+
+    Returns:
+        What `evaluate_harness` runs.
 
     Raises:
-        ValueError: no such task or file, a broken one, data that cannot be loaded, or no harness.
+        ValueError: an unknown task, a missing file, a broken definition, data that cannot be loaded, or the
+            harness is not installed.
     """
     file = Path(task).expanduser()
     is_file = file.suffix in (".yaml", ".yml")
@@ -35,12 +39,12 @@ def find_task(task: str) -> dict[str, Any]:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError(
-            f"task {task!r} is none of {', '.join(TASKS)}, and others need lm-evaluation-harness; run "
+            f"task {task!r} is not one of {', '.join(TASKS)}, and others need lm-evaluation-harness; run "
             '`pip install "sparsemem[eval]"`'
         ) from error
     with _quiet(), cache_without_hub():
-        # a group of tasks is known to the harness by its name alone, and its tasks are, too; reading all of
-        # the harness's definitions takes seconds
+        # the harness finds a group, and the tasks in it, only by name: the file's folder and all definitions
+        # of the harness must be read, which takes seconds
         group = is_file and re.search(r"^group:\s*(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE)
         manager = TaskManager(
             include_path=str(file.parent) if group else None, include_defaults=bool(group) or not is_file
@@ -55,11 +59,11 @@ def find_task(task: str) -> dict[str, Any]:
                 "manager": manager,
                 **manager.load([group[1] if group else str(file) if is_file else task]),
             }
-        # a definition is code and data of others: whatever it raises is what is wrong with it
+        # a definition runs other people's code, which may raise any exception
         except Exception as error:
             raise ValueError(
-                f"task {task!r} cannot be loaded ({type(error).__name__}: {error}); mend its definition, or "
-                "point its dataset_path to files that are there"
+                f"task {task!r} cannot be loaded ({type(error).__name__}: {error}); fix its definition, or "
+                "set its dataset_path to existing files"
             ) from error
 
 
@@ -73,14 +77,14 @@ def evaluate_harness(
     chat: bool = False,
     precision: str | None = "float32",
 ) -> Evaluation:
-    """The harness's own metrics of a task that `find_task` found.
+    """Run a task that `find_task` loaded, with the harness's own metrics.
 
-    Metrics keep the harness's names without ",none"; of several tasks they are called task/metric. `correct`
-    follows the metric `acc` of a single task.
+    Metrics keep the harness's names without ",none". With several tasks they are named task/metric. `correct`
+    is set for a single task with the metric `acc`.
 
     Args:
-        num_fewshot: worked examples; None leaves it to the task.
-        chat: through the tokenizer's chat template.
+        num_fewshot: number of worked examples; None: the task's own number.
+        chat: whether to use the tokenizer's chat template.
         precision: "float32", "bfloat16", or None for the faster of the two.
 
     Raises:
@@ -93,7 +97,7 @@ def evaluate_harness(
         raise ValueError("chat: needs a chat template and the tokenizer has none; leave it out")
     parameter = next(model.parameters())
     rounded = precision_of(model, precision) == "bfloat16" and parameter.dtype == torch.float32
-    # both are decorated in ways that hide their arguments from a type checker
+    # decorators hide the arguments of both from the type checker
     make: Any = HFLM
     run: Any = simple_evaluate
     with _quiet():
@@ -116,7 +120,7 @@ def evaluate_harness(
     metrics = {}
     for name, values in found["results"].items():
         prefix = "" if len(found["results"]) == 1 else f"{name}/"
-        # the rest are names, counts and standard errors
+        # the other entries are names, counts and standard errors
         metrics |= {
             prefix + metric.removesuffix(",none"): float(value)
             for metric, value in values.items()
@@ -133,11 +137,11 @@ def _outermost(task: dict[str, Any]) -> list[Any]:
 
 
 def _correct(samples: dict[str, list[dict[str, Any]]]) -> list[bool] | None:
-    """Which items were right by the metric `acc`, where there is one task and it has that."""
+    """Which items are right by the metric `acc`; None with several tasks or without this metric."""
     if len(samples) != 1:
         return None
     (answered,) = samples.values()
-    # a task with several filters has several samples of an item
+    # a task with several filters has several samples for one item
     if not all("acc" in one for one in answered) or len({one["doc_id"] for one in answered}) < len(answered):
         return None
     return [bool(one["acc"]) for one in sorted(answered, key=lambda one: one["doc_id"])]
@@ -145,7 +149,7 @@ def _correct(samples: dict[str, list[dict[str, Any]]]) -> list[bool] | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness's remarks off, and what it prints on stderr: stdout is for results."""
+    """Silence the harness's log messages, and print on stderr what it prints: stdout is for results."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

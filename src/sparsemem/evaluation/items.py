@@ -1,16 +1,19 @@
-"""What the tasks of `sparsemem eval` ask, read from a file or from the Hub and checked.
+"""Read and check the items of the tasks of `sparsemem eval`, from a file or from the Hub.
 
-Files: JSONL of `{"question", "answer"}` (`answer` one text, a list of texts, or TriviaQA's aliases; a list
-may also be called `answers`), JSONL of `{"question", "choices", "answer"}` (or MedMCQA's `opa` to `opd`,
-`cop` and `exp`), any text file, or JSONL of `{"text"}`, and for mentions the records that were taught.
+A file is, depending on the task:
+- JSONL of `{"question", "answer"}`; `answer` is a text, a list of texts, or TriviaQA's aliases; a list may be
+  named `answers` too;
+- JSONL of `{"question", "choices", "answer"}`, or with MedMCQA's `opa` to `opd`, `cop` and `exp`;
+- a text file, or JSONL of `{"text"}`;
+- for mentions, the records that were taught.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..data.mentions import subjects_of
-from ..data.records import from_hub, read_jsonl, read_records
+from ..data.reading import from_hub, read_jsonl, read_records
+from ..data.subjects import subjects_of
 
 KINDS = {
     "recall": "recall",
@@ -44,18 +47,21 @@ def read_items(
     split: str | None = None,
     keep: Callable[[Any], bool] | None = None,
 ) -> list[dict[str, Any]] | str:
-    """What a task asks: its items, or one text for perplexity; from a file, or from the Hub.
+    """Read a task's items, or one text for perplexity, from a file or from the Hub.
 
     Args:
-        limit: at most so many items; of a text, so many paragraphs (wikitext: lines that are not empty); of
-            mentions, so many subjects.
-        num_fewshot: worked examples before each question of triviaqa, as the items' "examples": the last
-            records of the file, or the first of the Hub's training split. They are never asked.
-        split: of the Hub's, another than the one to test on.
-        keep: tells which of the file's or split's records count at all, before any of them is checked.
+        data: the file; None: the benchmark's data on the Hub.
+        limit: the largest number of items. For a text: of paragraphs (wikitext: of lines that are not empty);
+            for mentions: of subjects.
+        num_fewshot: number of worked examples before each question of triviaqa; they become the items'
+            "examples". They are the last records of the file, or the first of the Hub's training split, and
+            are never asked.
+        split: a split of the Hub's dataset to use in place of the test split.
+        keep: returns whether a record is used; called before the record is checked.
 
     Raises:
-        ValueError: an unknown task, a bad option, data that is missing, empty or of another form, or no Hub.
+        ValueError: an unknown task, a bad option, data that is missing, empty or of the wrong form, or the
+            Hub cannot be reached.
     """
     if task not in KINDS:
         raise ValueError(f"task {task!r} is unknown; use one of {', '.join(KINDS)}")
@@ -99,7 +105,9 @@ def _with_examples(
 def _subjects(task: str, data: str | Path | None) -> list[str]:
     found = subjects_of(_from_hub(task)[1] if data is None else read_records(data, mixed=True))
     if not found:
-        raise ValueError(f"data ({data}): no record has a subject that stands out; give {FORMS[KINDS[task]]}")
+        raise ValueError(
+            f"data ({data}): no record has a subject that could be found; give {FORMS[KINDS[task]]}"
+        )
     return found
 
 
@@ -121,7 +129,7 @@ def _text(task: str, data: str | Path | None, limit: int | None) -> str:
             )
         texts = [record["text"].strip() for record in records if record["text"].strip()]
     if task == "wikitext":
-        # as the paper reads it, whatever the file
+        # as in the paper, for every kind of file
         texts = [line.strip() for text in texts for line in text.split("\n") if line.strip()]
     text = "\n\n".join(texts[:limit])
     if not text.strip():
@@ -140,7 +148,7 @@ def _question(record: Any, place: str) -> dict[str, Any]:
             f"{place}: not an item of this task; give question and answer, a text or a list of texts"
         )
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"{place}: an answer is empty or no text; give texts")
+        raise ValueError(f"{place}: an answer is empty or not a text; give texts that are not empty")
     return {"question": question, "answer": texts}
 
 
@@ -156,7 +164,7 @@ def _medmcqa(record: Any, place: str) -> dict[str, Any]:
         record = {**record, "choices": options, "answer": record["cop"]}
     item = _choices(record, place)
     if len(item["choices"]) != len(OPTIONS):
-        raise ValueError(f"{place}: {len(item['choices'])} choices; MedMCQA's questions have four, give four")
+        raise ValueError(f"{place}: {len(item['choices'])} choices; MedMCQA's questions have four; give four")
     return {**item, "explanation": item.get("explanation") or item.get("exp")}
 
 
@@ -167,26 +175,26 @@ def _choices(record: Any, place: str) -> dict[str, Any]:
         raise ValueError(f"{place}: no column {', '.join(missing)}; give {FORMS['multiple-choice']}")
     question, choices, answer = (record[name] for name in needed)
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"{place}: question={question!r} is empty or no text; give a text")
+        raise ValueError(f"{place}: question={question!r} is empty or not a text; give a text")
     if not isinstance(choices, list) or len(choices) < 2:
-        raise ValueError(f"{place}: choices={choices!r} is no list of two or more; give a list of texts")
+        raise ValueError(f"{place}: choices={choices!r} is not a list of two or more; give a list of texts")
     for letter, choice in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", choices, strict=False):
         if not isinstance(choice, str) or not choice.strip():
             raise ValueError(f"{place}: option {letter} is {choice!r}; give a text that is not empty")
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError(
-            f"{place}: answer={answer!r} is outside 0-{len(choices) - 1}; give the right one's index from 0"
+            f"{place}: answer={answer!r} is outside 0-{len(choices) - 1}; give the right choice's index"
         )
     return record
 
 
 def _from_hub(task: str, split: str | None = None) -> tuple[list[str], list[Any]]:
     if task not in HUB:
-        raise ValueError(f"task {task} needs data; name a file with --data FILE: {FORMS[KINDS[task]]}")
+        raise ValueError(f"task {task} needs data; give a file with --data FILE: {FORMS[KINDS[task]]}")
     name, config, own_split = HUB[task]
     split = split or own_split
     instead = (
-        f"put that split into a file and name it with --data FILE, or its folder with --data-dir where "
+        f"put that split into a file and give it with --data FILE, or its folder with --data-dir when "
         f"methods are compared: {FORMS[KINDS[task]]}"
     )
     records = list(from_hub(name, config, split=split, instead=instead))

@@ -1,8 +1,9 @@
-"""How likely a model finds several continuations of each context, with one forward pass for the context.
+"""Log-probabilities of several continuations of each context, with one forward pass per context.
 
-Choices: what all contexts begin with is read once; contexts of like length share a batch, padded on the left,
-and leave a key-value cache, of which each continuation, padded on the right, takes its context's row. The
-first token of a continuation is predicted by the context's pass, and the last one predicts nothing.
+Choices: the tokens that all contexts begin with are computed once. Contexts of similar length share a batch,
+padded on the left, which gives a key-value cache. Each continuation, padded on the right, uses its context's
+row of this cache. The context's forward pass predicts the first token of a continuation. The last token is
+only predicted and never an input.
 """
 
 import logging
@@ -32,16 +33,17 @@ def log_probs(
 ) -> list[list[Tensor]]:
     """Log-probabilities of each continuation's tokens after its context, float32 [tokens] on the CPU.
 
-    A context that leaves too little of the model's own context length loses its first tokens.
+    If context and continuation are longer than the model's context length, the context's first tokens are
+    dropped.
 
     Args:
         contexts: token ids.
         continuations: for each context, the token ids of all its continuations.
-        batch_size: rows of one forward pass, be they contexts or continuations.
+        batch_size: rows of one forward pass, of contexts as well as of continuations.
         precision: "float32", "bfloat16", or None for the faster of the two.
 
     Raises:
-        ValueError: as many contexts as continuations are not given, or one of them has no token or too many.
+        ValueError: a context without its list of continuations, or one of them has no token or too many.
     """
     kept = _fitting(model, contexts, continuations)
     model.eval()
@@ -49,7 +51,7 @@ def log_probs(
     num_shared, beginning = read_beginning(model, kept, precision=precision)
     for chosen in by_length([context[num_shared:] for context in kept], batch_size, tight=True):
         ids, mask = pad_left([kept[index][num_shared:] for index in chosen], model)
-        # padding stands between the shared beginning and what follows it
+        # the padding is between the shared beginning and the rest of the context
         mask = functional.pad(mask, (num_shared, 0), value=1)
         places = (mask.cumsum(1) - 1).clamp(min=0)[:, num_shared:]
         with autocast(model, precision=precision):
@@ -80,10 +82,10 @@ def log_probs(
 def split_tokens(
     tokenizer: PreTrainedTokenizerBase, context: str, continuations: Sequence[str]
 ) -> tuple[list[int], list[list[int]]]:
-    """Tokens of a context and of its continuations, as lm-evaluation-harness splits them.
+    """Token ids of a context and of its continuations, split as in lm-evaluation-harness.
 
-    Context and continuation are tokenised together, and a continuation is what follows as many tokens as the
-    context has alone; white space at the context's end belongs to the continuation.
+    Context and continuation are tokenised together. If the context alone has n tokens, the continuation is
+    all tokens after the first n. White space at the context's end belongs to the continuation.
     """
     bare = context.rstrip()
     ids = tokenizer(bare).input_ids
@@ -94,8 +96,8 @@ def split_tokens(
 def _rests(
     model: Any, past: DynamicCache | None, mask: Tensor, tokens: list[Sequence[int]], *, precision: str | None
 ) -> list[Tensor]:
-    """Log-probabilities of all but the first token of continuations of what `past` has read."""
-    # padding is read and its predictions are left out: causal attention keeps it from the tokens before
+    """Log-probabilities of all but the first token of continuations; `past` is their contexts' cache."""
+    # predictions at padding are dropped; causal attention hides the padding from the tokens before it
     length = max(map(len, tokens))
     ids = torch.tensor([list(one) + [0] * (length - len(one)) for one in tokens], device=mask.device)
     inputs, targets = ids[:, :-1], ids[:, 1:]
@@ -116,7 +118,7 @@ def _rests(
 def _fitting(
     model: Any, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
 ) -> list[Sequence[int]]:
-    """The contexts' last tokens, as many as the model's context length has room for."""
+    """The contexts, cut at the left so that each fits the model's context length with its continuations."""
     if len(contexts) != len(continuations):
         raise ValueError(
             f"continuations: {len(continuations)} lists for {len(contexts)} contexts; give one for each"
@@ -126,7 +128,7 @@ def _fitting(
     for index, (context, several) in enumerate(zip(contexts, continuations, strict=True)):
         if not context or not several or not all(several):
             raise ValueError(
-                f"item {index}: context or continuation without a token; give at least one for each"
+                f"item {index}: context or continuation without a token; give each at least one token"
             )
         longest = max(map(len, several))
         if longest > room:
@@ -138,7 +140,7 @@ def _fitting(
     num_cut = sum(len(a) < len(b) for a, b in zip(kept, contexts, strict=True))
     if num_cut:
         logger.warning(
-            "%d of %d contexts longer than the model's %d tokens, cut at the left",
+            "%d of %d contexts do not fit the model's context of %d tokens; their first tokens are dropped",
             num_cut,
             len(contexts),
             room,

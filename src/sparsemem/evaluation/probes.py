@@ -1,7 +1,7 @@
-"""What a model knows, what it has lost, and how much of a text the memory touches.
+"""Measure what a model knows, what it has lost, and how much of a text the memory affects.
 
-Choices: greedy decoding, batches sorted by length; the faster precision unless one is asked for; drift alone
-is always measured in the model's own precision, since bfloat16's rounding is larger than the drifts that
+Choices: greedy decoding in batches sorted by length; the faster precision unless one is given. Only drift is
+always measured in the model's own precision, because bfloat16's rounding is larger than the drifts that
 matter.
 """
 
@@ -19,12 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter.model import gated_layers, layer_gates, memory_layers
 from ..background.states import layer_inputs
-from ..data.generation import answer_tokens, complete
-from ..data.mentions import PROBE_FORMS, mention_texts, prose_texts
+from ..data.generation import complete
 from ..data.models import tokenizer_of
 from ..data.records import QUESTION, choice_tokens, question_ids
 from ..precision import autocast, device_of
 from .likelihood import log_probs
+
+# these can also be imported from here
+from .mentions import BaseMentions, Mentions, base_mentions, mentions  # noqa: F401
 
 ARTICLES = {"a", "an", "the"}
 
@@ -53,8 +55,8 @@ def recall(
 ) -> Answers:
     """Greedy answers to `{"question", "answer": str | list[str]}` items.
 
-    An answer is right when an expected one is contained in it as whole words, case, punctuation and articles
-    aside. Without a chat template it ends where the model asks the next question itself. `precision` is
+    An answer is right if it contains an expected answer as whole words; case, punctuation and articles are
+    ignored. Without a chat template it ends where the model begins the next question. `precision` is
     "float32", "bfloat16", or None for the faster of the two.
 
     Raises:
@@ -73,15 +75,15 @@ def recall(
 
 
 def is_right(text: str, answer: str | Sequence[str]) -> bool:
-    """Whether an expected answer is contained in the text as whole words, both normalised."""
+    """Whether the text contains an expected answer as whole words, after both are normalised."""
     expected = [answer] if isinstance(answer, str) else answer
     return any(f" {_normalised(one)} " in f" {_normalised(text)} " for one in expected)
 
 
 def contains(text: str, answers: Sequence[str]) -> bool:
-    """Whether an expected answer is a substring of the text, both normalised, be it within a word.
+    """Whether an expected answer is a substring of the text, even within a word, after both are normalised.
 
-    Normalised as TriviaQA is: lower case, without punctuation, articles and surplus white space.
+    Normalised as in TriviaQA: lower case, without punctuation, articles and extra white space.
     """
     expected = [_normalised(one) for one in answers]
     return any(one and one in _normalised(text) for one in expected)
@@ -89,7 +91,9 @@ def contains(text: str, answers: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Choices:
-    """Which items' right option is the likeliest by the mean over its tokens, and which by their sum."""
+    """For which items the right option is the most likely, by the mean of its tokens' log-probabilities or by
+    their sum.
+    """
 
     correct: list[bool]
     correct_by_sum: list[bool]
@@ -114,12 +118,12 @@ def multiple_choice(
     batch_size: int = 16,
     precision: str | None = None,
 ) -> Choices:
-    """Choices of `{"question", "choices", "answer": int}` items by log-likelihood of the options' texts.
+    """Answer `{"question", "choices", "answer": int}` items by the log-likelihood of the options' texts.
 
-    Ties go to the first option.
+    Of options with equal likelihood the first is chosen.
 
     Args:
-        tokens: gives an item's prompt and options as token ids.
+        tokens: returns an item's prompt and options as token ids.
         precision: "float32", "bfloat16", or None for the faster of the two.
 
     Raises:
@@ -149,7 +153,8 @@ def perplexity(
 ) -> float:
     """Sliding-window perplexity of `input_ids` [tokens]: each window's mean loss weighted by its new tokens.
 
-    Every window begins with `opening`, the tokenizer's `opening_ids`, which are in its length and not scored.
+    Every window begins with `opening`, the tokenizer's `opening_ids`. They count towards the window's length
+    and are not scored.
     `precision` is "float32", "bfloat16", or None for the faster of the two.
 
     Raises:
@@ -164,7 +169,7 @@ def perplexity(
     room = window - len(opening)
     if room < 1:
         raise ValueError(
-            f"window={window} has no room beside {len(opening)} opening tokens; give a wider one"
+            f"window={window} has no room after {len(opening)} opening tokens; give a larger window"
         )
     model.eval()
     total, done = 0.0, 0
@@ -172,7 +177,7 @@ def perplexity(
     for start in range(0, len(input_ids), min(stride, room)):
         end = min(start + room, len(input_ids))
         ids = torch.cat([first, input_ids[start:end]])
-        # the very first token has nothing before it that could predict it
+        # the very first token has nothing before it to predict it from
         num_scored = min(end - done, len(ids) - 1)
         losses = _losses(model, ids[None].to(device_of(model)), num_scored, precision=precision)
         total += losses.cpu().double().mean().item() * (end - done)
@@ -193,8 +198,8 @@ def drift(
 ) -> float:
     """Mean KL(base || model) of the next-token distributions over `input_ids` [tokens], in nats per token.
 
-    The tokens are read in windows that do not overlap, each behind `opening`, the tokenizer's `opening_ids`;
-    `base=None` is the model without its adapter.
+    The tokens are read in windows that do not overlap. Each window begins with `opening`, the tokenizer's
+    `opening_ids`, at which nothing is measured. `base=None` uses the model with its adapter disabled.
 
     Raises:
         ValueError: no tokens, or `base=None` for a model without an adapter.
@@ -218,107 +223,12 @@ def drift(
     return total / len(input_ids)
 
 
-@dataclass(frozen=True)
-class BaseMentions:
-    """What `mentions` is measured against: the base's answers as token ids, and its perplexities."""
-
-    answers: list[list[int]]
-    perplexity: float
-    prose_perplexity: float
-
-
-@dataclass(frozen=True)
-class Mentions:
-    """What teaching did to texts that name a taught subject but do not ask what was taught.
-
-    Attributes:
-        changed: share of questions that are answered with other tokens than the base's.
-        base_perplexity, perplexity: of the base's own answers, under the base and under the taught model.
-        prose_base_perplexity, prose_perplexity: of prose that names the subjects, under both.
-    """
-
-    changed: float
-    base_perplexity: float
-    perplexity: float
-    prose_base_perplexity: float
-    prose_perplexity: float
-
-
-def mentions(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    subjects: Sequence[str],
-    *,
-    base: BaseMentions | None = None,
-    forms: Sequence[str] = PROBE_FORMS,
-    max_new_tokens: int = 24,
-    precision: str | None = None,
-) -> Mentions:
-    """Compare answers and prose that name the subjects with the base's.
-
-    Args:
-        subjects: as `subjects_of` returns them.
-        base: what `base_mentions` returned with the same subjects, forms and precision; None: it is measured
-            here, on the model without its adapter.
-        forms: questions with a place for the subject.
-        precision: "float32", "bfloat16", or None for the faster of the two.
-
-    Raises:
-        ValueError: no subjects or forms, or `base=None` for a model without an adapter.
-    """
-    if base is None and not isinstance(model, PeftModel):
-        raise ValueError(
-            "base=None needs a model with an adapter; give what base_mentions(base, ...) returned"
-        )
-    options = {"forms": forms, "max_new_tokens": max_new_tokens, "precision": precision}
-    if base is None:
-        with model.disable_adapter():  # type: ignore[operator]
-            base = base_mentions(model, tokenizer, subjects, **options)
-    prompts = _mention_prompts(tokenizer, subjects, forms)
-    if len(base.answers) != len(prompts):
-        raise ValueError(
-            f"base: has {len(base.answers)} answers to {len(prompts)} questions; call base_mentions with the "
-            "same subjects and forms"
-        )
-    answers = answer_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, precision=precision)
-    return Mentions(
-        changed=sum(a != b for a, b in zip(answers, base.answers, strict=True)) / len(answers),
-        base_perplexity=base.perplexity,
-        perplexity=_perplexity_of(model, prompts, base.answers, precision=precision),
-        prose_base_perplexity=base.prose_perplexity,
-        prose_perplexity=_mention_prose(model, tokenizer, subjects, precision=precision),
-    )
-
-
-def base_mentions(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    subjects: Sequence[str],
-    *,
-    forms: Sequence[str] = PROBE_FORMS,
-    max_new_tokens: int = 24,
-    precision: str | None = None,
-) -> BaseMentions:
-    """A model's own answers to questions that name the subjects, and its perplexities; see `mentions`.
-
-    Raises:
-        ValueError: no subjects or forms.
-    """
-    prompts = _mention_prompts(tokenizer, subjects, forms)
-    answers = answer_tokens(model, tokenizer, prompts, max_new_tokens=max_new_tokens, precision=precision)
-    return BaseMentions(
-        answers=answers,
-        perplexity=_perplexity_of(model, prompts, answers, precision=precision),
-        prose_perplexity=_mention_prose(model, tokenizer, subjects, precision=precision),
-    )
-
-
 def exposure(
     model: PeftModel, texts: str | Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
 ) -> float:
-    """Share of the texts' tokens that lie in scope and read a row that is not zero in some memory layer.
+    """Share of the texts' tokens that are in scope and read a row that is not zero, in at least one layer.
 
-    Without a tokenizer the one that the model's name leads to is taken.
+    `tokenizer=None` uses the tokenizer that is found by the model's name.
 
     Raises:
         ValueError: no memory, no texts, or no tokenizer.
@@ -341,10 +251,10 @@ def exposure(
 
 
 def scope_gate(model: PeftModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How far inside the scope each token is, per layer that holds one: g [batch, seq], 0 at padding.
+    """The relevance gate g of each token, for each layer that has a scope: [batch, seq], 0 at padding.
 
-    A memory that writes last holds one scope, in its deepest layer. States are read with the memory switched
-    off, as the scope's centres were.
+    A memory with `write="last"` has one scope, in its deepest layer. As for the scope's centres, states are
+    computed with the memory switched off.
 
     Raises:
         ValueError: no memory.
@@ -356,31 +266,6 @@ def scope_gate(model: PeftModel, batch: Mapping[str, Tensor]) -> dict[str, Tenso
         gates[name] = torch.zeros(mask.shape, device=mask.device)
         gates[name][mask] = memory.relevance(states[name])
     return gates
-
-
-def _mention_prompts(
-    tokenizer: PreTrainedTokenizerBase, subjects: Sequence[str], forms: Sequence[str]
-) -> list[list[int]]:
-    if not subjects or not forms:
-        raise ValueError(
-            f"subjects and forms are {len(subjects)} and {len(forms)}; give at least one subject and one form"
-        )
-    return [question_ids(text, tokenizer) for subject in subjects for text in mention_texts(subject, forms)]
-
-
-def _mention_prose(
-    model: Any, tokenizer: PreTrainedTokenizerBase, subjects: Sequence[str], *, precision: str | None
-) -> float:
-    """Perplexity of one short text for each subject, all but its first token."""
-    ids = tokenizer(prose_texts(subjects)).input_ids
-    return _perplexity_of(model, [one[:1] for one in ids], [one[1:] for one in ids], precision=precision)
-
-
-def _perplexity_of(
-    model: Any, contexts: Sequence[list[int]], continuations: Sequence[list[int]], *, precision: str | None
-) -> float:
-    scores = log_probs(model, contexts, [[one] for one in continuations], precision=precision)
-    return float(torch.cat([score for (score,) in scores]).double().mean().neg().exp())
 
 
 def _losses(model: Any, ids: Tensor, num_kept: int, *, precision: str | None) -> Tensor:
@@ -395,5 +280,5 @@ def _losses(model: Any, ids: Tensor, num_kept: int, *, precision: str | None) ->
 
 def _normalised(text: str) -> str:
     words = re.sub(r"[\W_]", " ", text.casefold()).split()
-    # an answer that is nothing but an article stands for itself
+    # an answer that consists of articles only is kept as it is
     return " ".join([word for word in words if word not in ARTICLES] or words)

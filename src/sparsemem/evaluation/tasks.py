@@ -1,4 +1,4 @@
-"""The tasks of `sparsemem eval`: four probes, each over a file of the user's or the paper's benchmark.
+"""The tasks of `sparsemem eval`: four probes, each on a user's file or on the paper's benchmark.
 
 | task            | metrics      | prompt                            | from the Hub                        |
 | --------------- | ------------ | --------------------------------- | ----------------------------------- |
@@ -10,11 +10,11 @@
 | wikitext        | ppl          | lines, a blank line between them  | wikitext-103-raw-v1, test           |
 | mentions        | changed, ... | chat template where there is one  | needs a file                        |
 
-`acc` goes by the mean log-probability of an option's tokens, `acc_sum` by their sum. An answer to triviaqa is
-right if a normalised alias is a substring of it; recall asks for whole words. mentions, of an adapter alone,
-asks about taught subjects what was not taught: `changed` is the share of answers that are not the base's,
-`perplexity` that of the base's answers, `prose_perplexity` that of prose which names the subjects. `items.py`
-reads the data.
+`acc` uses the mean log-probability of an option's tokens, `acc_sum` their sum. An answer to triviaqa is right
+if a normalised alias is a substring of it; recall requires whole words. mentions works for adapters only. It
+asks things about the taught subjects that were not taught: `changed` is the share of answers that differ from
+the base model's, `perplexity` is that of the base model's answers, and `prose_perplexity` is that of prose
+which names the subjects. `items.py` reads the data.
 
 Reference: Gupta 2026 (2605.03229), evaluation; medmcqa, wikitext and triviaqa are its tasks.
 """
@@ -25,11 +25,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from ..data.generation import complete
 from ..data.mentions import PROBE_FORMS
 from ..data.records import choice_tokens, opening_ids, prompt_ids
 from .items import KINDS
 from .likelihood import split_tokens
-from .probes import complete, contains, mentions, multiple_choice, perplexity, recall
+from .mentions import mentions
+from .probes import contains, multiple_choice, perplexity, recall
 
 TASKS = tuple(KINDS)
 TRIVIAQA_TOKENS = 32
@@ -37,14 +39,14 @@ TRIVIAQA_TOKENS = 32
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a task found.
+    """The result of a task.
 
     Attributes:
-        metrics: by name.
-        n: number of items, or of tokens where a text is read.
-        correct: which items were answered rightly, in their order (by `acc`, where choices are scored); None
-            where there is no right or wrong.
-        base: the base's metrics, where the task compares with the base by itself.
+        metrics: values by name.
+        n: number of items, or of tokens for perplexity.
+        correct: for each item, in order, whether it was answered correctly (by `acc` for multiple choice);
+            None where answers are not right or wrong.
+        base: the base model's metrics, if the task itself compares with the base model.
     """
 
     metrics: dict[str, float]
@@ -62,21 +64,23 @@ def evaluate(
     chat: bool = False,
     precision: str | None = "float32",
 ) -> Evaluation:
-    """A task's metrics over its items.
+    """Run a task on its items.
 
     Args:
         items: what `read_items` returned for this task.
-        chat: ask triviaqa's questions through the chat template, without a prompt around them.
+        chat: ask triviaqa's questions through the chat template, without the paper's prompt.
         precision: "float32", "bfloat16", or None for the faster of the two.
 
     Raises:
-        ValueError: a text of fewer than two tokens, `chat` where it does not apply, or mentions of a model
-            without an adapter.
+        ValueError: a text of fewer than two tokens, `chat` for a task that does not have it, or mentions on a
+            model without an adapter.
     """
     if chat and task != "triviaqa":
-        raise ValueError(f"chat: task {task} has one way to ask; leave it out, or use it with triviaqa")
+        raise ValueError(
+            f"chat: task {task} does not have this option; leave it out, or use it with triviaqa"
+        )
     if isinstance(items, str):
-        # a whole book is longer than the context: the probe reads it in windows
+        # `verbose=False`: no warning about a text longer than the context, since it is read in windows
         ids = torch.tensor(
             tokenizer(items, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long
         )
@@ -103,7 +107,7 @@ def medmcqa_prompt(item: dict[str, Any]) -> str:
 def medmcqa_text(item: dict[str, Any]) -> str:
     """The paper's training text: prompt, right option, and the explanation where there is one.
 
-    For `{"text": ...}` records; the loss is on all of it.
+    It is used in `{"text": ...}` records, with the loss on all tokens.
     """
     explanation = item.get("explanation")
     told = f"\nExplanation: {explanation}" if explanation else ""
@@ -122,17 +126,17 @@ def triviaqa_prompt(item: dict[str, Any]) -> str:
 
 
 def _triviaqa(model: Any, tokenizer: Any, items: list[dict], chat: bool, precision: str | None) -> list[bool]:
-    """Whether a normalised alias is contained in the greedy answer, be it within a word."""
+    """Whether the greedy answer contains a normalised alias, even within a word."""
     worked = any("examples" in item for item in items)
     if chat and worked:
-        raise ValueError("chat: asks the question alone, without worked examples; leave out num_fewshot")
+        raise ValueError("chat: worked examples are not possible with chat; leave out num_fewshot or chat")
     if chat and not tokenizer.chat_template:
         raise ValueError("chat: needs a chat template and the tokenizer has none; leave it out")
     if chat:
         prompts = [prompt_ids(item["question"], tokenizer) for item in items]
     else:
         prompts = [tokenizer(triviaqa_prompt(item)).input_ids for item in items]
-    # after worked examples a model goes on with questions of its own
+    # after worked examples a model continues with questions of its own
     stop = "\n" if worked else None
     texts = complete(
         model, tokenizer, prompts, max_new_tokens=TRIVIAQA_TOKENS, stop=stop, precision=precision

@@ -136,7 +136,7 @@ def train(
 
     from ..adapter.model import set_trainable
     from ..data.models import load
-    from ..data.records import read_records
+    from ..data.reading import read_records
     from ..training.finetune import finetune
     from ..training.methods import check_method, memory_config
 

@@ -229,7 +229,7 @@ def ask_mentions(
     probing: Probing, model: Any, tokenizer: Any, base: dict[str, Any] | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """A row's figures of texts that mention what was taught, and the base's answers, for the other runs."""
-    from ..evaluation.probes import BaseMentions, base_mentions, mentions
+    from ..evaluation.mentions import BaseMentions, base_mentions, mentions
 
     asked = {
         "subjects": _mention_subjects(probing),

@@ -1,1 +1,1 @@
-"""One training run."""
+"""One training run, with any method."""

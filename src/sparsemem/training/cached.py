@@ -1,11 +1,12 @@
-"""Cached states: what training a tail memory needs of the base, computed once and used for many epochs.
+"""Cached states: the base model's states that train a tail memory, computed once and used for many epochs.
 
-Nothing that trains lies below the last residual. So a step needs, at supervised positions, the last residual
-and the read layers' inputs, and computes addresses, reads, final norm and head: no block of the base.
+No trainable parameter lies below the last residual. So a step needs only the last residual and the read
+layers' inputs, at supervised positions. From them it computes addresses, reads, final norm and head, without
+running any block of the base model.
 
-Choices: one row of float32 numbers a position, (last residual, read layers' inputs); in memory up to a
-bound, in a mapped file beyond. In float32 on a CPU every record is read alone, so its states depend on
-nothing but itself, and a run without the cache trains the same rows to the bit (law 12).
+Choices: each position is one float32 row (last residual, read layers' inputs). The rows are kept in memory up
+to a limit, and in a memory-mapped file beyond it. In float32 on a CPU every record is computed alone, so its
+states depend on no other record, and a run without the cache trains bit-identical rows (law 12).
 """
 
 import hashlib
@@ -31,16 +32,16 @@ from ..precision import autocast, precision_of
 
 logger = logging.getLogger(__name__)
 
-# Records that are read at once where rounding may depend on their number.
+# Records in one forward pass where rounding may depend on the batch size anyway.
 READ_AT_ONCE = 8
-# Bound within which the head on cached states must agree with the model, as a share of the logits' size.
+# Largest difference between logits from cached states and the model's, relative to the largest logit.
 AGREEMENT = 0.02
 
 
 class TailHead:
-    """Memory, final norm and head on states of supervised positions.
+    """Memory, final norm and head, applied to states of supervised positions.
 
-    Called like a model, with a batch of `StateRows`; gives loss and logits.
+    It is called like a model, with a batch of `StateRows`, and returns loss and logits.
     """
 
     def __init__(self, model: Any, pad_token_id: int) -> None:
@@ -58,7 +59,7 @@ class TailHead:
         shift_labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """Loss and logits of states [n, width + sum d_in], or of the records whose states they are."""
+        """Loss and logits of states [n, width + sum d_in]; records are turned into their states first."""
         if not isinstance(states, Tensor):
             states = torch.cat([rows for rows, _ in self.rows_of(states)]).to(shift_labels.device)
         logits = self.logits(states).float()
@@ -67,7 +68,7 @@ class TailHead:
         return {"loss": loss / count, "logits": logits}
 
     def logits(self, states: Tensor) -> Tensor:
-        """[n, vocabulary] of states [n, width + sum d_in]."""
+        """Logits [n, vocabulary] of states [n, width + sum d_in]."""
         hidden, inputs = self.parts(states)
         *_, deepest = self.layers
         memory = self.layers[deepest]
@@ -75,14 +76,14 @@ class TailHead:
         written = gated_sum(hidden, self.layers, inputs, gate).to(next(self.norm.parameters()).dtype)
         logits = self._project(self.norm(written))
         config = self.model.config.get_text_config()
-        # What some models do to their logits behind the head: Gemma, Cohere, Granite.
+        # Gemma, Cohere and Granite change their logits after the head.
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
             logits = cap * torch.tanh(logits / cap)
         logits = logits * getattr(config, "logit_scale", 1.0)
         return logits / getattr(config, "logits_scaling", 1.0)
 
     def _project(self, x: Tensor) -> Tensor:
-        """The head, its frozen weight cast once where autocast would cast it in every step."""
+        """Apply the head; its frozen weight is cast once, where autocast would cast it in every step."""
         kind = x.device.type
         if type(self.head) is not nn.Linear or not torch.is_autocast_enabled(kind):
             return self.head(x)
@@ -91,13 +92,13 @@ class TailHead:
         return functional.linear(x, self._cast, self.head.bias)
 
     def parts(self, states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The last residual, and each read layer's inputs."""
+        """Split states into the last residual [n, width] and each read layer's inputs [n, d_in]."""
         sizes = [self.width, *(memory.d_in for memory in self.layers.values())]
         hidden, *inputs = states.split(sizes, dim=1)
         return hidden, dict(zip(self.layers, inputs, strict=True))
 
     def rows_of(self, examples: Sequence[dict[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each few records, in order: states [n, width + sum d_in] float32 on the CPU, and labels [n]."""
+        """Yield float32 states [n, width + sum d_in] on the CPU and labels [n], a few records at a time."""
         parameter = next(self.model.parameters())
         exact = precision_of(self.model) == "float32"
         step = 1 if exact and parameter.device.type == "cpu" else READ_AT_ONCE
@@ -112,7 +113,7 @@ class TailHead:
             yield torch.cat(columns, 1), labels[batch["attention_mask"].bool()][predicts]
 
     def agrees(self, example: dict[str, Any]) -> bool:
-        """Whether the head on cached states gives what the model gives."""
+        """Whether the logits from cached states are the model's logits, within AGREEMENT."""
         with torch.no_grad(), autocast(self.model):
             ((states, _),) = self.rows_of([example])
             device = next(self.model.parameters()).device
@@ -126,13 +127,13 @@ class TailHead:
 class StateRows(Dataset):
     """The supervised positions of records; `[i]`: `{"states": [n, width + sum d_in], "labels": [n]}`.
 
-    Without the cache `states` is the record itself, and a step computes what the cache would hold.
+    Without the cache `states` is the record itself, and each step computes the states.
     """
 
     def __init__(
         self, head: TailHead, examples: Sequence[dict[str, Any]], cache_bytes: int, folder: Path
     ) -> None:
-        """Compute the states, at most `cache_bytes` of them in memory, else in a file in `folder`."""
+        """Compute the states. More than `cache_bytes` of them go to a file in `folder`; 0: no cache."""
         self.examples = examples
         labels = [[label for label in one["labels"][1:] if label != -100] for one in examples]
         self.labels = [torch.tensor(one) for one in labels]
@@ -149,7 +150,7 @@ class StateRows(Dataset):
         return {"states": states, "labels": self.labels[index]}
 
     def supervised(self, head: TailHead, number: int) -> Supervised:
-        """States of random records with `number` supervised positions, all where there are fewer."""
+        """States of random records with at least `number` supervised positions; all if there are fewer."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
         sizes = torch.tensor([len(one) for one in self.labels])
         num_drawn = int((sizes[order].cumsum(0) < number).sum()) + 1
@@ -169,7 +170,7 @@ class StateRows(Dataset):
             return torch.cat([rows for rows, _ in read])
         path = folder / f"states-{self._digest(head)}.f32"
         if not path.exists():
-            logger.info("states of %d positions go to %s", number, path)
+            logger.info("writing the states of %d positions to %s", number, path)
             write_atomically(path, lambda part: _write_rows(part, read))
         return torch.from_file(str(path), size=number * width, dtype=torch.float32).view(number, width)
 
@@ -180,7 +181,7 @@ class StateRows(Dataset):
 
 
 def collate_states(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch for `TailHead`: states of all supervised positions, or the records, and their labels [n]."""
+    """Collate a batch for `TailHead`: states of all supervised positions, or the records, and labels [n]."""
     states = [item["states"] for item in items]
     labels = torch.cat([item["labels"] for item in items])
     return {
@@ -193,7 +194,7 @@ def collate_states(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def train_states(
     model: Any, examples: Sequence[dict[str, Any]], pad_token_id: int, cache_bytes: int, folder: Path
 ) -> tuple[TailHead, StateRows] | None:
-    """What a memory trains on in place of the model; None where more trains than a memory that writes last.
+    """The head and states that a tail memory trains on; None if anything else trains or they do not fit.
 
     Args:
         cache_bytes, folder: as for `StateRows`.
@@ -204,7 +205,7 @@ def train_states(
     head = TailHead(model, pad_token_id)
     if not head.agrees(examples[0]):
         logger.warning(
-            "the logits of %s are not those of final norm and head alone; training runs through the model",
+            "the logits of %s do not come from final norm and head alone; training uses the whole model",
             type(model.get_base_model()).__name__,
         )
         return None
@@ -218,7 +219,7 @@ def _write_rows(path: Path, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def _starts(labels: Sequence[int]) -> Tensor:
-    """[n] bool over a record's supervised positions: those where an answer starts."""
+    """[n] bool: at which of a record's supervised positions an answer starts."""
     now = torch.tensor(list(labels)) != -100
     return ~now[:-1][now[1:]]
 

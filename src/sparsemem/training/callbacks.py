@@ -1,4 +1,4 @@
-"""What watches a training run: the loss at which it stops, its log as a file, its time, its progress bar."""
+"""Trainer callbacks: stop at a loss, write the log to a file, measure time, show progress."""
 
 import json
 import math
@@ -12,7 +12,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class StopAtLoss(TrainerCallback):
-    """Stops at a loss, reading Trainer's own log, which checkpoints carry."""
+    """Stop at a loss. It is computed from Trainer's own log, which checkpoints contain."""
 
     def __init__(self, stop_loss: float | None, window: int) -> None:
         self.stop_loss, self.window = stop_loss, window
@@ -25,14 +25,14 @@ class StopAtLoss(TrainerCallback):
             return
         if recent_loss(state.log_history, self.window) < self.stop_loss:
             control.should_training_stop = True
-            # a checkpoint here would be taken up again and trained past its end
+            # a run resumed from a checkpoint at this step would train further
             control.should_save = False
 
 
 class MetricsFile(TrainerCallback):
-    """Trainer's log as JSON lines; a resumed run begins with the lines that its checkpoint knows.
+    """Write Trainer's log as JSON lines; a resumed run begins with the lines in its checkpoint's log.
 
-    Of several processes the first one writes.
+    With several processes only the first one writes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class MetricsFile(TrainerCallback):
 
 
 class Stopwatch(TrainerCallback, ExportableState):
-    """Seconds since it was made; a resumed run's checkpoint adds those of the parts before it."""
+    """Seconds since it was created, plus those of the earlier parts of a resumed run."""
 
     def __init__(self) -> None:
         self.begun = time.monotonic()
@@ -64,8 +64,8 @@ class Stopwatch(TrainerCallback, ExportableState):
     def state(self) -> dict:
         return {"args": {}, "attributes": {"seconds": self.seconds}}
 
-    def go_on(self, reached: TrainerState) -> None:
-        """Count what a checkpoint's run had taken, if it was timed."""
+    def add_earlier(self, reached: TrainerState) -> None:
+        """Add the seconds that are stored in a checkpoint's state, if there are any."""
         held: dict = (reached.stateful_callbacks or {}).get("Stopwatch") or {}  # type: ignore[union-attr]
         self.begun -= held.get("attributes", {}).get("seconds", 0.0)
 
@@ -77,6 +77,6 @@ class Progress(ProgressCallback):
 
 
 def recent_loss(log_history: list[dict], window: int) -> float:
-    """Mean of the last `window` training losses; NaN where there is none."""
+    """Mean of the last `window` training losses; NaN if there are none."""
     losses = [entry["loss"] for entry in log_history if "loss" in entry][-window:]
     return sum(losses) / len(losses) if losses else math.nan

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes."""
+"""Measure how much memory a block of code uses."""
 
 import ctypes
 import gc
@@ -15,17 +15,17 @@ INTERVAL = 0.02
 
 @dataclass
 class Peak:
-    """Bytes by which memory grew at its highest; known once the block is left."""
+    """The largest growth of memory, in bytes; set at the end of the block."""
 
     peak_bytes: int = 0
 
 
 @contextmanager
 def peak_memory(model: torch.nn.Module) -> Iterator[Peak]:
-    """Measure by how much memory grows within the block: the GPU's if the model is there, else the process's.
+    """Measure how much memory grows within the block: the GPU's if the model is on it, else the process's.
 
-    The resident set is sampled every INTERVAL seconds, from a start at which what earlier work has freed is
-    given back and the weights are read in.
+    The process's resident set is sampled every INTERVAL seconds. Before that, freed memory is returned to the
+    system and all weights are read once, so that neither counts as growth.
     """
     peak = Peak()
     if next(model.parameters()).is_cuda:

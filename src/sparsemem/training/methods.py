@@ -1,9 +1,9 @@
-"""What trains, and with which optimizer: sparse memory, LoRA, full finetuning.
+"""The methods: what each one trains, and with which optimizer.
 
 | method     | trains                                                | lr   | optimizer                    |
 | ---------- | ----------------------------------------------------- | ---- | ---------------------------- |
-| "smf"      | chosen rows of a memory, within the data's scope      | 0.4  | RowAdamW, a moment per table |
-| "smf-open" | the same without a scope: the paper's way             | 0.4  | RowAdamW, a moment per table |
+| "smf"      | selected rows of a memory, within the data's scope    | 0.4  | RowAdamW, a moment per table |
+| "smf-open" | the same without a scope, as in the paper             | 0.4  | RowAdamW, a moment per table |
 | "lora"     | r 16, alpha 32, dropout 0.05, all linear projections  | 2e-4 | AdamW without weight decay   |
 | "full"     | every parameter                                       | 5e-5 | AdamW without weight decay   |
 | "dense"    | all of a memory: the paper's retrofit, stage 1        | 5e-4 | AdamW without weight decay   |
@@ -35,7 +35,7 @@ from .cached import StateRows, TailHead
 LEARNING_RATES = {"smf": 0.4, "smf-open": 0.4, "lora": 2e-4, "full": 5e-5, "dense": 5e-4}
 METHODS = ("smf", "smf-open", "lora", "full")
 MEMORY_METHODS = ("smf", "smf-open")
-# Rows that a step may change, of a table of NUM_KEYS ** 2.
+# Defaults: a step may change TOP_T of a table's NUM_KEYS ** 2 rows; a head reads TOP_K rows per token.
 TOP_T, NUM_KEYS, TOP_K = 1024, 64, 64
 
 MAX_GRAD_NORM = 1.0
@@ -44,11 +44,11 @@ Batches = Sequence[Mapping[str, Tensor]]
 
 
 class Prepared(NamedTuple):
-    """A model ready to train and its optimizer; of sparse memory also its snapshot and its states.
+    """A model that is ready to train, and its optimizer.
 
     Attributes:
-        before: `RowPatch.snapshot` before training.
-        states: the head and the states that a tail memory trains on.
+        before: `RowPatch.snapshot` before training; None without sparse memory.
+        states: the head and the states that a tail memory trains on; None if it trains on the whole model.
     """
 
     model: PreTrainedModel | PeftModel
@@ -66,10 +66,10 @@ def check_method(method: str) -> None:
 
 
 def memory_config(**chosen: Any) -> SparseMemoryConfig:
-    """The memory that `finetune` adds to a base model, but for what is chosen.
+    """The config of the memory that `finetune` adds to a base model, with the given changes.
 
     Args:
-        chosen: fields of SparseMemoryConfig; None: as if not given.
+        chosen: fields of SparseMemoryConfig; a value of None means the default.
     """
     given = {key: value for key, value in chosen.items() if value is not None}
     num_keys = given.get("num_keys", NUM_KEYS)
@@ -78,11 +78,13 @@ def memory_config(**chosen: Any) -> SparseMemoryConfig:
 
 
 def retrofit_config(model: nn.Module, **chosen: Any) -> SparseMemoryConfig:
-    """The memory that the paper's dense retrofit (2605.03229, stage 1) trains, but for what is chosen.
+    """The config of the memory that the paper's dense retrofit trains, with the given changes.
 
     Args:
         model: the base model.
-        chosen: fields of SparseMemoryConfig; None: as if not given.
+        chosen: fields of SparseMemoryConfig; a value of None means the default.
+
+    Reference: 2605.03229, stage 1.
     """
     given = {key: value for key, value in chosen.items() if value is not None}
     if given.get("target_modules") is None and given.get("layers_to_transform") is None:
@@ -119,27 +121,28 @@ def prepare(
     known: Callable[[Background], Batches] | None = None,
     states: Callable[[PeftModel], tuple[TailHead, StateRows] | None] | None = None,
 ) -> Prepared:
-    """Put a method's parameters into the model, in place, and make the optimizer that trains them.
+    """Add a method's parameters to the model, in place, and create the optimizer that trains them.
 
-    A base model gets a fresh adapter; a model that carries one of the same method trains on.
+    A base model gets a new adapter. A model that has an adapter of the same method is trained further.
 
     Args:
         model: a causal language model, with or without an adapter.
         method: one of METHODS.
-        batches: the training data with labels; "smf" takes its scope from them.
-        background: of sparse memory: the Background that `calibrate` returned, or batches of general text.
-        lr: None: LEARNING_RATES.
-        rest_lr: of what trains beside rows, see `RowAdamW`; of sparse memory alone.
-        top_t, rule: which rows a step may change, see `select_rows`; of sparse memory alone.
-        moments: second moments, see `RowAdamW`; of sparse memory alone.
-        quirks: of the authors' release, see `quirks`; of sparse memory alone.
-        seed: of calibration and of rule "random".
-        known: gives `set_scope`'s further known states, once there is a background.
-        states: gives the states of the training data, once there is a memory; None: the data is read again.
+        batches: the training data with labels; "smf" sets its scope from them.
+        background: for sparse memory: the Background that `calibrate` returned, or batches of general text.
+        lr: learning rate; None: the method's own, LEARNING_RATES.
+        rest_lr: for sparse memory: learning rate of what trains besides rows, see `RowAdamW`.
+        top_t, rule: for sparse memory: which rows a step may change, see `select_rows`.
+        moments: for sparse memory: second moments, see `RowAdamW`.
+        quirks: for sparse memory: deviations of the authors' release, see `ReleaseAdamW`.
+        seed: for calibration and for rule "random".
+        known: returns batches of further known states for `set_scope`, given the background.
+        states: returns the head and the states of the training data, given the model with its memory. None:
+            the model is trained and the scope is set on the batches themselves.
 
     Raises:
-        ValueError: an unknown method, a model with another adapter, or a background that is missing or
-            does not fit.
+        ValueError: an unknown method, a model with an adapter of another method, or a background that is
+            missing or does not fit.
     """
     check_method(method)
     check_selection(top_t, rule)
@@ -147,7 +150,7 @@ def prepare(
     if method not in MEMORY_METHODS:
         if quirks:
             raise ValueError(
-                f"quirks={list(quirks)} are of sparse memory and method is {method!r}; give none"
+                f"quirks={list(quirks)} are for sparse memory only and method is {method!r}; give none"
             )
         model = {"lora": _lora, "full": _full, "dense": _dense}[method](model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -160,7 +163,7 @@ def prepare(
     if method == "smf":
         if general is None:
             raise ValueError(
-                "method='smf' needs background=, general text that the new knowledge is told apart from"
+                "method='smf' needs background=; give general text, from which the taught data is told apart"
             )
         check_background(memory_layers(model), general)
         also = [] if known is None else known(general)
@@ -172,9 +175,9 @@ def prepare(
         _take_memories_of_first(model)
     elif any(memory.has_scope for memory in memory_layers(model).values()):
         raise ValueError(
-            "method='smf-open' writes without a scope and the model has one; call clear_scope(model)"
+            "method='smf-open' trains without a scope and the model has one; call clear_scope(model)"
         )
-    # One second moment per table: rows keep their gradients' proportions (dev/LOG.md, section 4).
+    # With one second moment per table, rows keep the proportions of their gradients (dev/LOG.md, section 4).
     betas = (0.9, 0.95) if moments == "table" else (0.9, 0.999)
     options: dict[str, Any] = {"top_t": top_t, "rule": rule, "background": general, "moments": moments}
     options |= {"rest_lr": rest_lr, "betas": betas, "max_grad_norm": MAX_GRAD_NORM, "seed": seed}
@@ -187,7 +190,7 @@ def prepare(
 def _with_memory(
     model: PreTrainedModel | PeftModel, background: Background | Batches | None, seed: int
 ) -> tuple[PeftModel, Background | None]:
-    """The model with a calibrated memory, and the background where one was given."""
+    """The model with a calibrated memory, and its background; None if none was given."""
     if isinstance(model, PeftModel):
         _train_on(model, "smf", "SPARSE_MEMORY")
         if isinstance(background, Background | None):
@@ -203,14 +206,14 @@ def _with_memory(
         )
     if isinstance(background, Background):
         raise ValueError(
-            "background= is a Background and the model has no memory yet; give the model that was calibrated"
+            "background= is a Background but the model has no memory; give the model that was calibrated"
         )
     model = get_peft_model(model, memory_config())  # type: ignore[arg-type,assignment]
     return model, calibrate(model, background, seed=seed)  # type: ignore[return-value]
 
 
 def _take_memories_of_first(model: PeftModel) -> None:
-    """Memories as the first process has them: statistics of other machines may round otherwise."""
+    """Copy the first process's memories to all processes; other machines may round differently."""
     if num_processes() == 1:
         return
     for memory in memory_layers(model).values():
@@ -237,16 +240,18 @@ def _full(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 def _dense(model: PreTrainedModel | PeftModel) -> PeftModel:
     if not isinstance(model, PeftModel):
-        raise ValueError("method='dense' trains a memory and this model has none; add one: get_peft_model")
+        raise ValueError(
+            "method='dense' trains a memory and this model has none; add one with get_peft_model"
+        )
     set_trainable(_train_on(model, "dense", "SPARSE_MEMORY"), "memory")
     for memory in memory_layers(model).values():
-        # a row optimizer that was here before would keep the table's gradient to itself
+        # with the log of an earlier row optimizer, the table would get no gradient in `.grad`
         memory.log = None
     return model
 
 
 def _train_on(model: PeftModel, method: str, kind: str) -> PeftModel:
-    """The same model with its active adapter trainable."""
+    """The same model, with its active adapter made trainable."""
     found = model.active_peft_config.peft_type
     if getattr(found, "value", found) != kind:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""The paper's stage 1: a fresh memory made useful by training all of it on general text.
+"""The paper's stage 1: make a new memory useful by training all of it on general text.
 
-Deviations from 2605.03229: every HELD_OUTth record is held out, to read the loss on; statistics of states are
-kept with the access counts, so that a scope can be set on such a memory too.
+Deviations from 2605.03229: one record in HELD_OUT is held out, and the loss is measured on these records.
+Statistics of states are kept with the access counts, so that a scope can be set on such a memory too.
 
 Reference: 2605.03229, stage 1.
 """
@@ -12,22 +12,23 @@ from typing import Any
 from ..adapter.model import set_trainable
 from ..background.background import Background
 from ..background.calibration import observe
-from ..data.records import batches, read_records
+from ..data.reading import read_records
+from ..data.records import batches
 from .finetune import finetune
 
-# Of OpenAssistant's messages: the shortest that counts, in characters, and how many at most.
+# OpenAssistant's messages: the smallest length in characters, and the largest number of messages.
 OASST_LEAST, OASST_MOST = 50, 50_000
 HELD_OUT = 20
 NUM_BACKGROUND_BATCHES = 2_000
 
 
 def general_records(source: str) -> list[dict[str, Any]]:
-    """Records of general text; of OpenAssistant's messages those that the paper takes.
+    """Read records of general text; of OpenAssistant's messages, only those that the paper uses.
 
     These are English assistant messages of rank 0 or 1 with 50 characters or more, at most 50,000.
 
     Raises:
-        ValueError: as `read_records`, or none of the messages is of that kind.
+        ValueError: as `read_records`, or no message is of this kind.
     """
     records = read_records(source, mixed=True)
     if not {"message_tree_id", "role", "lang", "rank", "text"} <= records[0].keys():
@@ -39,7 +40,10 @@ def general_records(source: str) -> list[dict[str, Any]]:
     ]
     chosen = [one for one in chosen if len(one["text"]) >= OASST_LEAST]
     if not chosen:
-        raise ValueError(f"{source} holds no English assistant message of rank 0 or 1; give other text")
+        raise ValueError(
+            f"{source} has no English assistant message of rank 0 or 1 with {OASST_LEAST} characters; "
+            "give other text"
+        )
     return chosen[:OASST_MOST]
 
 
@@ -53,16 +57,16 @@ def dense_retrofit(
     seed: int,
     **options: Any,
 ) -> tuple[Background, dict[str, Any]]:
-    """Train all of the model's memory on general text; afterwards its value rows alone are trainable.
+    """Train all of the model's memory on general text; afterwards only its value rows are trainable.
 
     Args:
-        model: a base model with a fresh memory, see `methods.retrofit_config`.
-        examples: as `encode` makes them.
-        checkpoints: where the run's checkpoints go, and with `resume` are taken up.
+        model: a base model with a new memory, see `methods.retrofit_config`.
+        examples: as `encode` returns them.
+        checkpoints: folder for checkpoints; with `resume` the run continues from the last one.
         options: of `finetune`: lr, epochs, max_steps, batch_size.
 
     Returns:
-        The background, of batches of one example each as the paper's, and the run's figures.
+        The background, from batches of one example each as in the paper, and the run's figures.
     """
     held_out = examples[::HELD_OUT] if len(examples) > 1 else None
     kept = [one for place, one in enumerate(examples) if place % HELD_OUT] or examples

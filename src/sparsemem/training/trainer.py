@@ -1,4 +1,4 @@
-"""Trainer as `finetune` uses it: through the model, or through the tail's head on cached states."""
+"""The Trainer of `finetune`: it trains the whole model, or a tail memory on cached states."""
 
 from contextlib import AbstractContextManager
 from functools import partial
@@ -14,10 +14,10 @@ from .callbacks import Progress
 
 
 class FinetuneTrainer(Trainer):
-    """Trainer that prints nothing, computes logits where there is loss alone, and knows row optimizers.
+    """A Trainer that prints nothing, supports row optimizers, and computes logits only where there is loss.
 
     Args:
-        head: what a tail memory trains through on states of supervised positions; None: the model itself.
+        head: computes the loss of a tail memory from states of supervised positions; None: the model does.
         options: of Trainer.
     """
 
@@ -26,20 +26,20 @@ class FinetuneTrainer(Trainer):
         self.head = head
         if head is not None:
             self.model_accepts_loss_kwargs = True
-        # the stock callbacks print every log to stdout, which is for results
+        # the default callbacks print every log to stdout, which is for results
         self.remove_callback(PrinterCallback)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress)
         if isinstance(self.optimizer, RowOptimizer):
-            # it averages over processes itself, and DDP refuses a model where rows alone train
+            # a row optimizer averages over processes itself, and DDP refuses a model in which only rows train
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.head is not None:
             states = {key: inputs[key] for key in ("states", "shift_labels")}
             return super().compute_loss(self.head, states, *args, **kwargs)  # type: ignore[arg-type]
-        # the vocabulary's logits are a fifth of a small model's work, and most positions carry no loss
+        # logits are a fifth of a small model's computation, and most positions have no loss
         if takes(self.model, "logits_to_keep"):  # type: ignore[arg-type]
             labels = inputs["labels"][:, 1:]
             kept = (labels != -100).any(dim=0).nonzero().squeeze(1)
@@ -47,21 +47,21 @@ class FinetuneTrainer(Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs, start_time=None):
-        # Trainer's norm is that of `.grad`, which value rows do not have
+        # Trainer logs the norm of `.grad`, which value rows do not have
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if "grad_norm" in logs and isinstance(optimizer, RowOptimizer):
             logs = {**logs, "grad_norm": float(optimizer.last_grad_norm)}  # type: ignore[arg-type]
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs):
-        # reading data draws a random number, and a resumed run does not repeat what came before it
+        # evaluation draws a random number, and a resumed run does not repeat earlier evaluations
         with torch.random.fork_rng():
             return super().evaluate(*args, **kwargs)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
-        # unlike accelerate's mixed precision this leaves model.forward as it was
+        # unlike accelerate's mixed precision, this does not replace model.forward
         return autocast(self.model)  # type: ignore[arg-type]
 
     def floating_point_ops(self, inputs):
-        # Trainer counts a pass through the model, which a batch of states does not make
+        # Trainer would count a pass through the model, which training on states does not make
         return 0 if self.head is not None else super().floating_point_ops(inputs)
