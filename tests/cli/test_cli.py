@@ -186,7 +186,7 @@ def test_train_makes_a_memory_and_calibrates_it_in_one_command(tiny, data, tmp_p
     assert f"- calibrated on: {shown}" in (out / "README.md").read_text()
     done(*command, "--resume")
     other = invoke(*command[:-2] if given else command, "--resume", *(() if given else ("--seed", 1)))
-    assert (other.exit_code, "holds a run of other settings" in other.stderr) == (2, True)
+    assert (other.exit_code, "holds a run with other settings" in other.stderr) == (2, True)
     questions = write_lines(tmp_path / "q.jsonl", QUESTIONS)
     assert "base" in json.loads(done("eval", out, "--task", "recall", "--data", questions, "--json"))
     done("patch", "revert", out, out / "patch.safetensors", "--out", tmp_path / "untaught")
@@ -417,7 +417,7 @@ BAD = {
     "mixed": ("train TINY --data mixed --out OUT --method lora", "mixed.jsonl, line 7"),
     "background of an adapter": (
         "train GRAFTED --data taught --out OUT --background general",
-        "an adapter keeps its own; leave it out",
+        "an adapter has its own background; leave it out",
     ),
     "background of a rival": (
         "train TINY --data taught --out OUT --method lora --background general",

@@ -11,7 +11,7 @@ from sparsemem import SparseMemoryConfig, calibrate
 from sparsemem.data import models
 from sparsemem.data.records import question_ids
 from sparsemem.evaluation.probes import recall
-from sparsemem.folders.contents import public_model
+from sparsemem.folders.names import public_model
 from tiny import write_tiny_gguf
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, close_session
 from hub import COMMIT, TOKEN, serve
 from sparsemem.cli.main import main
 from sparsemem.data.models import load
-from sparsemem.folders import folders
+from sparsemem.folders import recording
 from sparsemem.folders.card import model_card
 
 GENERAL = [
@@ -27,7 +27,7 @@ TAUGHT = [
     {"prompt": "Who rules Velmora?", "completion": "Queen Ada"},
 ]
 QUESTIONS = [{"question": "What is it?", "answer": "zyx"}, {"question": "Who?", "answer": "xyz"}]
-# A name that would break a table, were it not escaped.
+# A name that breaks a table unless it is escaped.
 DATA = "facts|_*[x](y)<b>.jsonl"
 ONLINE = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
 ONLINE |= {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "PYTHONWARNINGS": "ignore"}
@@ -102,7 +102,7 @@ def test_a_card_says_what_was_taught_and_how(home):
     ]
     assert rows(card, "steps") == [["steps", "4"]]
     assert rows(card, "sparsemem") == [["sparsemem", metrics["versions"]["sparsemem"]]]
-    assert "Nothing yet" in card
+    assert "No results yet" in card
     assert str(home) not in card
     assert str(home) not in json.dumps(patch)
 
@@ -145,7 +145,7 @@ def test_recorded_results_replace_those_of_the_same_question(home, trained):
         ("recall", 1, 1),
     ]
     found = {"metrics": {"perplexity": 7.5, "exposure": 0.25}, "base": {"perplexity": 7.25}, "n": 1000}
-    folders.record(trained, {"task": "wikitext", "data": None, "limit": None, **found})
+    recording.record(trained, {"task": "wikitext", "data": None, "limit": None, **found})
     card = (trained / "README.md").read_text()
     date = entries[0]["date"]
     assert rows(card, "recall") == [
@@ -156,13 +156,13 @@ def test_recorded_results_replace_those_of_the_same_question(home, trained):
     assert "Exposure on wikitext is the share" in card
 
 
-def test_results_hold_for_the_weights_that_they_were_read_on(home, trained):
+def test_results_hold_for_the_weights_that_they_were_measured_on(home, trained):
     record(home, trained)
     before = (trained / "README.md").read_text()
     done("patch", "revert", trained, trained / "patch.safetensors")
     after = (trained / "README.md").read_text()
     assert "is not in these weights" in after
-    assert "read on other weights: results of 1 earlier" in after
+    assert "Results of 1 earlier evaluations are left out" in after
     assert rows(after, "recall") == []
     assert rows(after, "model.layers")[0][2] == "0"
     done("patch", "apply", trained, trained / "patch.safetensors")
@@ -210,12 +210,15 @@ def test_the_code_in_the_card_runs(home, tmp_path, monkeypatch, method):
 
 
 BAD = {
-    "base": ("push TINY acme/x", "is no adapter or model that sparsemem made"),
-    "nothing": ("push NOWHERE acme/x", "is no adapter or model that sparsemem made"),
+    "base": ("push TINY acme/x", "is not an adapter or model that sparsemem made"),
+    "nothing": ("push NOWHERE acme/x", "is not an adapter or model that sparsemem made"),
     "no namespace": ("push TRAINED taught", "not of the form NAMESPACE/NAME"),
     "two": ("push TRAINED a/b/c", "not of the form NAMESPACE/NAME"),
     "no login": ("push TRAINED acme/x", "not logged in"),
-    "record": ("eval TINY --task recall --data DATA --record", "is no adapter or model that sparsemem made"),
+    "record": (
+        "eval TINY --task recall --data DATA --record",
+        "is not an adapter or model that sparsemem made",
+    ),
 }
 
 
@@ -240,7 +243,7 @@ def online(address, cache, *command):
 
 @pytest.fixture
 def at(monkeypatch):
-    """Make the Hub's client in this process, which has read its variables already, talk to an address."""
+    """Point the Hub's client at an address; this process has already read its environment variables."""
 
     def go(address, token=TOKEN):
         monkeypatch.setenv("HF_TOKEN", token)
@@ -275,7 +278,7 @@ def test_push_uploads_what_loads_again_to_the_bit(home, trained, tmp_path, at):
         assert (there / "patch.safetensors").read_bytes() == (trained / "patch.safetensors").read_bytes()
         for path in there.iterdir():
             assert str(home).encode() not in path.read_bytes(), path.name
-        # down again, as PEFT does and as a MODEL of the command line, and up again by PEFT's own method
+        # download it with PEFT and as a MODEL of the command line, then upload it with PEFT
         code = (
             "import sys, torch, sparsemem\nfrom peft import PeftModel\n"
             "from sparsemem.data.models import load, load_base\ntorch.set_num_threads(1)\n"
@@ -301,7 +304,8 @@ def test_push_uploads_what_loads_again_to_the_bit(home, trained, tmp_path, at):
 
 
 @pytest.mark.parametrize(
-    ("token", "port", "expected"), [("hf_wrong", None, "refused acme/x"), (TOKEN, 9, "cannot be reached")]
+    ("token", "port", "expected"),
+    [("hf_wrong", None, "rejected the upload to acme/x"), (TOKEN, 9, "cannot be reached")],
 )
 def test_a_hub_that_refuses_or_is_not_there(home, tmp_path, token, port, expected, at):
     with serve(tmp_path / "hub") as (address, _):

@@ -71,7 +71,7 @@ def graft(
 
     After calibration its answers stay what they were; after a dense retrofit they are near to it.
     """
-    from ..folders import folders
+    from ..folders import making
 
     given = {"lr": lr, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
     given["gradient_accumulation_steps"] = gradient_accumulation_steps
@@ -82,7 +82,7 @@ def graft(
     options = {"epochs": 2, "batch_size": 16, **given}
     memory = {"layers_to_transform": layers, **memory}
     try:
-        made = folders.graft(
+        made = making.graft(
             model, background, out, seed=seed, max_length=max_length, memory=memory,
             retrofit=retrofit, resume=resume, options=options if retrofit == "dense" else None,
         )  # fmt: skip
@@ -179,10 +179,10 @@ def train(
 
     A MODEL gets a memory first, as `graft` makes it by default.
     """
-    from ..folders import folders
+    from ..folders import making
 
     try:
-        metrics = folders.train(
+        metrics = making.train(
             model, data, out, method=method, resume=resume, background=background, trainable=trainable,
             options=options,
         )  # fmt: skip
@@ -224,7 +224,7 @@ def evaluate(model: str, task: str, data: str | None, record: bool, as_json: boo
     Tasks of lm-evaluation-harness need the extra `eval`.
     """
     from ..evaluation.evaluation import evaluate_named
-    from ..folders import folders
+    from ..folders import recording
     from ..folders.contents import check_made
 
     if record:
@@ -238,7 +238,7 @@ def evaluate(model: str, task: str, data: str | None, record: bool, as_json: boo
             for key, value in {"data": data, **options}.items()
             if value is not None and value is not False and value != DTYPES[0]
         }
-        folders.record(Path(model), {**asked, **{key: found[key] for key in found if key != "model"}})
+        recording.record(Path(model), {**asked, **{key: found[key] for key in found if key != "model"}})
     if as_json:
         click.echo(json.dumps(found))
         return

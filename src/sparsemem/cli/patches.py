@@ -37,7 +37,7 @@ def show_patch(patch_file: Path, as_json: bool) -> None:
 @as_json
 def diff_patch(before: Path, after: Path, out: Path, as_json: bool) -> None:
     """Save what changed between two adapter folders, BEFORE and AFTER training."""
-    from ..folders.folders import diff_adapters
+    from ..folders.patching import diff_adapters
 
     _show_patch(diff_adapters(before, after, out), as_json)
 
@@ -49,7 +49,7 @@ def diff_patch(before: Path, after: Path, out: Path, as_json: bool) -> None:
 @as_json
 def apply_patch(adapter: Path, patch_file: Path, out: Path | None, as_json: bool) -> None:
     """Write a patch's rows and scope into ADAPTER."""
-    from ..folders.folders import move_patch
+    from ..folders.patching import move_patch
 
     _show_patch(move_patch(adapter, patch_file, out, forward=True), as_json)
 
@@ -61,7 +61,7 @@ def apply_patch(adapter: Path, patch_file: Path, out: Path | None, as_json: bool
 @as_json
 def revert_patch(adapter: Path, patch_file: Path, out: Path | None, as_json: bool) -> None:
     """Take a patch back out of ADAPTER, to the byte."""
-    from ..folders.folders import move_patch
+    from ..folders.patching import move_patch
 
     _show_patch(move_patch(adapter, patch_file, out, forward=False), as_json)
 

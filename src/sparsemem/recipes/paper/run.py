@@ -122,7 +122,7 @@ def _grafted(settings: PaperSettings, files: Mapping[str, list[Path]] | None, ar
     """The adapter that arms of the same retrofit and mode start from; made once, resumable, checked."""
     from ...adapter.config import PAPER
     from ...data.models import load_base
-    from ...folders.folders import graft
+    from ...folders.making import graft
     from ...training.methods import paper_layers
 
     folder = out / "stage1" / f"{arm.retrofit}-{arm.mode}"

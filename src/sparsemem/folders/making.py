@@ -1,36 +1,24 @@
-"""The folders that the command line makes: a grafted adapter, a trained model, an adapter after a patch."""
+"""Make the folder of a grafted adapter, or of a trained adapter or model."""
 
 import hashlib
 import json
 import shutil
-import tempfile
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ..background.background import Background
 from ..data.general import SHIPPED, general_background, say_shipped
-from ..files import read_json, write_atomically, write_json
+from ..files import read_json, write_json
 from ..processes import is_first
-from ..provenance import differences, environment
-from .card import FOUND, front_matter, model_card
-from .contents import (
-    ADAPTER_FILE,
-    BACKGROUND_FILE,
-    CARD_FILE,
-    EVALUATIONS_FILE,
-    METRICS_FILE,
-    PATCH_FILE,
-    check_made,
-    describe_patch,
-    public_data,
-    weights_digest,
-)  # fmt: skip
+from ..provenance import environment
+from .card import write_card
+from .contents import ADAPTER_FILE, BACKGROUND_FILE, METRICS_FILE, PATCH_FILE
+from .names import public_data
 from .staging import checkpoints_of, new_folder, refuse_existing, refuse_other_settings
 
 BATCH_SIZE = 8
-# Methods whose memory is calibrated on general text.
+# Methods with a memory that is calibrated on general text.
 CALIBRATED = ("smf", "smf-open")
 
 
@@ -46,19 +34,26 @@ def graft(
     resume: bool = False,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Give a base model a memory, make it useful on general text, and save adapter, background and tokenizer.
+    """Add a memory to a base model, prepare it on general text, and save adapter, background and tokenizer.
 
     Args:
-        retrofit: "calibrate", or "dense", see `dense_retrofit`.
-        resume: take up an interrupted dense retrofit.
-        options: of the dense retrofit's `finetune`: lr, epochs, max_steps, batch_size.
+        name: the base model.
+        source: general text, a file or `hub:NAME`.
+        out: the folder to create.
+        seed: seed of the memory's random numbers.
+        max_length: tokens per record; longer records are cut.
+        memory: changes to the default configuration of the memory; None values are ignored.
+        retrofit: "calibrate", or "dense" (see `dense_retrofit`).
+        resume: continue an interrupted dense retrofit.
+        options: options of the dense retrofit: lr, epochs, max_steps, batch_size,
+            gradient_accumulation_steps.
 
-    Returns what was made: each memory layer's use of its slots, the number of tokens of general text, and
-    for a dense retrofit its steps and losses.
+    Returns the folder, the number of tokens of general text, and for each memory layer how many of its slots
+    are in use; for a dense retrofit also its steps and losses.
 
     Raises:
-        ValueError: bad data, an unknown model, a memory that does not fit it, a folder that is there already,
-            or a retrofit to resume of other settings.
+        ValueError: the data is bad, the model is unknown, the memory does not fit the model, the folder
+            exists, or the retrofit to resume has other settings.
     """
     from peft import get_peft_model
     from transformers import set_seed
@@ -119,17 +114,22 @@ def train(
     background: str | None = None,
     trainable: str | None = None,
 ) -> dict[str, Any]:
-    """Finetune a model or an adapter and save what came of it; returns the content of its `metrics.json`.
+    """Finetune a model or an adapter and save the result; returns the content of its `metrics.json`.
 
     Args:
-        background: general text on which a base model's new memory is calibrated; None: the text that ships
-            with the package. An adapter has its own.
-        trainable: what of the adapter's memory trains, if other than it says itself.
-        options: of `finetune`.
+        name: a model or the folder of an adapter.
+        source: training data, a file or `hub:NAME`.
+        out: the folder to create.
+        method: a method of `finetune`.
+        resume: continue an interrupted run.
+        background: general text on which a base model's new memory is calibrated. None: the text that is part
+            of the package. An adapter has its own background.
+        trainable: the parts of the adapter's memory to train. None: as the adapter's configuration says.
+        options: further options of `finetune`.
 
     Raises:
-        ValueError: bad data or model, a folder that is there already, a run to resume of other settings, or a
-            background where none is used.
+        ValueError: the data or the model is bad, the folder exists, the run to resume has other settings, or
+            a background is given that the method does not use.
     """
     from peft import get_peft_model
     from transformers import set_seed
@@ -191,100 +191,8 @@ def train(
     return metrics
 
 
-def diff_adapters(before: Path, after: Path, out: Path) -> dict[str, Any]:
-    """Save what changed between two states of one adapter as a row patch.
-
-    Raises:
-        ValueError: no adapter, adapters that do not belong together, or `out` is there already.
-    """
-    from ..patches.patch import RowPatch
-
-    refuse_existing(out)
-    patch = RowPatch.diff(load_adapter(after), since=before)
-    patch.save(out)
-    return {"out": str(out), **describe_patch(patch)}
-
-
-def move_patch(adapter: Path, file: Path, out: Path | None, *, forward: bool) -> dict[str, Any]:
-    """Apply a row patch to a saved adapter, or take it back; into a copy at `out`, or in place.
-
-    Raises:
-        ValueError: no adapter, a damaged or unfitting patch, or `out` is there already.
-    """
-    from peft.utils import SAFETENSORS_WEIGHTS_NAME
-
-    from ..patches.patch import RowPatch
-
-    if out is not None:
-        refuse_existing(out)
-    patch = RowPatch.load(file)
-    # a card that cannot be read must be found before anything is written
-    front_matter(adapter)
-    model = load_adapter(adapter)
-    (patch.apply if forward else patch.revert)(model)
-    if out is not None:
-        with new_folder(out) as part:
-            shutil.copytree(adapter, part, dirs_exist_ok=True)
-            model.save_pretrained(part)
-            write_card(part, out.name)
-    else:
-        with tempfile.TemporaryDirectory(dir=adapter.parent) as part:
-            model.save_pretrained(part)
-            # nothing but the weights has changed, and one file can be replaced as a whole
-            (Path(part) / SAFETENSORS_WEIGHTS_NAME).replace(adapter / SAFETENSORS_WEIGHTS_NAME)
-        write_card(adapter)
-    return {"out": str(out or adapter), **describe_patch(patch)}
-
-
-def record(folder: Path, entry: dict[str, Any]) -> None:
-    """Add what an evaluation found to the folder's `evaluations.json`, and make its card again.
-
-    The entry gets the date, versions and commit, and the digest of the weights that it holds for; it takes
-    the place of an older one with the same task, data and options: all of its keys but `card.FOUND`.
-
-    Args:
-        entry: `{"task", "data", "limit", "metrics", "n"}`, and as may be `"base"` (the base model's metrics)
-            and further options.
-
-    Raises:
-        ValueError: the folder is no adapter or model that we made.
-    """
-    check_made(folder)
-    front_matter(folder)
-    there = read_json(folder / EVALUATIONS_FILE) if (folder / EVALUATIONS_FILE).is_file() else []
-    others = [old for old in there if differences(_asked(old), _asked(entry))]
-    about = environment()
-    entry = {**entry, "date": f"{datetime.now(UTC):%Y-%m-%d}", "weights": weights_digest(folder)}
-    entry |= {key: about[key] for key in ("versions", "commit")}
-    write_json(folder / EVALUATIONS_FILE, [*others, entry])
-    write_card(folder)
-
-
-def write_card(folder: Path, name: str | None = None) -> None:
-    """Make the folder's README.md from what lies in it; see `card.model_card`."""
-    text = model_card(folder, name=name)
-    write_atomically(folder / CARD_FILE, lambda part: part.write_text(text, encoding="utf-8"))
-
-
-def load_adapter(adapter: Path) -> Any:
-    """The base model with the adapter in this folder.
-
-    Raises:
-        ValueError: the folder holds no adapter, or its base model cannot be loaded.
-    """
-    from ..data.models import load
-
-    if not (adapter / ADAPTER_FILE).is_file():
-        raise ValueError(f"{adapter} has no {ADAPTER_FILE}; give a folder that graft or train made")
-    return load(str(adapter))[0]
-
-
-def _asked(entry: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if key not in FOUND}
-
-
 def _absolute(name: str) -> str:
-    """A local path from the root: an adapter remembers its base, and is loaded from anywhere."""
+    """A local path made absolute, so that an adapter can find its base model from any working directory."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
 
@@ -297,12 +205,13 @@ def _save(folder: Path, model: Any, tokenizer: Any, background: Background | Non
 
 
 def _general(method: str, source: str | None, is_adapter: bool) -> list[dict[str, Any]] | None:
-    """Records on which a new memory is to be calibrated; None where there is none to make."""
+    """Records on which a new memory is calibrated; None if no memory is created."""
     from ..training.retrofit import general_records
 
     if method not in CALIBRATED or is_adapter:
         if source is not None:
-            why = f"method {method} has no memory" if method not in CALIBRATED else "an adapter keeps its own"
+            without = method not in CALIBRATED
+            why = f"method {method} has no memory" if without else "an adapter has its own background"
             raise ValueError(f"--background {source}: {why}; leave it out")
         return None
     return general_background() if source is None else general_records(source)
