@@ -30,15 +30,9 @@ class Tail:
     """The read layers of one model, and their inputs in the current forward pass.
 
     Attributes:
-<<<<<<< HEAD
-        layers: by module path, in the order of the model.
-        row_adapters: the adapter of each row of the running batch, or a tuple of several whose reads add up;
-            None: the active adapters for every row.
-=======
         layers: by module path, from first to last layer.
-        row_adapters: the adapter name for each row of the current batch. None: every row uses the active
-            adapters.
->>>>>>> lower
+        row_adapters: the adapter name for each row of the current batch, or a tuple of several names, whose
+            reads are added. None: every row uses the active adapters.
     """
 
     def __init__(self, model: nn.Module, norm: nn.Module) -> None:
@@ -63,14 +57,9 @@ class Tail:
             self._states.pop(layer.path, None)
 
     def _reads(self, layer: "SparseMemoryLayer") -> bool:
-<<<<<<< HEAD
-        """Whether the running batch reads a memory of this layer for the tail."""
+        """Whether the current batch uses a memory of this layer that has `write="last"`."""
         rows = layer.active_adapters if self.row_adapters is None else self.row_adapters
         names = {name for row in rows for name in adapters_of(row)}
-=======
-        """Whether the current batch uses a memory of this layer that has `write="last"`."""
-        names = layer.active_adapters if self.row_adapters is None else set(self.row_adapters)
->>>>>>> lower
         held: Any = layer.sparse_memory_layers
         return any(name in held and held[name].write == "last" for name in names)
 
@@ -104,19 +93,12 @@ class Tail:
             return hidden
         names = list(self.row_adapters)
         if len(hidden) % len(names):
-<<<<<<< HEAD
-            raise ValueError(f"adapter_names: has {len(names)} names for {len(hidden)} rows; give one a row")
-        # Beam search and several returned sequences repeat each row.
-        several = [adapters_of(name) for name in names for _ in range(len(hidden) // len(names))]
-        for adapter in dict.fromkeys(name for row in several for name in row):
-=======
             raise ValueError(
                 f"adapter_names: has {len(names)} names for {len(hidden)} rows; give one name per row"
             )
         # Beam search and num_return_sequences repeat each row, so the names are repeated too.
-        names = [name for name in names for _ in range(len(hidden) // len(names))]
-        for adapter in dict.fromkeys(names):
->>>>>>> lower
+        several = [adapters_of(name) for name in names for _ in range(len(hidden) // len(names))]
+        for adapter in dict.fromkeys(name for row in several for name in row):
             if adapter == BASE_ROW:
                 continue
             rows = torch.tensor([adapter in row for row in several], device=hidden.device)
@@ -130,7 +112,7 @@ class Tail:
 
 
 def adapters_of(row: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The adapters that speak in a row of a batch."""
+    """The adapters whose reads are added in a row of a batch."""
     return (row,) if isinstance(row, str) else row
 
 

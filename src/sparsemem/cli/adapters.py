@@ -18,6 +18,7 @@ from .options import (
     TRAINABLE,
     WRITES,
     as_json,
+    comma_names,
     comma_numbers,
     out_folder,
     say,
@@ -169,11 +170,17 @@ def graft(
 @click.option(
     "--precision", type=click.Choice(PRECISIONS), help="Of the computation; the faster one by default."
 )
+@click.option(
+    "--report-to",
+    "report_to",
+    callback=comma_names,
+    help="Trackers of the loss, comma between them: tensorboard, wandb, trackio.",
+)
 @seed_option
 @as_json
 def train(
     model: str, data: str, out: Path, background: str | None, method: str, resume: bool,
-    trainable: str | None, as_json: bool, **options: Any,
+    trainable: str | None, report_to: list[str] | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Teach MODEL or ADAPTER what the data says.
 
@@ -184,7 +191,7 @@ def train(
     try:
         metrics = making.train(
             model, data, out, method=method, resume=resume, background=background, trainable=trainable,
-            options=options,
+            options=options, report_to=report_to or (),
         )  # fmt: skip
     except KeyboardInterrupt:
         say(f"\nstopped; --resume goes on with {out} from the last checkpoint")

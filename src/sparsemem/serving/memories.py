@@ -15,7 +15,8 @@ from ..adapter.layer import SparseMemoryLayer
 from ..adapter.model import memory_layers, writes_last
 from ..data.models import load
 from ..files import fingerprint_base
-from ..folders.contents import ADAPTER_FILE, is_local, public_model
+from ..folders.contents import ADAPTER_FILE
+from ..folders.names import is_local, public_model
 from ..patches.patch import RowPatch
 
 BASE = "base"
