@@ -20,11 +20,11 @@ def server(command, *arguments, seconds=300):
     heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     line = [sys.executable, "-m", "sparsemem", command, *map(str, arguments), "--port", "0"]
     process = subprocess.Popen(
-        line, env=ENVIRONMENT, text=True, preexec_fn=heeds, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        line, env=ENVIRONMENT, text=True, preexec_fn=heeds, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     timer = threading.Timer(seconds, process.kill)
     timer.start()
-    said = []
+    said, reader = [], None
     try:
         for text in process.stderr:
             said.append(text)
@@ -34,7 +34,8 @@ def server(command, *arguments, seconds=300):
             raise AssertionError("".join(said))
         timer.cancel()
         # what it says later must not fill the pipe
-        threading.Thread(target=lambda: said.extend(process.stderr), daemon=True).start()
+        reader = threading.Thread(target=lambda: said.extend(process.stderr), daemon=True)
+        reader.start()
         process.said = said
         yield found[0], process
     finally:
@@ -42,6 +43,9 @@ def server(command, *arguments, seconds=300):
         if process.poll() is None:
             process.terminate()
             process.wait(30)
+        if reader is not None:
+            reader.join()
+        process.stderr.close()
 
 
 def wait_for(condition, seconds=60):

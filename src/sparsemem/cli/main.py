@@ -18,6 +18,7 @@ from .adapters import evaluate, graft, push, train
 from .options import as_json, comma_names, comma_numbers, say, seed_option
 from .patches import patch
 from .serve import serve
+from .ui import ui
 
 RECIPES = ("demo", "medical", "paper")
 NUM_SHOWN = 3
@@ -170,7 +171,7 @@ def _lines() -> Iterator[str]:
             return
 
 
-for command in (graft, train, evaluate, push, patch, serve):
+for command in (graft, train, evaluate, push, patch, serve, ui):
     main.add_command(command)
 
 

@@ -180,7 +180,7 @@ def _with_folder(model: Any, name: str, path: Path) -> PeftModel:
 
 def _rename_default(model: PeftModel, name: str) -> None:
     """Give the loaded adapter a name of its own, as a second adapter; "default" keeps the memory, emptied."""
-    patch = RowPatch.diff(model, since=_empty(model))
+    patch = RowPatch.diff(model, since=empty_snapshot(model))
     like = next(iter(model.peft_config))
     for memory in memory_layers(model).values():
         memory.values.data.zero_()
@@ -188,7 +188,7 @@ def _rename_default(model: PeftModel, name: str) -> None:
     add_memory(model, name, like=like, patch=patch)
 
 
-def _empty(model: PeftModel) -> dict[str, torch.Tensor]:
+def empty_snapshot(model: PeftModel) -> dict[str, torch.Tensor]:
     """A snapshot of the active memory as it was before anything was taught."""
     snapshot = RowPatch.snapshot(model)
     tables = set(memory_layers(model))
