@@ -25,9 +25,9 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from sparsemem.data import collate, encode, opening_ids, question_ids
 from sparsemem.data.general import prose
 from sparsemem.data.models import load, load_base
+from sparsemem.data.records import collate, encode, opening_ids, question_ids
 from sparsemem.files import write_json
 from sparsemem.optim.rows import RowAdamW
 from sparsemem.precision import autocast

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsemem.data import conversation_ids
 from sparsemem.data.generation import complete
 from sparsemem.data.models import load
+from sparsemem.data.records import conversation_ids
 from sparsemem.evaluation.probes import is_right, recall
 from sparsemem.files import write_json
 from sparsemem.provenance import environment

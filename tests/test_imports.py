@@ -1,10 +1,12 @@
 """The package imported: any name first, peft before or after it or not at all; and the command line alone."""
 
+import ast
 import os
 import runpy
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,14 @@ def test_the_package_runs_as_a_module(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("sparsemem", run_name="__main__")
     assert capsys.readouterr().out.startswith("Usage: python -m sparsemem")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "benchmarks").rglob("*.py")), ids=lambda path: path.name
+)
+def test_benchmarks_import_names_that_exist(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sparsemem":
+            module = import_module(str(node.module))
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert not missing, f"{path.name}: {node.module} has no {missing}"

@@ -1,8 +1,8 @@
-"""Artefacts on disk: written whole or not at all, checked when read.
+"""Artefacts on disk (backgrounds and patches): written atomically, and checked when they are read.
 
-One safetensors file per artefact. Its metadata is one canonical JSON text with a SHA-256 over the tensors'
-bytes and over itself, so that a damaged file is refused with one sentence before anything is changed. Nothing
-is unpickled.
+An artefact is one safetensors file. Its metadata is a JSON text and the SHA-256 of this text. The text
+contains the SHA-256 of each tensor. So a damaged file is refused, with a clear error, before anything is
+changed. Nothing is unpickled.
 """
 
 import hashlib
@@ -23,11 +23,16 @@ _DIGEST = "sha256"
 
 
 class ArtifactError(ValueError):
-    """An artefact is damaged, or does not fit what it is used with. Nothing was changed."""
+    """An artefact is damaged, or does not fit the model that it is used with. Nothing was changed."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, then move it to `path`: readers see the old file or the new one."""
+    """Write a file so that readers see either the old content or the new one, never a part of it.
+
+    Args:
+        path: the file. Its folder is made if it does not exist.
+        write: gets the path of a temporary file and writes it. The file is then moved to `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
@@ -43,6 +48,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write a value as indented JSON, atomically."""
     write_atomically(
         path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     )
@@ -52,16 +58,25 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: naming the file, when it cannot be read or is not JSON.
+        ValueError: the file cannot be read or is not JSON. The message names the file.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path} as JSON ({error}); delete it to have it made again") from None
+        raise ValueError(
+            f"cannot read {path} as JSON ({error}); delete it, and it will be made again"
+        ) from None
 
 
 def save_artifact(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write tensors and a JSON header as one file of the given kind, atomically."""
+    """Write tensors and a JSON header to one file, atomically.
+
+    Args:
+        path: the file.
+        kind: what the file contains, for example "background"; stored in the header.
+        tensors: by name.
+        header: JSON values.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {
         **header,
@@ -75,14 +90,14 @@ def save_artifact(path: str | Path, kind: str, tensors: dict[str, Tensor], heade
 
 
 def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_artifact` wrote.
+    """Read the tensors and the header that `save_artifact` wrote.
 
     Raises:
-        ArtifactError: no such file, not of this kind, or damaged.
+        ArtifactError: the file is missing or damaged, or of another kind.
     """
     path = Path(path)
     if not path.is_file():
-        raise ArtifactError(f"{path}: no such file; a {kind} file was expected there")
+        raise ArtifactError(f"{path}: no such file; give the path of a {kind} file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -94,13 +109,13 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[
     text = metadata.get(_KEY)
     if text is None or hashlib.sha256(text.encode()).hexdigest() != metadata.get(_DIGEST):
         raise ArtifactError(
-            f"{path}: its header is missing or damaged; a {kind} file of sparsemem was expected"
+            f"{path}: its header is missing or damaged; give a {kind} file that sparsemem wrote"
         )
     header = json.loads(text)
     if header.get("kind") != kind or header.get("format") != 1:
         raise ArtifactError(
-            f"{path}: holds a {header.get('kind')} of format {header.get('format')}, "
-            f"a {kind} of format 1 was expected"
+            f"{path}: contains a {header.get('kind')} of format {header.get('format')}; "
+            f"give a {kind} of format 1"
         )
     if {name: _digest(tensor) for name, tensor in sorted(tensors.items())} != header["tensors"]:
         raise ArtifactError(f"{path}: its tensors are damaged (SHA-256 differs); get an undamaged copy")
@@ -108,10 +123,10 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[
 
 
 def fingerprint_base(model: nn.Module) -> str:
-    """SHA-256 of the base model's weights under the memory: names, shapes and values rounded to bfloat16.
+    """SHA-256 of the base model's parameters: names, shapes, and values rounded to bfloat16.
 
-    Rounding makes a model and its bfloat16 copy the same base. Memory layers, other adapters and their
-    wrapping do not enter.
+    Because of the rounding, a model and its bfloat16 copy have the same fingerprint. The tensors of memories
+    and other adapters are left out, and the names are those that the model has without adapters.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -126,6 +141,7 @@ def fingerprint_base(model: nn.Module) -> str:
 
 
 def fingerprint_tensors(*tensors: Tensor) -> str:
+    """SHA-256 of tensors: dtypes, shapes and bytes, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(_digest(tensor).encode())

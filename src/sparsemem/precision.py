@@ -1,7 +1,8 @@
-"""In which precision a model computes: its own, or bfloat16 products of float32 weights (autocast).
+"""The precision in which a model computes: that of its weights, or bfloat16 autocast of float32 weights.
 
-`precision=None` is automatic: autocast where the weights are float32 and the device is faster at bfloat16.
-Every result says which one it was, `precision_of`. Addressing, scopes and statistics are float32 in any case.
+`precision=None` chooses automatically: autocast if the weights are float32 and the device is faster in
+bfloat16. `precision_of` tells which precision is used, and every result records it. Addressing, scopes and
+statistics are always float32.
 """
 
 import contextlib
@@ -18,20 +19,22 @@ _chosen: ContextVar[str | None] = ContextVar("precision", default=None)
 
 
 def check_precision(precision: str | None) -> None:
-    """Raises:
-    ValueError: another word.
+    """Check that a precision is one of PRECISIONS or None.
+
+    Raises:
+        ValueError: it is not.
     """
     if precision is not None and precision not in PRECISIONS:
         allowed = ", ".join(map(repr, PRECISIONS))
-        raise ValueError(f"precision={precision!r} must be one of {allowed}, or None for the faster one")
+        raise ValueError(f"precision={precision!r} must be one of {allowed}, or None to use the faster one")
 
 
 @contextlib.contextmanager
 def computing_in(precision: str | None) -> Iterator[None]:
-    """Within, models that are told no precision compute in this one; None leaves it as it was.
+    """Within, this is the precision of all functions that get `precision=None`. None changes nothing.
 
     Raises:
-        ValueError: another word.
+        ValueError: `precision` is not one of PRECISIONS or None.
     """
     check_precision(precision)
     token = _chosen.set(_chosen.get() if precision is None else precision)
@@ -42,10 +45,18 @@ def computing_in(precision: str | None) -> Iterator[None]:
 
 
 def precision_of(model: torch.nn.Module, precision: str | None = None) -> str:
-    """The precision that the model computes in, told this one: one of PRECISIONS, or other weights' dtype.
+    """The precision in which the model computes.
+
+    Args:
+        model: its first parameter decides the device and the dtype of the weights.
+        precision: one of PRECISIONS. None: that of `computing_in`, or else the faster one.
+
+    Returns:
+        One of PRECISIONS, or the dtype of the weights if it is another one, for example "float16".
 
     Raises:
-        ValueError: another word, or weights of another dtype than float32 that are to compute in another.
+        ValueError: `precision` is not one of PRECISIONS, or the weights are not float32 and have another
+            dtype than `precision`.
     """
     check_precision(precision)
     precision = precision or _chosen.get()
@@ -64,10 +75,11 @@ def precision_of(model: torch.nn.Module, precision: str | None = None) -> str:
 def autocast(model: torch.nn.Module, precision: str | None = None) -> contextlib.AbstractContextManager:
     """Within, the model computes in `precision_of(model, precision)`.
 
-    Automatic float32 leaves an autocast that the caller runs in; a float32 that was asked for does not.
+    If float32 was chosen automatically, an autocast of the caller stays on. If float32 was asked for, it is
+    switched off.
 
     Raises:
-        ValueError: as `precision_of`.
+        ValueError: as for `precision_of`.
     """
     parameter, used = next(model.parameters()), precision_of(model, precision)
     if used == "bfloat16" and parameter.dtype == torch.float32:
@@ -78,7 +90,7 @@ def autocast(model: torch.nn.Module, precision: str | None = None) -> contextlib
 
 
 def precise(model: torch.nn.Module) -> torch.autocast:
-    """No autocast within: statistics, addressing and scopes are float32 whatever the caller runs in."""
+    """Switch autocast off, so that statistics, addressing and scopes are computed in float32."""
     return torch.autocast(device_of(model).type, enabled=False)
 
 
@@ -90,10 +102,11 @@ def fast_bf16(device: torch.device | str = "cpu") -> bool:
 
 
 def device_of(model: Any) -> torch.device:
+    """The device of the model's first parameter."""
     return next(model.parameters()).device
 
 
 def takes(model: Any, argument: str) -> bool:
-    """Whether the base model's forward, under whatever adapter of PEFT, has this argument."""
+    """Whether the forward method of the base model, without PEFT's wrappers, has this argument."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return argument in signature(base.forward).parameters

@@ -1,6 +1,6 @@
-"""Several processes that train one model (torchrun): what they sum, average and take from the first of them.
+"""Sum, average and broadcast between the processes that train one model (torchrun).
 
-Every function is the identity where there is one process.
+With one process, the functions return their argument unchanged.
 """
 
 import os
@@ -11,11 +11,15 @@ from torch import Tensor
 
 
 def num_processes() -> int:
+    """The number of processes that train together; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one that decides and writes; torchrun says so before they have met."""
+    """Whether this is the first process, which makes decisions and writes files.
+
+    Before torch.distributed is initialised, the answer comes from torchrun's environment variable RANK.
+    """
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"
@@ -34,14 +38,14 @@ def averaged(tensor: Tensor) -> Tensor:
 
 
 def of_first(tensor: Tensor) -> Tensor:
-    """The first process's values, in place; the shapes agree."""
+    """The values of the first process, in place. The tensor must have the same shape in all processes."""
     if num_processes() > 1:
         dist.broadcast(tensor, 0)
     return tensor
 
 
 def object_of_first(value: Any) -> Any:
-    """Anything that pickles, as the first process has it."""
+    """The value of the first process. It must be picklable."""
     if num_processes() == 1:
         return value
     held = [value]

@@ -1,4 +1,4 @@
-"""Where a result comes from: the versions, the machine and the commit, and which settings differ."""
+"""Where a result comes from (versions, machine, commit), and how two sets of settings differ."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ _PACKAGES = ("sparsemem", "torch", "transformers", "peft")
 
 
 def environment() -> dict[str, Any]:
-    """Versions of what computes, the machine, and the source's commit (None outside a checkout)."""
+    """Versions of the packages, the machine, and the commit of the source (None outside a git checkout)."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -28,14 +28,19 @@ def environment() -> dict[str, Any]:
 
 
 def differences(there: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first settings that differ, in words; empty where none does."""
+    """Describe the first three settings that differ, as a text for an error message. Empty if none differs.
+
+    Args:
+        there: the settings of an earlier run.
+        now: the settings of this run.
+    """
     there, now = flat(there), flat(now)
     names = [name for name in {**now, **there} if there.get(name) != now.get(name)]
     return "; ".join(f"{name} {there.get(name)!r} there, {now.get(name)!r} now" for name in names[:3])
 
 
 def flat(settings: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings as one dict, its keys joined by dots."""
+    """Turn nested settings into one dict whose keys are joined by dots."""
     if not isinstance(settings, dict):
         return {name: settings}
     parts = [flat(value, f"{name}.{key}" if name else key) for key, value in settings.items()]
@@ -55,7 +60,7 @@ def _commit() -> str | None:
     here = Path(__file__)
     git = ["git", "-C", str(here.parent)]
     try:
-        # a virtual environment may lie inside someone else's repository: only a tracked file names its commit
+        # a virtual environment may be inside another repository, so check that git tracks this file
         subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
         describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()

@@ -19,8 +19,8 @@ ROWS = [
 ]
 
 
-def draw(rows, learnt=("medmcqa",), lost=("wikitext", "triviaqa")):
-    with Image.open(io.BytesIO(pareto_figure(rows, learnt=learnt, lost=lost))) as image:
+def draw(rows, learnt=("medmcqa",), lost=("wikitext", "triviaqa"), lines=()):
+    with Image.open(io.BytesIO(pareto_figure(rows, learnt=learnt, lost=lost, lines=lines))) as image:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
@@ -75,3 +75,11 @@ def test_without_a_base_only_drift_can_be_drawn():
 )
 def test_few_figures_are_drawn_too(rows):
     assert draw(rows).size
+
+
+def test_points_of_one_method_are_joined():
+    rows = [row for row in ROWS if row["method"] in ("base", "lora", "full")]
+    apart, joined = draw(rows), draw(rows, lines=(("lora", "full"), ("lora", "not drawn")))
+    colour = [int(method_style("lora")[0][i : i + 2], 16) for i in (1, 3, 5)]
+    count = [(image == colour).all(axis=-1).sum() for image in (apart, joined)]
+    assert count[1] > count[0] + 50

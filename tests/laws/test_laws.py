@@ -1,4 +1,8 @@
-"""The ten laws, on real models and files. Law 3: test_values. Law 4: test_product_keys. Law 7: test_train."""
+"""Laws 1 to 10 on real models and files. Other tests of laws:
+
+law 3 in layer/test_values.py, 4 in layer/test_product_keys.py, 7 in training/test_finetune.py, 11 and 12 in
+adapter/test_tail.py.
+"""
 
 import copy
 import os
@@ -27,7 +31,7 @@ def _answers(seed=0, rows=4):
 
 
 def _taught(architecture="llama", scope=True, steps=3):
-    """A model with a memory that has learnt something, and its base's twin."""
+    """A model with a trained memory, and a copy of its base model."""
     base = tiny_model(architecture)
     twin = copy.deepcopy(base)
     torch.manual_seed(0)
@@ -90,8 +94,8 @@ def test_law_2_under_accumulation_and_checkpointing(tiny_llama, accumulate, chec
 @pytest.mark.parametrize("mode", ["additive", "replacement"])
 @pytest.mark.parametrize("value_gate", ["none", "silu"])
 @pytest.mark.parametrize("widths", [(12, 12), (10, 7)])
-def test_law_3_memory_equals_its_naive_twin_in_value_and_gradients(mode, value_gate, widths):
-    """float32, tolerance 1e-5."""
+def test_law_3_memory_equals_the_naive_version_in_value_and_gradients(mode, value_gate, widths):
+    """In float32, with tolerance 1e-5."""
     torch.manual_seed(0)
     memory = ProductKeyMemory(
         *widths, num_keys=5, num_heads=3, top_k=4, key_dim=6,
@@ -122,7 +126,7 @@ def test_law_3_memory_equals_its_naive_twin_in_value_and_gradients(mode, value_g
 
 
 @pytest.mark.parametrize("rule", ["kl", "tfidf", "grad"])
-def test_law_5_one_batch_is_its_parts_accumulated(tiny_llama, rule):
+def test_law_5_one_batch_equals_its_accumulated_parts(tiny_llama, rule):
     base = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
     background = calibrate(base, [batch(seed) for seed in range(4)])
     data = batch(20, rows=16)
@@ -176,7 +180,7 @@ dist.destroy_process_group()
 
 
 def ddp_step(rank, world, out):
-    """One step on this process's share of 16 rows; the model's table and selection go to a file."""
+    """Take one step on this process's share of 16 rows. Save the tables and the selected rows to a file."""
     torch.manual_seed(0)
     model = get_peft_model(tiny_model(), SparseMemoryConfig(**TINY))
     background = calibrate(model, [_answers(seed) for seed in range(4)])
@@ -192,7 +196,7 @@ def ddp_step(rank, world, out):
 
 
 @pytest.mark.slow
-def test_law_5_two_processes_are_one(tmp_path):
+def test_law_5_two_processes_equal_one(tmp_path):
     script = tmp_path / "worker.py"
     path = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
     script.write_text(_WORKER.format(path=path, store=tmp_path / "store", out=tmp_path / "two"))
@@ -234,12 +238,12 @@ def test_law_8_cache_changes_no_token(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_law_9_out_of_scope_is_the_base_to_the_bit(architecture, dtype):
+def test_law_9_out_of_scope_is_bit_identical_to_the_base(architecture, dtype):
     model, base = _taught(architecture)
     model, base = model.to(dtype), base.to(dtype)
     inside = {key: value for key, value in _answers(50).items() if key != "labels"}
     assert not torch.equal(model(**inside).logits, base(**inside).logits)
-    # the scope is narrowed to the taught states themselves, so that other texts are out of it
+    # narrow the scope to the taught states, so that all other texts are out of scope
     for memory in memory_layers(model).values():
         own = memory.scope_hi - memory.scope_lo
         memory.scope_lo[: len(own)] = 0.98
@@ -268,7 +272,7 @@ from sparsemem import Background, RowPatch
 from sparsemem.background.background import LayerBackground
 from sparsemem.patches.patch import LayerPatch
 path, kind = sys.argv[1:]
-# a process to kill for each line, without the seconds that the imports take
+# fork a process to kill for each input line, so that the slow imports run only once
 for _ in sys.stdin:
     if not (child := os.fork()):
         break

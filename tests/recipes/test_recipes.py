@@ -6,7 +6,7 @@ import pytest
 
 from sparsemem.recipes.chapters import chapter_items
 from sparsemem.recipes.overrides import changed
-from sparsemem.recipes.planning import empty_model, training_bytes
+from sparsemem.recipes.planning import empty_model, gpu_estimate, training_bytes
 
 
 @dataclass(frozen=True)
@@ -89,3 +89,12 @@ def test_what_training_adds(tmp_path):
     assert 4 * 4 * table < training_bytes(empty_model(name), memory) < 4 * 5 * table
     with pytest.raises(ValueError, match="is not a folder"):
         empty_model(str(tmp_path / "nothing"))
+
+
+def test_a_gpus_estimate_grows_with_what_trains():
+    name = "Qwen/Qwen2.5-0.5B-Instruct"
+    sizes = {"batch_tokens": 2048, "all_tokens": 10**7}
+    lora = gpu_estimate(empty_model(name), added_bytes=10**8, trains_base=False, **sizes)
+    full = gpu_estimate(empty_model(name), added_bytes=6 * 10**9, trains_base=True, **sizes)
+    assert full["gpu_hours"] == pytest.approx(1.5 * lora["gpu_hours"], rel=0.05)
+    assert lora["gpu_gb"] < full["gpu_gb"] < 24

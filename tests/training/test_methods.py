@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_refused(tiny_llama, taught, general):
     background = calibrate(memory, general)
     set_scope(memory, taught, background)
     for model, method, options, message in [
-        (tiny_llama(), "sgd", {}, "allowed are smf, smf-open, lora, full"),
+        (tiny_llama(), "sgd", {}, "allowed are smf, smf-open, lora, peft, full"),
         (tiny_llama(), "smf", {"rule": "best", "background": general}, "rule='best'"),
         (tiny_llama(), "smf", {"top_t": 0, "background": general}, "top_t=0"),
         (tiny_llama(), "smf", {}, "background=None"),
@@ -116,6 +116,9 @@ def test_what_does_not_fit_is_refused(tiny_llama, taught, general):
         (lora, "smf", {"background": general}, "adapter of type"),
         (lora, "full", {}, "has an adapter"),
         (memory, "lora", {}, "adapter of type"),
+        (tiny_llama(), "peft", {"lr": 1e-4}, "it has none"),
+        (lora, "peft", {}, "no rate of its own"),
+        (memory, "peft", {"lr": 1e-4}, "this is a sparse memory"),
         (memory, "smf", {}, "needs background="),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -11,10 +11,10 @@ from ..files import ArtifactError, fingerprint_tensors, load_artifact, save_arti
 from ..layer.memory import ProductKeyMemory
 
 KIND = "background"
-# Most states kept per layer, in bfloat16, for a corpus of any size. Enough for k-means and a .999 quantile.
+# Maximum number of states kept per layer, in bfloat16. Enough for k-means and a .999 quantile.
 SAMPLE_SIZE = 8_192
 
-# Most pieces of running text that a background keeps, and the length of each in tokens.
+# Maximum number of pieces of running text that a background keeps, and the length of each in tokens.
 NUM_CONTEXTS, CONTEXT_LENGTH = 32, 24
 _CONTEXTS = "contexts"
 

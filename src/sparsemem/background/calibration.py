@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # The addressing has collapsed if the share of slots in use, or the entropy as a share of that of uniform
 # reads, is below this.
 COLLAPSE = 0.5
-# Most states that the sub-keys are fitted to.
+# Maximum number of states that the sub-keys are fitted to.
 FITTED_SIZE = 4_096
 # If a corpus's states need no more bytes than this, they are kept for counting. Otherwise they are computed
 # again.

@@ -12,7 +12,7 @@ START_QUANTILE, STATE_QUANTILE = 0.98, 0.999
 RAMP = 1 / 3
 # `hi` may be raised to this quantile of the scores of taught states, computed without their own example.
 REACH = 0.02
-# Most taught states that are used to find the thresholds, drawn at random.
+# Maximum number of taught states that are used to find the thresholds, drawn at random.
 DRAWN_SIZE = 2_048
 # At most this share of the states of general text may have a score above `lo`.
 GENERAL_SHARE = 2e-4
@@ -75,7 +75,7 @@ def thresholds(
         lo = max(lo, float(scores.quantile(1 - GENERAL_SHARE)))
     drawn = torch.randperm(len(taught), generator=torch.Generator().manual_seed(0))[:DRAWN_SIZE]
     among_known = KNOWN_WEIGHT * nearest_known(taught[drawn], known)
-    # Taught states must be in scope, even if they are as near to known states. Otherwise nothing is learnt.
+    # Taught states must be in scope, even if they are very similar to known states, or nothing is learnt.
     own = float((1 - among_known).quantile(1 - OWN_SHARE))
     alone = None
     if len(example.unique()) > 1:

@@ -24,11 +24,11 @@ from .states import layer_inputs, supervised
 
 logger = logging.getLogger(__name__)
 
-# Most supervised states that a scope is made from. If there are more, a random part is used.
+# Maximum number of supervised states that a scope is made from. If there are more, a random part is used.
 TAUGHT_SIZE = 8_192
-# Most centres that one call of `set_scope` adds, and most known states of a scope.
+# Maximum number of centres that one call of `set_scope` adds, and of known states of a scope.
 CENTRES_SIZE, KNOWN_SIZE = 1_024, 1_024
-# Largest hi - lo at answer starts and within answers. It is smaller within answers, because states of general
+# Maximum hi - lo at answer starts and within answers. It is smaller within answers, because states of general
 # text are more similar to those.
 START_WIDTH, WITHIN_WIDTH = 0.15, 0.05
 # If a background has fewer answers than this, its sample of all states is used as known states.

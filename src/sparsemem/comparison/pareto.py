@@ -56,7 +56,13 @@ class Point(NamedTuple):
     y_spread: float
 
 
-def pareto_figure(rows: list[dict[str, Any]], *, learnt: Sequence[str], lost: Sequence[str]) -> bytes:
+def pareto_figure(
+    rows: list[dict[str, Any]],
+    *,
+    learnt: Sequence[str],
+    lost: Sequence[str],
+    lines: Sequence[Sequence[str]] = (),
+) -> bytes:
     """PNG of what was learnt against each way of losing; the upper left corner is best.
 
     `learnt` are keys of the rows, of which the first that a row has is drawn upwards. `lost` are keys too,
@@ -79,6 +85,7 @@ def pareto_figure(rows: list[dict[str, Any]], *, learnt: Sequence[str], lost: Se
     all_axes[0].set_ylim(*_heights([point for points in panels.values() for point in points]))
     for axes, (key, points) in zip(all_axes, panels.items(), strict=False):
         _draw(axes, key, points)
+        _join(axes, points, lines)
     figure.draw_without_rendering()
     # labels are placed on the settled layout, which must not move again
     figure.set_layout_engine("none")
@@ -161,6 +168,16 @@ def _draw(axes: Any, key: str, points: list[Point]) -> None:
     for side in axes.spines.values():
         side.set_visible(False)
     axes.set_xlabel(f"lost: {_NAMES.get(key, key)}", color=_INK)
+
+
+def _join(axes: Any, points: list[Point], lines: Sequence[Sequence[str]]) -> None:
+    """Thin lines through the points of one method at several strengths."""
+    at = {point.method: point for point in points}
+    for line in lines:
+        held = [at[method] for method in line if method in at]
+        if len(held) > 1:
+            colour = method_style(held[0].method)[0]
+            axes.plot([p.x for p in held], [p.y for p in held], color=colour, linewidth=1.0, zorder=2)
 
 
 def _taken(axes: Any, points: list[Point]) -> list[Box]:

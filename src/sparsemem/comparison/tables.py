@@ -95,6 +95,7 @@ COLUMNS = (
     Column("exposure", "exposure", "share of that prose's tokens that read a written row", _percent),
     Column("loss", "loss", "training loss at the end", "{:.3f}".format),
     Column("steps", "steps", "optimizer steps", _count),
+    Column("samples", "samples", "records seen in training, each as often as it was seen", _count),
     Column("seconds", "time", "preparing and training, without the probes", _seconds),
     Column("trained_params", "trained", "parameters that training may change", _count),
     Column("peak_bytes", "peak memory", "growth of the process's memory while it trains", _size),

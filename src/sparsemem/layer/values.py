@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 
 # Gradients are computed by a matrix product if num_slots / reads is at most this.
 _PRODUCT = 8
-# Most elements in the temporary tensor of such a product: 16 MB of float32.
+# Maximum number of elements in the temporary tensor of such a product: 16 MB of float32.
 _SPREAD = 2**22
-# Most rows of a bfloat16 table that are gathered at once.
+# Maximum number of rows of a bfloat16 table that are gathered at once.
 _CHUNK = 16_384
 
 

@@ -42,7 +42,7 @@ def select_rows(
     Args:
         counts: access counts of the step, [num_slots] int64.
         background: of this layer. "kl" and "tfidf" need it.
-        top_t: the largest number of rows to select.
+        top_t: maximum number of rows to select.
         rule: "kl", "tfidf", "tf", "grad", "random" or a callable; see the table at the top of this module.
         gradient_norms: [num_slots] float32, the norm of each row's gradient. "grad" needs it.
         generator: for "random". None: torch's default generator.

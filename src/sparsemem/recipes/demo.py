@@ -17,6 +17,7 @@ from ..comparison.compare import BASE, Recipe
 from ..data.mentions import PROBE_FORMS, mention_texts, prose_texts
 from .forgetting import background, read_prose
 from .questions import general_items, handbook, recall_items, training_records
+from .rivals import RIVALS, keep_near_base, rival_examples, rival_model, rival_settings
 from .runs import MEMORY_METHODS, UNTRAINED, costs, precision_setting, refuse_data_dir, spread, stages, told
 
 
@@ -32,6 +33,8 @@ class Teaching:
     max_epochs: int = 20
     batch_size: int = 8
     memory_steps: int = 200
+    # of a rival whose loss holds more than the handbook's: as many as plain LoRA took
+    rival_epochs: int = 8
     lr: Mapping[str, float] = field(
         default_factory=lambda: {"smf": 0.4, "smf-open": 0.4, "lora": 2e-4, "full": 2e-5}
     )
@@ -106,11 +109,11 @@ def recipe(
         model=chosen.model,
         precision=precision_setting(chosen.precision),
         about=_ABOUT,
-        methods=(*METHODS, "smf-open"),
+        methods=(*METHODS, "smf-open", *RIVALS),
         settings=lambda method, _seed: method_settings(chosen, method),
         run=lambda method, seed, base, stage, _folder: run(chosen, method, seed, base, stage),
         stages=lambda method: stages(method, _PROBES, _TEACHING_SECONDS),
-        order=(BASE, "smf", "smf-open", "lora", "full"),
+        order=(BASE, "smf", "smf-open", "lora", "full", *RIVALS),
     )
 
 
@@ -119,7 +122,13 @@ def method_settings(settings: DemoSettings, method: str) -> dict[str, Any]:
     kept: dict[str, Any] = {"probing": asdict(settings.probing)}
     if method != BASE:
         teaching = asdict(settings.teaching)
-        kept["teaching"] = {**teaching, "lr": teaching["lr"][method]}
+        rate, epochs = teaching.pop("lr"), teaching.pop("rival_epochs")
+        kept["teaching"] = teaching
+        if method in RIVALS:
+            kept |= {**rival_settings(method), "general": asdict(settings.memory)["prose_tokens"]}
+            kept["epochs"] = epochs
+        else:
+            kept["teaching"] = {**teaching, "lr": rate[method]}
     if method == "lora":
         kept["lora_dropout"] = settings.lora_dropout
     if method in MEMORY_METHODS:
@@ -212,6 +221,8 @@ def teach(
         model = _with_lora(settings.lora_dropout, model)
     if method not in MEMORY_METHODS:
         options = {"epochs": teaching.max_epochs, "stop_loss": teaching.stop_loss}
+    if method in RIVALS:
+        return _teach_rival(settings, method, seed, model, tokenizer, records, options)
     done = finetune(
         model,
         records,
@@ -222,7 +233,37 @@ def teach(
         seed=seed,
         **options,
     )
-    return done.model, costs(done)
+    return done.model, costs(done, teaching.batch_size)
+
+
+def _teach_rival(
+    settings: DemoSettings,
+    method: str,
+    seed: int,
+    model: Any,
+    tokenizer: Any,
+    records: list[dict[str, Any]],
+    options: dict[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    from ..training.finetune import finetune
+
+    rival, teaching = RIVALS[method], settings.teaching
+    general = background(seed, tokenizer, settings.memory.prose_tokens, settings.memory.prose_piece_tokens)
+    model = rival_model(method, model, seed)
+    keep_near_base(method, model, general, tokenizer, seed)
+    if rival.has_own_loss:
+        options = {"epochs": teaching.rival_epochs}
+    done = finetune(
+        model,
+        rival_examples(method, records, general, tokenizer, seed),
+        "peft" if rival.adapter else "full",
+        tokenizer=tokenizer,
+        lr=rival.lr,
+        batch_size=teaching.batch_size,
+        seed=seed,
+        **options,
+    )
+    return done.model, costs(done, teaching.batch_size)
 
 
 def ask_mentions(

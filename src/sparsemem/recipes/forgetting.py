@@ -26,7 +26,8 @@ def read_prose(
     opening = opening_ids(tokenizer)
     figures = {"perplexity": perplexity(model, probe, opening=opening), "drift": 0.0}
     if method != BASE:
-        untouched = load_base(base_name)[0] if method == "full" else None
+        # OSF has no weights of the base to go back to, only their decomposition
+        untouched = load_base(base_name)[0] if method == "osf" or not hasattr(model, "peft_config") else None
         figures["drift"] = drift(model, untouched, probe, opening=opening)
     if method in MEMORY_METHODS:
         pieces = [tokenizer.decode(piece) for piece in probe.split(piece_tokens)]

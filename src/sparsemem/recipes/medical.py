@@ -5,51 +5,17 @@ Learnt: accuracy over four chapters by the likelihood of their names, on categor
 Kept: capitals by greedy decoding (asked in the same form), perplexity of prose, drift from the base.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ..comparison.compare import BASE, PARTIAL, Recipe
 from .chapters import chapter_items
-from .forgetting import background, read_prose
+from .forgetting import read_prose
+from .medical_methods import METHODS, MedicalSettings, method_settings, num_steps, teaching
 from .questions import capital_items
-from .runs import (
-    MEMORY_METHODS,
-    UNTRAINED,
-    costs,
-    keep_metrics,
-    precision_setting,
-    refuse_data_dir,
-    spread,
-    stages,
-    told,
-)
-
-METHODS = (BASE, "smf", "smf-open", "lora", "full")
-
-
-@dataclass(frozen=True)
-class MedicalSettings:
-    """The recipe's numbers, all of them."""
-
-    model: str = "smollm2"
-    # "float32", "bfloat16", or "auto": the faster one on this machine
-    precision: str = "auto"
-    num_train: int = 2400
-    num_test: int = 400
-    max_steps: int = 150
-    # on cached states, with a decaying rate: three passes over the records
-    memory_steps: int = 900
-    batch_size: int = 8
-    lr: Mapping[str, float] = field(
-        default_factory=lambda: {"smf": 0.4, "smf-open": 0.4, "lora": 2e-4, "full": 5e-5}
-    )
-    max_new_tokens: int = 12
-    prose_tokens: int = 3000
-    background_tokens: int = 2048
-    piece_tokens: int = 256
-
+from .runs import UNTRAINED, costs, keep_metrics, precision_setting, refuse_data_dir, spread, stages, told
 
 SETTINGS = MedicalSettings()
 _ABOUT = (
@@ -93,20 +59,6 @@ def recipe(
     )
 
 
-def method_settings(settings: MedicalSettings, method: str) -> dict[str, Any]:
-    """The settings that decide this method's outcome: tuning one method leaves the others' runs valid."""
-    kept = asdict(settings)
-    del kept["model"], kept["precision"]
-    rate, memory_steps = kept.pop("lr").get(method), kept.pop("memory_steps")
-    if method in MEMORY_METHODS:
-        kept["max_steps"] = memory_steps
-    return kept if method == BASE else {**kept, "lr": rate}
-
-
-def num_steps(settings: MedicalSettings, method: str) -> int:
-    return settings.memory_steps if method in MEMORY_METHODS else settings.max_steps
-
-
 def run(
     settings: MedicalSettings,
     method: str,
@@ -126,22 +78,22 @@ def run(
     cost = UNTRAINED
     if method != BASE:
         stage("teach")
-        kept = (seed or 0, tokenizer, settings.background_tokens, settings.piece_tokens)
+        records = [_record(item) for item in taught]
+        taught_by = teaching(settings, method, seed or 0, tokenizer, records, folder.parents[1])
         done = finetune(
-            model,
-            [_record(item) for item in taught],
-            method,
+            taught_by.model,
+            taught_by.data,
+            taught_by.method,
             tokenizer=tokenizer,
-            lr=settings.lr[method],
             max_steps=num_steps(settings, method),
             batch_size=settings.batch_size,
             seed=seed or 0,
-            background=background(*kept) if method in MEMORY_METHODS else None,
             output_dir=folder / PARTIAL,
             resume=True,
+            **taught_by.options,
         )
         keep_metrics(folder)
-        model, cost = done.model, costs(done)
+        model, cost = done.model, costs(done, settings.batch_size)
     stage("ask for chapters")
     chapters = multiple_choice(model, tokenizer, asked, tokens=_tokens)
     stage("ask for capitals")

@@ -9,12 +9,13 @@ from ..comparison.compare import BASE, PARTIAL
 
 MEMORY_METHODS = ("smf", "smf-open")
 # a row's figures of training, as the base has them
-UNTRAINED = {"loss": None, "steps": 0, "seconds": 0.0, "trained_params": 0, "peak_bytes": 0}
+_COSTS = ("loss", "steps", "seconds", "trained_params", "peak_bytes")
+UNTRAINED = {"loss": None, "steps": 0, "samples": 0, "seconds": 0.0, "trained_params": 0, "peak_bytes": 0}
 
 
-def costs(done: Any) -> dict[str, Any]:
-    """What training cost, of the `Finetuned` that `finetune` returned."""
-    return {name: getattr(done, name) for name in UNTRAINED}
+def costs(done: Any, batch_size: int) -> dict[str, Any]:
+    """What training cost, of the `Finetuned` by `finetune`; `batch_size` is of a whole step."""
+    return {**{name: getattr(done, name) for name in _COSTS}, "samples": done.steps * batch_size}
 
 
 def precision_setting(name: str) -> str | None:
@@ -38,7 +39,7 @@ def keep_metrics(folder: Path) -> None:
 
 def stages(method: str, probes: Mapping[str, float], teaching: Mapping[str, float]) -> dict[str, float]:
     """Stages of one run with their expected seconds: loading, teaching where there is any, the probes."""
-    taught = {} if method == BASE else {"teach": teaching[method]}
+    taught = {} if method == BASE else {"teach": teaching.get(method, teaching["lora"])}
     return {"load the model": 2, **taught, **probes}
 
 

@@ -5,6 +5,7 @@
 | "smf"      | selected rows of a memory, within the data's scope    | 0.4  | RowAdamW, a moment per table |
 | "smf-open" | the same without a scope, as in the paper             | 0.4  | RowAdamW, a moment per table |
 | "lora"     | r 16, alpha 32, dropout 0.05, all linear projections  | 2e-4 | AdamW without weight decay   |
+| "peft"     | the PEFT adapter that the model carries               | none | AdamW without weight decay   |
 | "full"     | every parameter                                       | 5e-5 | AdamW without weight decay   |
 | "dense"    | all of a memory: the paper's retrofit, stage 1        | 5e-4 | AdamW without weight decay   |
 
@@ -32,8 +33,8 @@ from ..patches.patch import RowPatch
 from ..processes import num_processes, object_of_first, of_first
 from .cached import StateRows, TailHead
 
-LEARNING_RATES = {"smf": 0.4, "smf-open": 0.4, "lora": 2e-4, "full": 5e-5, "dense": 5e-4}
-METHODS = ("smf", "smf-open", "lora", "full")
+LEARNING_RATES = {"smf": 0.4, "smf-open": 0.4, "lora": 2e-4, "peft": None, "full": 5e-5, "dense": 5e-4}
+METHODS = ("smf", "smf-open", "lora", "peft", "full")
 MEMORY_METHODS = ("smf", "smf-open")
 # Defaults: a step may change TOP_T of a table's NUM_KEYS ** 2 rows; a head reads TOP_K rows per token.
 TOP_T, NUM_KEYS, TOP_K = 1024, 64, 64
@@ -147,12 +148,14 @@ def prepare(
     check_method(method)
     check_selection(top_t, rule)
     lr = LEARNING_RATES[method] if lr is None else lr
+    if lr is None:
+        raise ValueError(f"lr=None, and method {method!r} has no rate of its own; give one")
     if method not in MEMORY_METHODS:
         if quirks:
             raise ValueError(
                 f"quirks={list(quirks)} are for sparse memory only and method is {method!r}; give none"
             )
-        model = {"lora": _lora, "full": _full, "dense": _dense}[method](model)
+        model = {"lora": _lora, "peft": _peft, "full": _full, "dense": _dense}[method](model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return Prepared(model, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True), None)
     model, own = _with_memory(model, background, seed)
@@ -228,6 +231,16 @@ def _lora(model: PreTrainedModel | PeftModel) -> PeftModel:
     if isinstance(model, PeftModel):
         return _train_on(model, "lora", PeftType.LORA.value)
     return get_peft_model(model, lora_config())  # type: ignore[return-value]
+
+
+def _peft(model: PreTrainedModel | PeftModel) -> PeftModel:
+    if not isinstance(model, PeftModel):
+        raise ValueError("method='peft' trains the model's adapter and it has none; add one: get_peft_model")
+    found = model.active_peft_config.peft_type
+    if getattr(found, "value", found) == "SPARSE_MEMORY":
+        raise ValueError("method='peft' is for other adapters and this is a sparse memory; use method='smf'")
+    model.set_requires_grad(model.active_adapter, requires_grad=True)
+    return model
 
 
 def _full(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -40,6 +40,9 @@ _FILES = {
     "general": ("oasst*.jsonl", "OpenAssistant's replies, {messages} per line"),
 }
 # expected seconds on two cores, for the time left
+# mean tokens, by SmolLM2's tokenizer: an item has 66 without its explanation, which is taken to be twice as
+# long; a reply has 184
+_ITEM_TOKENS, _REPLY_TOKENS = 200, 184
 _TEACHING, _ASKING = 6.0, {"medmcqa": 0.4, "wikitext": 0.1, "triviaqa": 0.4}
 
 
@@ -86,7 +89,7 @@ def plan(settings: PaperSettings, files: Mapping[str, list[Path]] | None, method
     Stage 1 comes on top the first time that an arm needs it.
     """
     from ...training.methods import lora_config, memory_config, retrofit_config
-    from ..planning import empty_model, training_bytes, weight_bytes
+    from ..planning import empty_model, gpu_estimate, training_bytes, weight_bytes
 
     model = empty_model(settings.model)
     planned = {"test_items": settings.limit, "weight_bytes": weight_bytes(model)}
@@ -94,15 +97,29 @@ def plan(settings: PaperSettings, files: Mapping[str, list[Path]] | None, method
         return planned
     number, steps = _num_steps(settings, files)
     planned |= {"train_items": number, "steps": steps}
+    on_gpu = {
+        "batch_tokens": settings.batch_size * min(settings.max_length, 4 * _ITEM_TOKENS),
+        "all_tokens": steps * settings.batch_size * settings.accumulation * _ITEM_TOKENS,
+        "trains_base": method == "full",
+    }
     if method not in ARMS:
         made = {"smf": memory_config, "lora": lora_config, "full": lambda: None}[method]()
-        return planned | {"training_bytes": training_bytes(model, made)}
+        added = training_bytes(model, made)
+        estimate = gpu_estimate(empty_model(settings.model), added_bytes=added, **on_gpu)
+        return planned | {"training_bytes": added, **estimate}
     arm = ARMS[method]
-    planned["training_bytes"] = training_bytes(model, retrofit_config(model, trainable=arm.trainable))
+    added = training_bytes(model, retrofit_config(model, trainable=arm.trainable))
+    planned["training_bytes"] = added
+    planned |= gpu_estimate(empty_model(settings.model), added_bytes=added, **on_gpu)
     if arm.retrofit == "dense":
         dense = retrofit_config(empty_model(settings.model), mode=arm.mode)
         planned["stage1_steps"] = _num_stage1_steps(settings, files)
-        planned["stage1_training_bytes"] = training_bytes(empty_model(settings.model), dense)
+        added = training_bytes(empty_model(settings.model), dense)
+        planned["stage1_training_bytes"] = added
+        batch = settings.stage1_batch_size * settings.stage1_accumulation
+        on_gpu["all_tokens"] = planned["stage1_steps"] * batch * _REPLY_TOKENS
+        estimate = gpu_estimate(empty_model(settings.model), added_bytes=added, **on_gpu)
+        planned |= {f"stage1_{key}": value for key, value in estimate.items()}
     return planned
 
 

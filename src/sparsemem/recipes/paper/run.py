@@ -39,11 +39,16 @@ def run(
         model, tokenizer = load_base(settings.model)
     else:
         arm = ARMS.get(method)
-        start = settings.model if arm is None else str(_grafted(settings, files, arm, folder.parents[1]))
+        start = settings.model
+        if arm is not None:
+            options = stage1_options(settings)
+            start = str(
+                grafted(settings.model, _general(files), arm, folder.parents[1], settings.max_length, options)
+            )
         model, tokenizer = load(start)
         stage("teach")
         done = _taught(settings, files, method, seed or 0, model, tokenizer, Path(start), folder)
-        model, cost = done.model, costs(done)
+        model, cost = done.model, costs(done, settings.batch_size * settings.accumulation)
     found = {}
     for task, items in asked.items():
         stage(task)
@@ -70,26 +75,22 @@ def _taught(
     seed: int,
     model: Any,
     tokenizer: Any,
-    grafted: Path,
+    start: Path,
     folder: Path,
 ) -> Any:
-    from ...adapter.model import set_trainable
-    from ...background.background import Background
     from ...evaluation.tasks import medmcqa_prompt, medmcqa_text
-    from ...folders.contents import BACKGROUND_FILE
     from ...optim.release import QUIRKS
     from ...training.finetune import finetune
     from ...training.retrofit import general_records
 
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"schedule": "cosine"}
     items, arm = _training_items(settings, files), ARMS.get(method)
     records = [{"text": medmcqa_text(item)} for item in items]
     if arm is not None:
-        set_trainable(model, arm.trainable)
-        options = {"background": Background.load(grafted / BACKGROUND_FILE), "top_t": settings.top_t}
-        options |= {"rule": arm.rule, "moments": "element", "quirks": QUIRKS if settings.quirks else ()}
+        options = arm_options(model, arm, start)
+        options |= {"top_t": settings.top_t, "quirks": QUIRKS if settings.quirks else ()}
     elif method == "smf":
-        options = {"background": general_records(_general(files))[: settings.smf_background]}
+        options["background"] = general_records(_general(files))[: settings.smf_background]
         records = [
             {"prompt": medmcqa_prompt(item), "completion": f" {'ABCD'[item['answer']]}. {_right(item)}"}
             for item in items
@@ -107,7 +108,6 @@ def _taught(
         batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
         max_length=settings.max_length,
-        schedule="cosine",
         warmup_steps=settings.warmup_steps,
         seed=seed,
         output_dir=folder / PARTIAL,
@@ -118,8 +118,17 @@ def _taught(
     return done
 
 
-def _grafted(settings: PaperSettings, files: Mapping[str, list[Path]] | None, arm: Arm, out: Path) -> Path:
-    """The adapter that arms of the same retrofit and mode start from; made once, resumable, checked."""
+def grafted(
+    model: str, general: str, arm: Arm, out: Path, max_length: int, options: Mapping[str, Any]
+) -> Path:
+    """The adapter that arms of the same retrofit and mode start from; made once, resumable, checked.
+
+    Args:
+        model: the base model's name.
+        general: file or Hub name of general text.
+        out: folder of the comparison; the adapter goes into `stage1` there.
+        options: of `dense_retrofit`'s training.
+    """
     from ...adapter.config import PAPER
     from ...data.models import load_base
     from ...folders.making import graft
@@ -130,19 +139,30 @@ def _grafted(settings: PaperSettings, files: Mapping[str, list[Path]] | None, ar
     if arm.retrofit == "calibrate":
         # the same table in the same blocks, so that the retrofit alone makes the difference
         memory |= {key: PAPER[key] for key in ("num_keys", "num_heads", "top_k", "key_dim", "write")}
-        memory["layers_to_transform"] = paper_layers(load_base(settings.model)[0])
+        memory["layers_to_transform"] = paper_layers(load_base(model)[0])
     graft(
-        settings.model,
-        _general(files),
+        model,
+        general,
         folder,
         seed=0,
-        max_length=settings.max_length,
+        max_length=max_length,
         memory=memory,
         retrofit=arm.retrofit,
         resume=True,
-        options=stage1_options(settings) if arm.retrofit == "dense" else None,
+        options=dict(options) if arm.retrofit == "dense" else None,
     )
     return folder
+
+
+def arm_options(model: Any, arm: Arm, start: Path) -> dict[str, Any]:
+    """What `finetune` needs to teach an arm from the adapter in `start`; sets what of the memory trains."""
+    from ...adapter.model import set_trainable
+    from ...background.background import Background
+    from ...folders.contents import BACKGROUND_FILE
+
+    set_trainable(model, arm.trainable)
+    background = Background.load(start / BACKGROUND_FILE)
+    return {"background": background, "rule": arm.rule, "moments": "element", "schedule": "cosine"}
 
 
 def _general(files: Mapping[str, list[Path]] | None) -> str:
