@@ -15,6 +15,8 @@ from typing import Any
 import click
 
 from .adapters import evaluate, graft, push, train
+from .config_file import add_config, show_config
+from .env import env
 from .options import as_json, comma_names, comma_numbers, say, seed_option
 from .patches import patch
 from .serve import serve
@@ -172,6 +174,11 @@ def _lines() -> Iterator[str]:
 
 
 for command in (graft, train, evaluate, push, patch, serve, ui):
+    main.add_command(command)
+for command in main.commands.values():
+    if not isinstance(command, click.Group):
+        add_config(command)
+for command in (show_config, env):
     main.add_command(command)
 
 
