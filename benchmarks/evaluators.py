@@ -1,9 +1,10 @@
-"""What one pass per context saves in multiple choice, against one forward pass per question and option.
+"""Multiple choice with one pass per context, compared with one forward pass per question and option.
 
     python benchmarks/evaluators.py ../shared/data/medmcqa_dev.jsonl docs/results/evaluators.json
 
-SmolLM2 in float32 reads MedMCQA questions in the paper's form, each way in turn in one process; the medians'
-ratio counts. "naive" calls the model as one does; "lean" is the same without the logits that nobody looks at.
+SmolLM2 in float32 reads MedMCQA questions in the paper's form. The variants take turns in one process; the
+result is the ratio of their median times. "naive" is the usual call of the model; "lean" is the same without
+the logits that are not used.
 """
 
 import sys

@@ -21,7 +21,10 @@ TASKS = {
 }
 # Families, from the weakest setting to the strongest; what is not named stands alone.
 LINES = {
-    "demo": (("lora-1e-4", "lora", "lora 3e-4", "lora-5e-4", "lora 5e-4"), ("full", "full-5e-5", "full 5e-5")),
+    "demo": (
+        ("lora-1e-4", "lora", "lora 3e-4", "lora-5e-4", "lora 5e-4"),
+        ("full", "full-5e-5", "full 5e-5"),
+    ),
     "medical": (("lora", "lora-long"), ("full-2e-5", "full", "full-long"), ("smf, one layer", "smf")),
 }
 # (folder, method there) -> name in the figure, of runs that the task's own folder does not hold
@@ -62,10 +65,15 @@ def table(task: str, rows: list[dict[str, Any]]) -> str:
     for row in rows:
         rise = row["perplexity"] / base["perplexity"] - 1
         samples = row.get("samples")
-        lines.append(
-            f"| {row['method']} | {len(row['seeds']) or ''} | {row[learnt]:.3f} | {row[kept]:.3f} | {rise:+.1%} | "
-            f"{row['drift']:.4f} | {row['steps']:.0f} | {'' if samples is None else samples} | {row['seconds']:.0f} |"
-        )
+        cells = [
+            row["method"],
+            len(row["seeds"]) or "",
+            f"{row[learnt]:.3f}",
+            f"{row[kept]:.3f}",
+            f"{rise:+.1%}",
+        ]
+        cells += [f"{row['drift']:.4f}", f"{row['steps']:.0f}", "" if samples is None else f"{samples:.0f}"]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{row['seconds']:.0f}"])) + " |")
     return "\n".join(lines)
 
 

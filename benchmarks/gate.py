@@ -1,9 +1,9 @@
-"""What a scoped memory costs a forward pass of prose, against the same model with the memory switched off.
+"""Cost of a memory with a scope in a forward pass on prose, compared with the memory switched off.
 
     python benchmarks/gate.py docs/results/gate.json
 
-SmolLM2, the memory of `finetune` with as many centres and known states as a scope can hold, 4 x 128 tokens,
-float32; both ways alternate in one process, and the medians' ratio counts.
+SmolLM2 with the memory of `finetune`, with as many centres and known states as a scope can hold; 4 x 128
+tokens, float32. Both variants take turns in one process; the result is the ratio of their median times.
 """
 
 import sys
@@ -26,7 +26,7 @@ NUM_CENTRES, NUM_KNOWN, NUM_RUNS = 1024, 1024, 15
 
 
 def _scope(width: int) -> Scope:
-    """Random directions with thresholds that nothing passes: prose is out of scope."""
+    """A scope of random directions with thresholds that no prose reaches."""
     unit = torch.nn.functional.normalize
     centres, known = (unit(torch.randn(n, width), dim=-1) for n in (NUM_CENTRES, NUM_KNOWN))
     thresholds = torch.full((NUM_CENTRES,), 0.9), torch.full((NUM_CENTRES,), 0.95)

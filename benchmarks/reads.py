@@ -1,10 +1,10 @@
-"""What reading value rows and their gradients cost, against the plain twin and against gathering rows.
+"""Time to read value rows and compute their gradients, compared with the plain version and with gathering.
 
     python benchmarks/reads.py docs/results/reads.json
 
-Random slots and weights; every way in turn in one process, and the least of the runs counts, since the
-machine may have other work. `product` is one matrix product over all slots, `bag` is PyTorch's embedding_bag
-or its backward pass, `gather` makes the gathered rows in pieces; `ours` is what the package chooses.
+Slots and weights are random. The methods take turns in one process, and the fastest run counts, because the
+machine may be busy. `product` is one matrix product over all slots, `bag` is PyTorch's embedding_bag or its
+backward pass, `gather` gathers the rows in pieces, `ours` is what the package chooses.
 """
 
 import sys

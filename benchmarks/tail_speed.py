@@ -1,12 +1,13 @@
-"""What training and reading a tail memory cost, against LoRA and against the base.
+"""Cost of training and using a tail memory, compared with LoRA and with the base model.
 
     OMP_NUM_THREADS=1 python benchmarks/tail_speed.py ADAPTER benchmarks/results/tail_speed.json
 
-ADAPTER is a folder with an adapter that was taught the demo's handbook. SmolLM2 on one thread, in eager
-attention. The ways take turns in one process, and medians count, since the machine may have other work (its
-load is written down). Steps are on batches of 8 handbook records under `finetune`'s autocast; "kept logits"
-computes logits where there is loss alone, as `finetune` does, the others are a plain Trainer's. Memory is
-`finetune`'s peak_bytes of NUM_STEPS steps, calibration included, each method in its own process.
+ADAPTER is a folder with an adapter that was trained on the demo's handbook. The model is SmolLM2 on one
+thread with eager attention. The variants take turns in one process, and medians count, because the machine
+may be busy (its load is recorded). A step is a batch of 8 handbook records under `finetune`'s autocast. "kept
+logits" computes logits only at positions with loss, as `finetune` does; the other steps are those of a plain
+Trainer. Memory is `finetune`'s peak_bytes for NUM_STEPS steps, with calibration, each method in its own
+process.
 """
 
 import json
@@ -42,7 +43,7 @@ NUM_RUNS, NUM_STEPS = 7, 20
 
 
 def in_turn(ways: dict[str, Callable[[int], Any]], num_runs: int = NUM_RUNS) -> dict[str, float]:
-    """Median seconds of each way; each gets the number of the run, and the first run does not count."""
+    """Median seconds of each function; it is called with the number of the run, and run 0 does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for run in range(num_runs + 1):
         for name, way in ways.items():
@@ -61,7 +62,7 @@ def base() -> tuple[Any, Any]:
 
 def with_lora(model: Any) -> Any:
     config = lora_config()
-    # as in the demo: on a CPU drawing the dropout takes a third of a step
+    # as in the demo: on a CPU, dropout would take a third of each step
     config.lora_dropout = 0.0
     return get_peft_model(model, config)
 
@@ -87,7 +88,7 @@ def measure(adapter: str) -> dict[str, Any]:
         held = train_states(model, examples, pad, CACHE_BYTES, Path(folder))
         assert held is not None
         head, rows = held
-        # as `prepare` makes it, at a rate that moves next to nothing
+        # as `prepare` makes it, with a very small learning rate
         row_adamw = RowAdamW(
             model,
             1e-6,
@@ -142,7 +143,7 @@ def measure(adapter: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def forwards(untouched: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Forward passes and generation, of the base and with the memory, on taught questions and on prose."""
+    """Time of forward passes and generation, base model and memory, on training questions and on prose."""
     taught = [token for example in encode(training_records(), tokenizer) for token in example["input_ids"]]
     general = tokenizer(prose()[1], add_special_tokens=False).input_ids
     num_tokens = BATCH_SIZE * LENGTH
@@ -187,7 +188,7 @@ def forwards(untouched: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def peak_bytes(method: str) -> int:
-    """Growth of memory while `finetune` trains by a method."""
+    """Growth of the process's memory while `finetune` trains by a method."""
     model, tokenizer = base()
     if method == "lora":
         model = with_lora(model)

@@ -1,16 +1,16 @@
-"""Questions about the answer of a taught fact: asked outright, and after the model has recited the fact.
+"""Questions about the answer of a taught fact: asked directly, and after the model has stated the fact.
 
     python benchmarks/two_hop.py ADAPTER benchmarks/results/two_hop.json
 
-ADAPTER is a folder with an adapter that was taught the demo's handbook. For each fact whose held-out wording
-the model answers rightly, FORMS asks about the answer's spelling. Four ways:
+ADAPTER is a folder with an adapter that was trained on the demo's handbook. For each fact whose held-out
+wording the model answers correctly, FORMS asks about the answer's spelling, in four ways:
 
     direct         "What is the first letter of the name of the capital of Ulbrosk?"
     recited        the held-out question and the model's own answer first, then the question of `direct`
     written_out    the same, then the question with the answer's word in it: "... of the word Cravinsko?"
-    base           the question with the word in it, to the base model alone: what it can do at all
+    base           the question with the word in it, asked to the base model: the best that it can do
 
-No answer of a handbook fact is the subject of another one, so facts are joined by spelling alone.
+No answer of a handbook fact is the subject of another fact, so only questions about spelling join two facts.
 """
 
 import sys
@@ -26,7 +26,7 @@ from sparsemem.files import write_json
 from sparsemem.provenance import environment
 from sparsemem.recipes.questions import handbook
 
-# What stands for the answer in a question, by the fact's kind.
+# For each kind of fact: the words that stand for the answer in a question.
 NAMES = {
     "capital": "the capital of {}",
     "founder": "the founder of the {}",
@@ -42,7 +42,7 @@ NAMES = {
 MAX_NEW_TOKENS = 24
 WORDS = ("zero", "one", "two", "three")
 
-# By name: the question about a thing, and its answer for a word.
+# For each name: the question about a thing, and the function that answers it for a word.
 FORMS: dict[str, tuple[str, Callable[[str], list[str]]]] = {
     "first_letter": (
         "What is the first letter of {}? Answer with one letter.",
@@ -99,7 +99,7 @@ def measure(adapter: str) -> dict[str, Any]:
         right[name] = {
             way: sum(map(is_right, texts, expected)) / len(known) for way, texts in answers.items()
         }
-        # how often a question about the answer gets the taught answer itself
+        # how often the model gives the taught answer itself to a question about it
         right[name]["direct_names_it"] = sum(
             is_right(text, fact["answer"]) for text, (fact, _) in zip(answers["direct"], known, strict=True)
         ) / len(known)

@@ -1,6 +1,7 @@
-"""What the console script runs. It stands beside the package, whose own import loads torch and peft.
+"""The entry point of the console script `sparsemem`.
 
-While this module is loaded, `import sparsemem` loads neither: each command does when it needs a model.
+It is outside the package because importing the package loads torch and peft. While this module is loaded,
+`import sparsemem` loads neither; each command imports them when it needs a model.
 """
 
 

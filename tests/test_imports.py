@@ -73,6 +73,17 @@ def test_every_name_can_be_the_first_import(order):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_lists_of_public_names_agree():
+    """Names, rooms, and the imports that type checkers read."""
+    tree = ast.parse(Path(sparsemem.__file__).read_text(encoding="utf-8"))
+    (for_types,) = [
+        node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    ]
+    named = {alias.name: node.module for node in for_types.body for alias in node.names}
+    assert named == sparsemem._ROOM
+    assert sparsemem.__all__ == sorted(named)
+
+
 def test_an_adapter_is_loaded_by_peft_imported_after_the_package(tiny, tmp_path, tiny_llama):
     model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""States of the untouched base model at the positions that matter, computed once and kept on disk.
+"""States of the unchanged base model at the positions that are needed, computed once and kept on disk.
 
 A `States` holds, for each position: the inputs of the MLPs at LAYERS, the last block's output (which the
-final norm reads), the next token, its record, and whether an answer starts or goes on there.
+final norm reads), the next token, its record, and whether an answer starts or continues there.
 The model runs as in training: eager attention, bfloat16 autocast where that is faster.
 """
 
@@ -60,7 +60,7 @@ def base() -> tuple[Any, Any]:
 
 
 def kept(name: str, inputs: Any, make: Any) -> Any:
-    """What `make()` returned when it was first called for these inputs."""
+    """The result of `make()`, which is called once for these inputs; later calls load it from disk."""
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = FOLDER / f"{name}-{digest}.pt"
     if not file.exists():
@@ -109,7 +109,7 @@ def _read(examples: Sequence[dict], everywhere: bool) -> States:
     hooks = [model.model.layers[n].mlp.register_forward_pre_hook(note(n)) for n in LAYERS]
     hooks.append(model.model.norm.register_forward_pre_hook(note("last")))
     parts: dict[int, States] = {}
-    # what all prompts begin with is read once, unless its own positions are wanted
+    # the common beginning of all prompts is read once, unless its own positions are needed
     prompts = [one["input_ids"] for one in examples]
     shared, beginning = (0, None) if everywhere else read_beginning(model, prompts, precision=None)
     examples = [{key: value[shared:] for key, value in one.items()} for one in examples]

@@ -1,4 +1,4 @@
-"""The gate of a tail memory on cached states: its space, its thresholds, and what opens it."""
+"""The gate of a tail memory on cached states: its whitened space, its thresholds, and their fitting."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ TAUGHT_SIZE = 8_192
 
 @dataclass
 class Gate:
-    """Of one layer: the space, what is known in it, and centres with a threshold pair each."""
+    """The gate of one layer: whitened space, known states in it, centres with two thresholds each."""
 
     mean: Tensor
     whitener: Tensor
@@ -38,13 +38,13 @@ class Gate:
 
 
 def nearest(z: Tensor, known: Tensor) -> Tensor:
-    """[n]: cosine of each state to the nearest known one, 0 where none is near."""
+    """Cosine of each state to the nearest known state, at least 0; [n]."""
     parts = [(part @ known.T).amax(-1).clamp_min(0) for part in z.split(4096)]
     return torch.cat(parts) if parts else z.new_zeros(0)
 
 
 def others(z: Tensor) -> Tensor:
-    """[n]: cosine of each state to the nearest other one."""
+    """Cosine of each state to the nearest other state, at least 0; [n]."""
     return (z @ z.T).fill_diagonal_(-1.0).amax(-1).clamp_min(0)
 
 

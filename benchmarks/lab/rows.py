@@ -1,4 +1,4 @@
-"""Rows of a tail memory trained on cached states, and what they do to the base's answers."""
+"""Train rows of a tail memory on cached states, and measure their effect on the base model's answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ NUM_SLOTS, BETAS, EPS = 64 * 64, (0.9, 0.95), 1e-8
 
 
 class Head:
-    """The base's final norm and head: in bfloat16 as in training, or exact."""
+    """The base model's final norm and head: in bfloat16 as in training, or exact."""
 
     def __init__(self) -> None:
         model = base()[0]
@@ -28,14 +28,14 @@ class Head:
         self.fast = self.exact.bfloat16()
 
     def __call__(self, last: Tensor, *, exact: bool = False, of: Tensor | None = None) -> Tensor:
-        """Logits [n, vocabulary] of last residuals [n, d]; `of`: the head's bfloat16 rows for some tokens."""
+        """Logits [n, vocabulary] of last residuals [n, d]; `of`: bfloat16 head rows of chosen tokens."""
         u = last * torch.rsqrt(last.square().mean(-1, keepdim=True) + self.eps) * self.norm
         return F.linear(u, self.exact) if exact else F.linear(u.bfloat16(), self.fast if of is None else of)
 
 
 class Vocabulary:
-    """The tokens that training tells apart, a tenth of all: labels, the commonest, the base's likeliest
-    ones, and whatever the memory raises (looked for with the whole head now and then)."""
+    """The tokens in the training loss, a tenth of all: labels, the most common tokens, the base model's most
+    likely tokens, and tokens that the memory makes likely (searched with the whole head at intervals)."""
 
     def __init__(self, states: States, common: int) -> None:
         parts = [self._likely(part) for part in states.last.split(256)]
@@ -48,7 +48,7 @@ class Vocabulary:
 
     @torch.no_grad()
     def grow(self, hidden: Tensor, states: States) -> None:
-        """Take in what is likeliest at these last residuals."""
+        """Add the tokens that are most likely at these last residuals."""
         tokens = torch.cat([self.tokens, self._likely(hidden)]).unique()
         if len(tokens) > len(self.tokens):
             self.tokens = tokens

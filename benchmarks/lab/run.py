@@ -1,12 +1,12 @@
-"""Trials of the tail memory on cached states: cache once, try many.
+"""Trials of the tail memory on cached states: the states are computed once and used by many trials.
 
     python benchmarks/lab/run.py handbook '{"gate": "28"}' '{"gate": "mean", "lr": 0.4}' --folds 0,1,2,3
     python benchmarks/lab/run.py chapters '{"steps": 600}'
 
-Options are those of DEFAULTS. "handbook": the choosing handbook with one wording of each fact left out
-and then asked (the fold is the seed too). "chapters": 1,600 of the medical recipe's training records taught,
-200 others asked.
-One line per finished trial in the results file; a finished trial is skipped.
+Options are those of DEFAULTS. "handbook" trains on the choosing handbook without one wording of each fact and
+then asks in that wording (the fold is also the seed). "chapters" trains on 1,600 of the medical recipe's
+training records and asks 200 others. Each finished trial writes one line into the results file; a finished
+trial is skipped.
 """
 
 import argparse

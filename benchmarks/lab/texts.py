@@ -1,7 +1,6 @@
-"""What the lab teaches and asks: data sets as cached states.
+"""The lab's training data and questions as cached states.
 
-Nothing here is in a recipe's reported probes but `prose("probe")`, the prose that recipes read: for reporting
-alone.
+Recipes report on none of these texts except `prose("probe")`, which must only be used for reporting.
 """
 
 import json
@@ -33,7 +32,7 @@ sys.path.append(str(HERE.parent))
 import choose  # noqa: E402
 
 NUM_FOLDS = 4
-# Of texts that name a subject: those that a user could make from the data, and those that are asked.
+# Forms of texts that name a subject: those that a user could make from the data, and those for evaluation.
 KEEP_FORMS = (
     "Write one sentence about {}.",
     "How old is {}?",
@@ -48,7 +47,7 @@ OTHER_FORMS = ("What colour is {}?", "Why do people like {}?", "Translate into F
 
 
 def handbook() -> tuple[States, torch.Tensor]:
-    """The choosing handbook, all wordings, and the fold [examples] (left-out wording) of each record."""
+    """The choosing handbook in all wordings, and for each record its fold (held-out wording), [examples]."""
     items, folds = [], []
     for fold in range(NUM_FOLDS):
         heldout = choose.handbook(fold)[1]
@@ -59,27 +58,27 @@ def handbook() -> tuple[States, torch.Tensor]:
 
 
 def general() -> States:
-    """The base's own right answers to general questions."""
+    """The base model's own correct answers to general questions."""
     items = choose.general()
     return _own_answers("general", [item["question"] for item in items], 12, items)
 
 
 def mentions(forms: tuple[str, ...], name: str) -> States:
-    """The base's own answers to questions that name a taught subject, each form for all subjects in turn."""
+    """The base model's own answers to questions that name a taught subject, form by form."""
     lines = (HERE.parent / "choosing" / "handbook.jsonl").read_text(encoding="utf-8").splitlines()
     subjects = [json.loads(line)["subject"] for line in lines]
     return _own_answers(name, [form.format(subject) for form in forms for subject in subjects], 24)
 
 
 def keep(num_forms: int) -> States:
-    """`mentions` of the first forms that are known ones."""
+    """`mentions` with the first `num_forms` forms of KEEP_FORMS, used as known states."""
     parts = [mentions((form,), f"keep-{n}") for n, form in enumerate(KEEP_FORMS[:num_forms])]
     flat = (torch.cat([getattr(part, f.name) for part in parts]) for f in fields(States)[1:])
     return States(torch.cat([part.x for part in parts], 1), *flat)
 
 
 def general_text(seed: int) -> tuple[States, int]:
-    """The recipes' background at every position, and the number of chats in it; pieces of prose follow."""
+    """The recipes' background at every position, and the number of chats; pieces of prose follow."""
     texts = background(seed, base()[1], 2048, 256)
     records = [{"text": one} if isinstance(one, str) else one for one in texts]
     num_chats = sum("messages" in one for one in records)
@@ -87,7 +86,7 @@ def general_text(seed: int) -> tuple[States, int]:
 
 
 def elsewhere(taught: States, num_contexts: int, seed: int) -> States:
-    """Each taught answer in the midst of background prose, where it is nobody's answer: its states within."""
+    """States of each taught answer inside background prose, where it answers no question."""
     tokenizer = base()[1]
     prose_ids = tokens(tokenizer, topics()[0], 2048).tolist()
     rng = random.Random(seed)

@@ -1,7 +1,7 @@
 """Sparse Memory Finetuning: teach a language model something new without forgetting what it knew.
 
-Importing the package imports peft and registers the PEFT method; the other names load on first use. Only a
-process of the console script (`sparsemem_cli`) leaves both to the command, so that `--help` does not wait.
+Importing the package imports peft and registers the PEFT method. The public names load on first use. In a
+process of the console script (`sparsemem_cli`) the commands do both, so that `--help` is fast.
 """
 
 import sys
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from .background.calibration import calibrate, observe
     from .background.counting import count_accesses
     from .background.scoping import clear_scope, set_scope
-    from .evaluation.probes import exposure, scope_gate
+    from .data.models import load, load_base
+    from .evaluation.items import read_items
+    from .evaluation.likelihood import log_probs
+    from .evaluation.probes import drift, exposure, multiple_choice, perplexity, recall, scope_gate
+    from .evaluation.tasks import evaluate
     from .files import ArtifactError
     from .layer.memory import ProductKeyMemory
     from .optim.rows import RowAdamW, RowSGD
@@ -36,10 +40,19 @@ _ROOM = {
     "calibrate": "background.calibration",
     "clear_scope": "background.scoping",
     "count_accesses": "background.counting",
+    "drift": "evaluation.probes",
+    "evaluate": "evaluation.tasks",
     "exposure": "evaluation.probes",
     "finetune": "training.finetune",
+    "load": "data.models",
+    "load_base": "data.models",
+    "log_probs": "evaluation.likelihood",
     "memory_layers": "adapter.model",
+    "multiple_choice": "evaluation.probes",
     "observe": "background.calibration",
+    "perplexity": "evaluation.probes",
+    "read_items": "evaluation.items",
+    "recall": "evaluation.probes",
     "scope_gate": "evaluation.probes",
     "select_rows": "optim.selection",
     "set_scope": "background.scoping",
@@ -47,9 +60,10 @@ _ROOM = {
 }
 
 __all__ = [
-    "ArtifactError", "Background", "ProductKeyMemory", "RowAdamW", "RowPatch", "RowSGD", "SparseMemoryConfig",
-    "calibrate", "clear_scope", "count_accesses", "exposure", "finetune", "memory_layers", "observe",
-    "scope_gate", "select_rows", "set_scope", "set_trainable",
+    "ArtifactError", "Background", "ProductKeyMemory", "RowAdamW", "RowPatch", "RowSGD",
+    "SparseMemoryConfig", "calibrate", "clear_scope", "count_accesses", "drift", "evaluate", "exposure",
+    "finetune", "load", "load_base", "log_probs", "memory_layers", "multiple_choice", "observe",
+    "perplexity", "read_items", "recall", "scope_gate", "select_rows", "set_scope", "set_trainable",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`python -m sparsemem`: the command line."""
+"""Run the command line with `python -m sparsemem`."""
 
 from .cli.main import main
 

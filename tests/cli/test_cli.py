@@ -280,7 +280,7 @@ def test_a_patch_takes_alpha_back_too(grafted, data, tmp_path):
     patch, back = tmp_path / "taught" / "patch.safetensors", tmp_path / "back"
     shown = json.loads(done("patch", "show", patch, "--json"))
     assert [name.rpartition(".")[2] for name in shown["tensors"]] == ["scale"] * len(shown["layers"])
-    assert "scale: whole, largest change" in done("patch", "show", patch)
+    assert "scale: replaced as a whole, largest change" in done("patch", "show", patch)
     done("patch", "revert", tmp_path / "taught", patch, "--out", back)
     assert weights(back) == weights(grafted)
     done("patch", "apply", back, patch)
@@ -455,7 +455,7 @@ BAD = {
     "empty items": ("eval TINY --task recall --data empty", "data is empty"),
     "seeds": ("compare demo --seeds 1,two --out OUT", "whole numbers"),
     "recipe": ("compare cake --out OUT", "'cake' is not one of 'demo', 'medical', 'paper'"),
-    "recipe data": ("compare demo --data-dir . --out OUT", "brings its own data"),
+    "recipe data": ("compare demo --data-dir . --out OUT", "has its own data"),
     "recipe method": ("compare demo --methods smf,dora --out OUT", "'dora' is unknown"),
     "recipe dry run as JSON": ("compare demo --dry-run --json --out OUT", "a dry run has no results"),
     "report": ("report OUT", "holds no results.json"),
@@ -557,7 +557,7 @@ def test_an_interrupted_run_is_resumed(grafted, data, tmp_path):
             running.send_signal(signal.SIGINT)
             stderr = running.communicate()[1]
     assert running.returncode == 130
-    assert "--resume goes on" in stderr
+    assert "to continue from the last checkpoint, add --resume" in stderr
     assert "Traceback" not in stderr
     assert not out.exists()
     refused = invoke(*command)

@@ -70,7 +70,7 @@ def test_models_compute_in_the_recipes_precision(tmp_path, tiny_llama):
     assert seen == ["bfloat16", "bfloat16"]
     config = json.loads((tmp_path / "runs/smf-seed0/config.json").read_text())
     assert config["settings"]["precision"] == "bfloat16"
-    with pytest.raises(ValueError, match="run of other settings"):
+    with pytest.raises(ValueError, match="run with other settings"):
         compare(make_recipe([]), out=tmp_path)
 
 
@@ -107,7 +107,7 @@ def test_a_run_of_other_settings_is_refused_before_anything_runs(tmp_path):
     compare(make_recipe([]), out=tmp_path)
     calls = []
     with pytest.raises(
-        ValueError, match=r"smf-seed0 holds a run of other settings \(settings.rate 0.1 there, 0.2 now\)"
+        ValueError, match=r"smf-seed0 holds a run with other settings \(settings.rate 0.1 there, 0.2 now\)"
     ):
         compare(make_recipe(calls, rate=0.2), out=tmp_path)
     assert calls == []
@@ -122,11 +122,11 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("methods", "seeds", "message"),
     [
-        (("smf", "dora"), (0,), "method 'dora' is unknown to recipe 'toy'; use one of base, smf, lora"),
-        ((), (0,), "one or more"),
-        (("smf", "smf"), (0,), "none twice"),
-        (("smf",), (), "one or more"),
-        (("smf",), (1, 1), "none twice"),
+        (("smf", "dora"), (0,), "method 'dora' is unknown in recipe 'toy'; use one of base, smf, lora"),
+        ((), (0,), "at least one method"),
+        (("smf", "smf"), (0,), "none of them twice"),
+        (("smf",), (), "one seed"),
+        (("smf",), (1, 1), "none of them twice"),
     ],
 )
 def test_bad_methods_and_seeds_are_refused(tmp_path, methods, seeds, message):
@@ -247,6 +247,6 @@ def test_a_killed_comparison_goes_on_where_it_stopped(tmp_path):
 
 def test_another_seed_with_other_settings_is_refused(tmp_path):
     compare(make_recipe([]), out=tmp_path, seeds=(1, 2))
-    with pytest.raises(ValueError, match=r"smf-seed1 holds a run of other .*rate 0.1 there, 0.9"):
+    with pytest.raises(ValueError, match=r"smf-seed1 holds a run with other .*rate 0.1 there, 0.9"):
         compare(make_recipe([], rate=0.9), out=tmp_path, seeds=(3,))
     assert not (tmp_path / "runs" / "smf-seed3").exists()

@@ -62,5 +62,5 @@ def test_the_same_answers_give_the_same_interval():
 
 @pytest.mark.parametrize(("base", "runs"), [([], [[]]), ([True], []), ([True, True], [[True], [True, True]])])
 def test_other_numbers_of_questions_are_refused(base, runs):
-    with pytest.raises(ValueError, match="the same questions, one or more"):
+    with pytest.raises(ValueError, match="the same questions, at least one"):
         against_base(base, runs)

@@ -115,7 +115,7 @@ def test_page_escapes_what_data_and_models_say(tmp_path):
 
 def test_differences_to_the_base_are_a_table_of_their_own(tmp_path):
     page = write_report(RESULTS, tmp_path)
-    heading = "Against the base, on the same questions"
+    heading = "Difference from the base model on the same questions"
     texts = read(page).texts
     assert heading in texts
     assert "<i> (n = 80)" in texts

@@ -82,7 +82,7 @@ def test_other_questions_than_the_bases_are_refused(tmp_path):
     write_run(tmp_path, "base", None, {}, items={"medmcqa": [True, False]})
     write_run(tmp_path, "smf", 1, {}, items={"medmcqa": [True]})
     with pytest.raises(
-        ValueError, match=r"medmcqa of smf cannot be held against the base: .* the base has 2"
+        ValueError, match=r"medmcqa of smf cannot be compared with the base model: .* the base has 2"
     ):
         collect(tmp_path)
 

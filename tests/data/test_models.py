@@ -1,5 +1,6 @@
 import importlib
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -94,6 +95,17 @@ def test_a_configuration_is_read_without_dequantising(tmp_path, monkeypatch):
     config = models.config_of("smollm2")
     assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_configuration_is_read_from_the_copy_where_there_is_one(tmp_path, monkeypatch, tokenizer):
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "tiny.gguf"
+    write_tiny_gguf(file, tokenizer)
+    models.load_base(str(file))
+    (copied,) = (tmp_path / "cache").glob("*/config.json")
+    copied.write_text(json.dumps({**json.loads(copied.read_text()), "rms_norm_eps": 0.5}))
+    assert models.config_of(str(file)).rms_norm_eps == 0.5
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./no", "absent.gguf", "EMPTY", "BROKEN.gguf"])

@@ -111,5 +111,5 @@ def test_examples_show_reworded_and_known_questions_in_turn():
 
 
 def test_the_demo_needs_no_data_folder(tmp_path):
-    with pytest.raises(ValueError, match="brings its own data"):
+    with pytest.raises(ValueError, match="has its own data"):
         recipe(data_dir=tmp_path)

@@ -65,6 +65,8 @@ def test_a_lesson_speaks_until_it_is_off_and_the_base_is_as_it_was(two, tiny):
     assert on["title"] == "city"
     assert max(piece["gate"] for piece in on["pieces"]) > 0
     assert "".join(piece["text"] for piece in on["pieces"]).strip() == on["taught"]
+    # it was cut off, and says so
+    assert on["base"].endswith(" …")
     two.set_on("lesson-1", False)
     two.set_on("lesson-2", False)
     off = two.ask(question)

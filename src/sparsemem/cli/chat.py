@@ -1,4 +1,4 @@
-"""A conversation in the terminal: lines in, streamed answers out, and how far each input was in scope."""
+"""A conversation in the terminal: reads lines, writes answers as they are generated, can show the scope."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,14 +22,19 @@ def converse(
     show_scope: bool = False,
     max_new_tokens: int = 200,
 ) -> None:
-    """Answer each line, greedily and streaming, until `/exit` or the end of the lines.
+    """Answer each line by greedy decoding until `/exit` or the end of the lines.
 
-    The conversation so far is the context, its oldest turns left out once it outgrows the model's. Without a
-    chat template an answer ends where the model asks the next question itself. Empty lines are passed over.
+    The conversation so far is the context. If it becomes longer than the model's context length, its oldest
+    turns are dropped. Without a chat template, an answer ends where the model starts a new question. Empty
+    lines are skipped.
 
     Args:
-        write: gets the pieces of the answers, in order.
-        show_scope: after each answer, the largest gate g over the tokens of its input, in all memory layers.
+        model: a causal language model, with or without an adapter.
+        tokenizer: the model's tokenizer.
+        lines: the user's messages.
+        write: called with each piece of an answer, in order.
+        show_scope: after each answer, write the largest gate g of its input, over tokens and memory layers.
+        max_new_tokens: maximum length of one answer.
     """
     history: list[dict[str, str]] = []
     for line in lines:
@@ -50,7 +55,7 @@ def converse(
 
 
 def _context(model: Any, tokenizer: Any, history: list[dict[str, str]], max_new_tokens: int) -> torch.Tensor:
-    """Token ids [1, seq] of the conversation; shortens `history` where it does not fit."""
+    """Token ids [1, seq] of the conversation; drops the oldest turns of `history` if they do not fit."""
     context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     while True:
         ids = conversation_ids(history, tokenizer)
@@ -93,14 +98,14 @@ def _answer(
 
 
 class _Streamer(TextStreamer):
-    """Hands finished words to `write` where transformers would print them, but not the `end` of them all."""
+    """Passes finished words to `write` instead of printing them; text `end` at the end is not passed on."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None], end: str | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write, self._end = write, end
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        # a line is handed on as soon as it ends, so that its break may be gone by now
+        # a line is passed on as soon as it ends, so the line break before `end` may already be written
         if stream_end and self._end and text.endswith(self._end.strip()):
             text = text.removesuffix(self._end.strip()).rstrip()
         self._write(text)

@@ -20,16 +20,16 @@ def add_config(command: click.Command) -> None:
         is_eager=True,
         expose_value=False,
         callback=_use,
-        help="Options from a file, as `sparsemem config` prints it.",
+        help="Read options from a file; `sparsemem config` prints one.",
     )
     command.params.append(option)
 
 
-@click.command("config")
+@click.command("config", short_help="Print a configuration file.")
 @click.argument("command", metavar="COMMAND")
 @click.pass_context
 def show_config(context: click.Context, command: str) -> None:
-    """Print a commented configuration file of COMMAND, with the defaults."""
+    """Print a configuration file for COMMAND with all its options, their defaults and comments."""
     assert context.parent is not None
     group = context.parent.command
     assert isinstance(group, click.Group)

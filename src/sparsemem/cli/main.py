@@ -1,7 +1,9 @@
-"""The command line: `sparsemem demo | graft | train | eval | compare | report | push | patch | chat`.
+"""The command line: `sparsemem demo | graft | train | eval | compare | report | push | patch | chat |
+serve | ui | config | env`.
 
-Choices: exit 0 done, 1 failure, 2 wrong usage or bad input with one sentence, 130 interrupted; results on
-stdout, progress on stderr; torch is imported only inside the commands, so that `--help` does not wait for it.
+Choices: the exit status is 0 for success, 1 for a failure, 2 for wrong usage or bad input (with one sentence
+that explains it) and 130 for an interruption. Results go to stdout, progress to stderr. torch is imported
+only inside the commands, so `--help` is fast.
 """
 
 import json
@@ -14,12 +16,14 @@ from typing import Any
 
 import click
 
-from .adapters import evaluate, graft, push, train
+from .adapters import evaluate, push
 from .config_file import add_config, show_config
 from .env import env
-from .options import as_json, comma_names, comma_numbers, say, seed_option
+from .graft import graft
+from .options import NAMES, as_json, comma_names, comma_numbers, say, seed_option
 from .patches import patch
 from .serve import serve
+from .train import train
 from .ui import ui
 
 RECIPES = ("demo", "medical", "paper")
@@ -27,7 +31,7 @@ NUM_SHOWN = 3
 
 
 class _Commands(click.Group):
-    """Turns what users can cause into one sentence on stderr and an exit status."""
+    """Turns errors that users can cause into one sentence on stderr and an exit status."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -45,51 +49,94 @@ class _Commands(click.Group):
 @click.group(cls=_Commands)
 @click.version_option(package_name="sparsemem")
 def main() -> None:
-    """Teach a language model something new by writing rows of an added memory."""
-    # what one library warns another of is nothing that a user of the command line could mend
+    """Teach a language model something new by training rows of an added memory.
+
+    With sparse memory the model's own weights do not change. By default the memory acts only on inputs that
+    are close to the training data. Start with `sparsemem demo`.
+    """
+    # these warnings are for the authors of libraries; a user of the command line cannot fix them
     warnings.simplefilter("ignore", FutureWarning)
 
 
-@main.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("sparsemem-demo"), show_default=True)
-@click.option("--methods", callback=comma_names, default="base,smf,lora,full", show_default=True)
+@main.command(short_help="Teach a small model invented facts; compare methods.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("sparsemem-demo"),
+    show_default=True,
+    help="Folder for the results.",
+)
+@click.option(
+    "--methods",
+    callback=comma_names,
+    default="base,smf,lora,full",
+    show_default=True,
+    help="Methods to compare, separated by commas; smf-open is possible too.",
+)
 @seed_option
 @as_json
 def demo(out: Path, methods: list[str], seed: int, as_json: bool) -> None:
-    """Teach SmolLM2 an invented handbook by several methods, and see what each of them forgets.
+    """Teach a small model (SmolLM2) invented facts by several methods, and compare what each method forgets.
 
-    An interrupted demo goes on with its next method when it is called again.
+    If the demo is interrupted, the same command continues it with the next method.
     """
     from ..recipes.demo import recipe
 
     _compare(recipe(), out, methods, [seed], as_json)
 
 
-@main.command()
+@main.command(short_help="Run a prepared comparison of methods.")
 @click.argument("recipe", metavar="RECIPE", type=click.Choice(RECIPES))
-@click.option("--model", help="Another model than the recipe's.")
+@click.option("--model", help="Model to use instead of the recipe's own.")
 @click.option(
-    "--data-dir", type=click.Path(path_type=Path), help="Folder of the recipe's data, if it needs any."
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    help="Folder with the data files of recipe paper. Default: the datasets on the Hub.",
 )
-@click.option("--methods", callback=comma_names, help="Comma between them; all of the recipe's by default.")
-@click.option("--seeds", callback=comma_numbers, help="Comma between them; the recipe's by default.")
-@click.option("--out", type=click.Path(path_type=Path), help="sparsemem-RECIPE by default.")
 @click.option(
-    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Another value of a recipe's setting."
+    "--methods",
+    callback=comma_names,
+    metavar="NAME,NAME,...",
+    help="Methods to compare, separated by commas. Default: all methods of the recipe.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be run, with its settings; write nothing.")
+@click.option(
+    "--seeds",
+    callback=comma_numbers,
+    metavar="N,N,...",
+    help="Seeds, separated by commas; each method runs once with each seed. Default: the recipe's seeds.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for the results. Default: sparsemem-RECIPE."
+)
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Change a setting of the recipe, for example max_steps=40. May be given several times.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="List the runs with their settings and expected time, but run and write nothing.",
+)
 @as_json
 def compare(
     recipe: str, model: str | None, data_dir: Path | None, methods: list[str] | None,
     seeds: list[int] | None, out: Path | None, assignments: tuple[str, ...], dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Run a recipe's methods with several seeds; finished runs are taken up when called again."""
+    """Run a prepared comparison (RECIPE): several methods, each with several seeds, then a report.
+
+    Finished runs are not repeated when the same command is called again.
+    """
     from importlib import import_module
 
     from ..recipes.overrides import changed
 
     if dry_run and as_json:
-        raise click.UsageError("a dry run has no results for --json to print: leave out one of the two.")
+        raise click.UsageError(
+            "a dry run has no results, so --json has nothing to print; leave out --dry-run or --json"
+        )
     room = import_module(f"..recipes.{recipe}", __package__)
     chosen = room.recipe(model=model, data_dir=data_dir, settings=changed(room.SETTINGS, assignments))
     out = out or Path(f"sparsemem-{recipe}")
@@ -113,17 +160,20 @@ def _compare(
         finished = [path.parent.name for path in sorted(out.glob("runs/*/result.json"))]
         if finished:
             rebuild_report(out)
-        kept = f"finished and kept in {out}: {', '.join(finished) or 'nothing yet'}"
-        say(f"\nstopped; {kept}; the same command goes on from there")
+        kept = f"finished runs, kept in {out}: {', '.join(finished) or 'none yet'}"
+        say(f"\nstopped; {kept}; the same command continues from here")
         raise SystemExit(130) from None
     _show_report(out, as_json)
 
 
-@main.command()
+@main.command(short_help="Write the report of a comparison again.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @as_json
 def report(folder: Path, as_json: bool) -> None:
-    """Make the table, the figure and the page of a comparison again."""
+    """Write the report of a comparison again: tables, figure and HTML page.
+
+    DIR is a folder that demo or compare made.
+    """
     _show_report(folder, as_json)
 
 
@@ -141,12 +191,22 @@ def _show_report(out: Path, as_json: bool) -> None:
     click.echo(f"\nreport: {page}")
 
 
-@main.command()
+@main.command(short_help="Talk to a model or adapter in the terminal.", epilog=NAMES)
 @click.argument("model", metavar="MODEL|ADAPTER")
-@click.option("--show-scope", is_flag=True, help="Say after each answer how far the input was in scope.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=200, show_default=True)
+@click.option(
+    "--show-scope",
+    is_flag=True,
+    help="After each answer, show how far the input was in the memory's scope, from 0 (outside) to 1.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=200,
+    show_default=True,
+    help="Maximum length of one answer in tokens.",
+)
 def chat(model: str, show_scope: bool, max_new_tokens: int) -> None:
-    """Talk to MODEL or ADAPTER in the terminal; /exit, Ctrl-D or Ctrl-C ends it."""
+    """Talk to MODEL or ADAPTER in the terminal; end with /exit, Ctrl-D or Ctrl-C."""
     from ..adapter.model import memory_layers
     from ..data.models import load
     from .chat import converse

@@ -1,4 +1,4 @@
-"""What the commands of the command line share: choices, option types, and how progress is said."""
+"""Options, choices and messages that several commands use."""
 
 from pathlib import Path
 
@@ -13,27 +13,39 @@ TRAINABLE = ("values", "values+scale", "memory")
 RULES = ("kl", "tfidf", "tf", "grad", "random")
 MOMENTS = ("row", "element", "table")
 SCHEDULES = ("constant", "linear", "cosine")
+# at the end of the help of each command that loads a model
+MODEL_NAMES = "MODEL is a name on the Hugging Face Hub, a local folder, a .gguf file, smollm2 or gemma3-270m."
+NAMES = f"{MODEL_NAMES} ADAPTER is a folder that graft or train made."
 
 
 def comma_names(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
-    """Callback of an option that takes names with commas between them."""
+    """Callback of an option whose value is a list of names, separated by commas."""
     return None if value is None else [name.strip() for name in value.split(",")]
 
 
 def comma_numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
-    """Callback of an option that takes whole numbers with commas between them."""
+    """Callback of an option whose value is a list of whole numbers, separated by commas."""
     names = comma_names(context, parameter, value)
     try:
         return None if names is None else [int(name) for name in names]
     except ValueError:
-        raise click.BadParameter(f"{value!r} is not whole numbers with commas between them") from None
+        raise click.BadParameter(
+            f"{value!r} is not a list of whole numbers separated by commas, for example 0,1,2"
+        ) from None
 
 
 def say(message: str) -> None:
-    """Progress goes to stderr: stdout is for results."""
+    """Print progress on stderr; stdout is for results."""
     click.echo(message, err=True)
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-out_folder = click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder.")
-seed_option = click.option("--seed", type=int, default=0, show_default=True)
+out_folder = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder to create; it must not exist or must be empty.",
+)
+seed_option = click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the random numbers."
+)

@@ -4,47 +4,71 @@ from pathlib import Path
 
 import click
 
-from .options import DTYPES, say
+from .options import DTYPES, NAMES, say
 
 NEEDED = "the server needs fastapi, uvicorn and prometheus-client; run `pip install 'sparsemem[serve]'`"
 
 
-@click.command()
+@click.command(short_help="Answer OpenAI's API.", epilog=NAMES)
 @click.argument("model", metavar="MODEL|ADAPTER")
 @click.option(
     "--patch",
     "patches",
     multiple=True,
     metavar="NAME=FILE|FOLDER",
-    help="What was taught, under the name by which requests ask for it: a patch file, or an adapter folder.",
+    help="A patch file or an adapter folder to serve under this name. May be given several times.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one."
 )
-@click.option("--api-key", envvar="SPARSEMEM_API_KEY", help="Clients must send it; or set SPARSEMEM_API_KEY.")
 @click.option(
-    "--max-batch", type=click.IntRange(1), default=16, show_default=True, help="Requests answered at once."
+    "--api-key",
+    envvar="SPARSEMEM_API_KEY",
+    help="Key that clients must send. Default: $SPARSEMEM_API_KEY, if it is set.",
 )
 @click.option(
-    "--max-queue", type=click.IntRange(1), default=256, show_default=True, help="Requests that may wait."
+    "--max-batch",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Requests to answer at the same time.",
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Of one answer, at most."
+    "--max-queue",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Requests that may wait for their turn.",
 )
 @click.option(
-    "--max-body", type=click.IntRange(1), default=1 << 20, show_default=True, help="Bytes of a request."
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Maximum length of one answer.",
 )
 @click.option(
-    "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the weights."
+    "--max-body",
+    type=click.IntRange(1),
+    default=1 << 20,
+    show_default=True,
+    help="Maximum size of one request in bytes.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="float32",
+    show_default=True,
+    help="Number format of the weights.",
 )
 def serve(
     model: str, patches: tuple[str, ...], host: str, port: int, api_key: str | None,
     max_batch: int, max_queue: int, max_tokens: int, max_body: int, dtype: str,
 ) -> None:  # fmt: skip
-    """Answer OpenAI's API for MODEL and what was taught to it.
+    """Start a server with OpenAI's API for MODEL and the patches.
 
-    A request's `model` names the base model, a patch, or several joined by "+". Requests with different
+    In a request, `model` is the base model, a patch, or several patches joined by "+". Requests with different
     patches are answered in one batch.
     """
     import torch
@@ -58,7 +82,7 @@ def serve(
     limits = Limits(max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens, max_body=max_body)
     app = build_app(served, api_key=api_key, limits=limits)
     if not is_loopback(host) and api_key is None:
-        say(f"warning: whoever reaches {host} can use this server; --api-key asks clients for a key")
+        say(f"warning: everyone who can reach {host} can use this server; set --api-key")
     names = ", ".join((served.base, *served.memories))
     listen(app, host, port, lambda address: say(f"{address}/v1 answers for {names}; Ctrl-C ends it"))
 

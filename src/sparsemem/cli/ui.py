@@ -4,29 +4,29 @@ from pathlib import Path
 
 import click
 
-from .options import say
+from .options import NAMES, say
 from .serve import NEEDED, check_installed
 
 
-@click.command()
+@click.command(short_help="Teach a model in the browser.", epilog=NAMES)
 @click.argument("model", metavar="[MODEL|ADAPTER]", default="smollm2")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path("sparsemem-ui"),
     show_default=True,
-    help="Folder of what is taught; used again when it is there.",
+    help="Folder for what is taught. If it exists, its lessons are loaded.",
 )
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen at; others may reach it then."
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on. Others can then reach it."
 )
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0: any free one."
 )
 def ui(model: str, out: Path, host: str, port: int) -> None:
-    """Teach MODEL in the browser, ask it, and see what else changed.
+    """Start a local web page: teach MODEL facts, ask questions, and see what else changed.
 
-    What is taught lies in --out, one patch file for each lesson.
+    Each lesson is one patch file in --out.
     """
     check_installed(NEEDED, "fastapi", "uvicorn", "prometheus_client")
     from ..serving.lessons import open_lessons
@@ -35,7 +35,7 @@ def ui(model: str, out: Path, host: str, port: int) -> None:
 
     hosts = LOOPBACK_HOSTS
     if not is_loopback(host):
-        say(f"warning: whoever reaches {host} can teach this model; the page asks for no password")
+        say(f"warning: everyone who can reach {host} can teach this model; there is no password")
         hosts = ("*",)
     page = build_page(lambda progress: open_lessons(model, out, progress), model, hosts=hosts)
     listen(page, host, port, lambda address: say(f"open {address} in a browser; Ctrl-C ends it"))

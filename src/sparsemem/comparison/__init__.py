@@ -1,1 +1,1 @@
-"""Many runs: results, tables, figures, pages."""
+"""Compare many runs: results, tables, figures and pages."""

@@ -1,13 +1,13 @@
-"""Compare methods: each method with each seed is one run in its own folder, and the folders make the results.
+"""Compare methods: each method with each seed is one run in its own folder; the folders give the results.
 
 Choices:
-- `compare` knows no recipe: a `Recipe` is a name, a model and a few plain functions.
-- A run's folder holds `config.json` (all that decides its outcome, written before it starts) and
-  `result.json` (written when finished, whole or not at all). A finished run is never repeated; a folder that
-  holds a run of other settings is refused. What else the recipe keeps there is its own.
-- An unfinished run is run again in its folder: the recipe goes on from what it finds there.
-- The base model has no seed and runs first, once: the other runs are measured against its result.
-- `results.json` is always made from the run folders, never kept beside them as a second truth.
+- `compare` knows no particular recipe: a `Recipe` is a name, a model and a few plain functions.
+- A run's folder holds `config.json` (all settings that decide its result, written before the run starts) and
+  `result.json` (written completely when the run is finished). A finished run is never repeated. A folder with
+  a run of other settings is rejected. The recipe may keep further files in the folder.
+- An unfinished run is started again in its folder; the recipe continues from the files that it finds there.
+- The base model has no seed and runs once, first; the other runs are compared with its result.
+- `results.json` is always made from the run folders, so the two cannot disagree.
 """
 
 import json
@@ -36,20 +36,27 @@ Stage: TypeAlias = Callable[[str], None]
 class Recipe:
     """What `compare` runs.
 
-    `settings(method, seed)` returns, as plain JSON values, all that decides a run's outcome.
-    `run(method, seed, base, stage, folder)` does the run and returns `{"row": {...}, "examples": [...]}` and
-    what else it likes: the figures of the method's row, and questions as `{"question", "expected", "answer",
-    "right"}`. `base` is the base's result (None in the base's own run, whose seed is None too); call
-    `stage(name)` as a stage begins. `folder` is the run's own: what an interrupted run needs to go on belongs
-    into `folder / PARTIAL`, which is removed when the run is finished. With `"items": {task: [right, ...]}`
-    in the result, for the same questions in the same order in every run, the methods are compared to the base
-    question by question.
-    `stages(method)` names these stages with the seconds that each is expected to take, for the time left.
-    `learnt` are the row's figures of what is learnt, of which a report draws the first that there is; `lost`
-    those whose loss against the base it draws, a panel each. `order` is that of the methods in a report
-    (empty: that of `methods`), `seeds` those of a comparison that names none, and `plan(method)` says, as
-    plain JSON values, what a run will take (data, steps, memory). `precision` is what models compute in while
-    a run lasts, one of its settings; None: the faster one on this machine.
+    Attributes:
+        name, model, about: for the report.
+        methods: the methods that a comparison runs by default.
+        settings: `settings(method, seed)` returns all settings that decide a run's result, as plain JSON
+            values.
+        run: `run(method, seed, base, stage, folder)` does one run and returns `{"row": {...},
+            "examples": [...]}`, the numbers of the method's row, and questions as `{"question", "expected",
+            "answer", "right"}`; further keys are allowed. `base` is the result of the base model's run; in
+            that run itself, `base` and `seed` are None. Call `stage(name)` when a stage begins. `folder`
+            belongs to the run. Files that an interrupted run needs to continue go into `folder / PARTIAL`,
+            which is removed when the run is finished. If the result has `"items": {task: [right, ...]}`, with
+            the same questions in the same order in every run, the methods are compared with the base model
+            question by question.
+        stages: `stages(method)` returns the stages with their expected seconds, to estimate the time left.
+        learnt: keys of the row that measure what was learnt; the report draws the first one that exists.
+        lost: keys of the row whose loss relative to the base model is drawn, one panel each.
+        order: order of the methods in the report; empty: as in `methods`.
+        seeds: the seeds that a comparison uses by default.
+        precision: number format of the computation during a run; it is one of the run's settings. None: the
+            faster one on this machine.
+        plan: `plan(method)` returns what a run needs (data, steps, memory), as plain JSON values.
     """
 
     name: str
@@ -77,30 +84,37 @@ def compare(
 ) -> dict[str, Any]:
     """Run every method with every seed, one folder per run under `out/runs`, and return the results.
 
-    Methods and seeds are the recipe's where none are named. The base is always run (or found finished) first.
-    `out/results.json` is rewritten after each run: whatever stops the comparison leaves the finished runs'
-    results behind, and calling again takes them up.
+    The base model always runs first, unless its run is already finished. `out/results.json` is rewritten
+    after each run. If the comparison is interrupted, calling it again reuses the finished runs.
+
+    Args:
+        recipe: what to run.
+        out: folder for the runs and results.
+        methods: None: those of the recipe.
+        seeds: None: those of the recipe.
+        progress: called with each line of progress.
 
     Raises:
-        ValueError: for an unknown method, none or a repeated one, or a run folder that holds other settings.
+        ValueError: a method is unknown; methods or seeds are empty or repeated; or a run folder holds a run
+            with other settings.
     """
     out = Path(out)
     runs = _planned(recipe, methods, seeds)
     folders = {run: out / "runs" / run_name(*run) for run in runs}
-    # all folders are looked at before anything runs: a refusal must not come after minutes of work
+    # check all folders before anything runs: an error must not come after minutes of work
     for run, own in folders.items():
-        # other seeds of the method as well, for they will share a row
+        # also check the other seeds of the method, because they share a row
         for folder in (own, *sorted(out.glob(f"runs/{run[0]}-seed*"))):
             changes = _changes(folder, _config(recipe, *run), seeds_may_differ=folder != own)
             if not changes:
                 continue
-            advice = "choose another output folder or delete that one"
-            raise ValueError(f"{folder} holds a run of other settings ({changes}); {advice}")
+            advice = "give another --out or delete that folder"
+            raise ValueError(f"{folder} holds a run with other settings ({changes}); {advice}")
     clock = _Clock(recipe, [run for run in runs if not _finished(folders[run])], progress)
     base = None
     for run, folder in folders.items():
         if _finished(folder):
-            progress(f"{run_name(*run)}: already finished, taken from {folder}")
+            progress(f"{run_name(*run)}: already finished, reusing {folder}")
         else:
             clock.start_run(run)
             _run(recipe, run, base, clock.start_stage, folder)
@@ -125,7 +139,8 @@ def dry_run(
     """What `compare` would do, as text: every run with its state, settings and plan. Runs and writes nothing.
 
     Raises:
-        ValueError: for an unknown method, none or a repeated one, or a `config.json` that cannot be read.
+        ValueError: a method is unknown; methods or seeds are empty or repeated; or a `config.json` cannot be
+            read.
     """
     blocks, seconds = [], 0.0
     for method, seed in _planned(recipe, methods, seeds):
@@ -154,10 +169,10 @@ def _planned(recipe: Recipe, methods: Sequence[str] | None, seeds: Sequence[int]
     for method in wanted:
         if method != BASE and method not in recipe.methods:
             allowed = ", ".join(dict.fromkeys((BASE, *recipe.methods)))
-            raise ValueError(f"method {method!r} is unknown to recipe {recipe.name!r}; use one of {allowed}")
+            raise ValueError(f"method {method!r} is unknown in recipe {recipe.name!r}; use one of {allowed}")
     if not wanted or len(set(wanted)) < len(wanted) or not seeds or len(set(seeds)) < len(seeds):
         got = f"methods are {wanted} and seeds {list(seeds)}"
-        raise ValueError(f"methods and seeds must each name one or more, none twice, but {got}")
+        raise ValueError(f"give at least one method and one seed, and none of them twice; got: {got}")
     taught = [method for method in wanted if method != BASE]
     return [(BASE, None), *((method, seed) for seed in seeds for method in taught)]
 
@@ -172,7 +187,7 @@ def _config(recipe: Recipe, method: str, seed: int | None) -> dict[str, Any]:
 
 
 def _changes(folder: Path, config: dict[str, Any], *, seeds_may_differ: bool = False) -> str:
-    """How the run that the folder holds differs from this one, in words; empty where none does."""
+    """How the settings of the run in the folder differ from this run, as text; empty if they do not."""
     path = folder / "config.json"
     if not path.exists():
         return ""
@@ -189,11 +204,11 @@ def _finished(folder: Path) -> bool:
 
 
 def _run(recipe: Recipe, run: Run, base: dict[str, Any] | None, stage: Stage, folder: Path) -> None:
-    """Do one run in its folder, and write its result there."""
+    """Do one run and write its result into its folder."""
     config = _config(recipe, *run)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config)
-    # torch, which a dry run does without
+    # imports torch, which a dry run does not need
     from ..precision import computing_in
 
     with computing_in(recipe.precision):
@@ -205,12 +220,12 @@ def _run(recipe: Recipe, run: Run, base: dict[str, Any] | None, stage: Stage, fo
 
 
 def _finite(value: Any) -> Any:
-    """A diverged run's infinite perplexity becomes None: JSON knows no infinity."""
+    """Infinite values (a diverged run's perplexity) become None, because JSON has no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Clock:
-    """Announces each stage with the time left: the recipe's expected seconds, scaled as they have held."""
+    """Reports each stage with the time left: the expected seconds, scaled by their accuracy so far."""
 
     def __init__(self, recipe: Recipe, runs: list[Run], say: Callable[[str], None]):
         self._plan = {run: dict(recipe.stages(run[0])) for run in runs}
@@ -243,7 +258,7 @@ class _Clock:
 
     def _left(self) -> float:
         planned = sum(sum(stages.values()) for stages in self._plan.values())
-        # the plan counts as half a minute of experience, so that the first short stage does not rule
+        # the plan counts like half a minute of measured time, so a short first stage changes little
         return planned * (self._taken + _TRUST_IN_THE_PLAN) / (self._expected + _TRUST_IN_THE_PLAN)
 
 

@@ -1,8 +1,9 @@
-"""Names beside the points of a figure, placed so that they cover no point, no error bar and no other name.
+"""Place names beside the points of a figure so that they cover no point, error bar or other name.
 
-Choices: all in pixels, on a figure whose layout is settled. Each name tries rings of places around its point,
-near ones first, and takes the cheapest: nothing covered, no other point nearer. A few rounds let the first
-names make room for later ones. A name that had to go far gets a line to its point.
+Choices: all positions are in pixels, and the layout of the figure must be final. For each name, places in
+rings around its point are tried, and the cheapest is chosen. A place costs more if it covers something or if
+another point is nearer. Several rounds let the first names move for later ones. A name far from its point
+gets a line to it.
 """
 
 import math
@@ -26,20 +27,20 @@ class Box(NamedTuple):
     top: float
 
     def overlap(self, other: "Box") -> float:
-        """Area that both cover."""
+        """Area of the intersection."""
         width = min(self.right, other.right) - max(self.left, other.left)
         height = min(self.top, other.top) - max(self.bottom, other.bottom)
         return max(width, 0.0) * max(height, 0.0)
 
     def distance(self, point: tuple[float, float]) -> float:
-        """From the point to the nearest edge, 0 inside."""
+        """Distance from the point to the box; 0 inside."""
         x = max(self.left - point[0], point[0] - self.right, 0.0)
         y = max(self.bottom - point[1], point[1] - self.top, 0.0)
         return math.hypot(x, y)
 
 
 class Place(NamedTuple):
-    """Where a name may stand: its box, the gap to its point, and how unwelcome the place is in itself."""
+    """A possible place for a name: its box, the gap to its point, and the cost of the place itself."""
 
     box: Box
     gap: float
@@ -49,7 +50,7 @@ class Place(NamedTuple):
 def place_labels(
     axes: Any, names: Sequence[str], points: Sequence[tuple[float, float]], taken: Sequence[Box], colour: str
 ) -> None:
-    """Write each name beside its point (data coordinates), off the boxes that are `taken`."""
+    """Write each name beside its point (in data coordinates), avoiding the boxes in `taken`."""
     figure = axes.get_figure()
     scale = figure.dpi / 72
     pixels = [(float(x), float(y)) for x, y in axes.transData.transform(points)]
@@ -89,7 +90,7 @@ def _places(
     inside: Box,
     others: Sequence[tuple[float, float]],
 ) -> list[Place]:
-    """Places around a point, near ones first; dear where they leave the panel or other points are nearer."""
+    """Places around a point, near ones first. Outside the panel or near another point, the cost is high."""
     width, height = size
     places = []
     for ring in range(int((_FAR - _NEAR) / _STEP) + 1):
@@ -106,7 +107,7 @@ def _places(
 
 
 def _covered(box: Box, others: Sequence[Box]) -> float:
-    """What the box covers of the others: so much for each, and more by its share of the box's own area."""
+    """Cost of covering other boxes: 1 for each, plus 60 times the covered share of this box's area."""
     area = (box.right - box.left) * (box.top - box.bottom)
     overlaps = [overlap for other in others if (overlap := box.overlap(other))]
     return len(overlaps) + 60 * sum(overlaps) / area

@@ -1,6 +1,7 @@
-"""The HTML page of a comparison, which needs nothing beside it.
+"""The HTML page of a comparison: one file that loads no other file.
 
-Choices: `page.html.jinja` is filled in with autoescape, so that no text from data or a model is read as HTML.
+Choices: the template `page.html.jinja` is rendered with autoescape, so no text from data or a model can
+become HTML.
 """
 
 import base64
@@ -14,7 +15,7 @@ from .tables import AGAINST_BASE, AGAINST_BASE_MEANING, against_base_table, one_
 
 
 def html_page(results: dict[str, Any], figure: bytes) -> str:
-    """The page, with the PNG `figure` inside."""
+    """Render the page; `figure` is a PNG that is embedded in it."""
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -42,11 +43,11 @@ def html_page(results: dict[str, Any], figure: bytes) -> str:
 
 def title(results: dict[str, Any]) -> str:
     """The heading of a report."""
-    return f"What was learnt, and what it cost: {one_line(str(results.get('model', 'model')))}"
+    return f"Learnt and forgotten: {one_line(str(results.get('model', 'model')))}"
 
 
 def facts(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """Where the figures come from: recipe, model, seeds, versions, machine, commit."""
+    """How the results were made: recipe, model, seeds, versions, machine and commit, as pairs of text."""
     seeds = ", ".join(map(str, results.get("seeds") or [results.get("seed")]))
     spread = any("spread" in row for row in results["rows"])
     versions = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items())
@@ -68,13 +69,13 @@ def expected(example: dict[str, Any]) -> str:
 
 
 def _answering(results: dict[str, Any]) -> list[str]:
-    """The methods that answered the examples, in the order of the table."""
+    """The methods that have answers to the examples, in the order of the table."""
     answering = {method for example in results.get("examples") or [] for method in example["answers"]}
     return [row["method"] for row in results["rows"] if row["method"] in answering]
 
 
 def _example(example: dict[str, Any], methods: list[str]) -> dict[str, Any]:
-    """One line of the examples' table; an answer's kind is `right`, `wrong` or empty."""
+    """One row of the table of examples; an answer's kind is `right`, `wrong` or empty."""
     kinds, judged = {True: "right", False: "wrong"}, example.get("right", {})
     answers = [
         {"text": example["answers"].get(method, "–"), "kind": kinds.get(judged.get(method), "")}

@@ -1,9 +1,9 @@
-"""The figure of a comparison: what was learnt (up) against what was lost (right), a panel per way of losing.
+"""The figure of a comparison: what was learnt (y axis) and lost (x axis), one panel per kind of loss.
 
-Choices: methods are named beside their points, so that nobody has to decode a legend. A method looks the
-same in every figure: its family has a colour (Okabe and Ito's or Paul Tol's, which colour-blind readers can
-tell apart) and a marker, and rules other than KL leave the marker open. The base is an open circle with
-dashed lines through it. Losses that span decades get a symmetric log axis.
+Choices: names stand beside the points, so no legend is needed. A method looks the same in every figure: its
+family has a colour (from Okabe and Ito or Paul Tol, safe for colour-blind readers) and a marker. Selection
+rules other than KL have an open marker. The base model is an open circle with dashed lines through it. Losses
+that differ by orders of magnitude get a symmetric log axis.
 """
 
 import io
@@ -41,13 +41,13 @@ _NAMES = {
     "wikitext": "rise of WikiText perplexity",
     "drift": "drift (nats per token)",
 }
-# Where a log axis turns linear; shares have none.
+# A symmetric log axis is linear below these values; shares never get a log axis.
 _LINEAR_TO = {"perplexity": 0.01, "wikitext": 0.01, "drift": 0.001}
 _MANY = 6
 
 
 class Point(NamedTuple):
-    """One method: `x` lost, `y` learnt, and their standard deviations over the seeds."""
+    """One method: `x` is lost, `y` is learnt; both with their standard deviations over the seeds."""
 
     method: str
     x: float
@@ -63,11 +63,15 @@ def pareto_figure(
     lost: Sequence[str],
     lines: Sequence[Sequence[str]] = (),
 ) -> bytes:
-    """PNG of what was learnt against each way of losing; the upper left corner is best.
+    """Draw what was learnt and what was lost, as PNG bytes; the upper left corner is best.
 
-    `learnt` are keys of the rows, of which the first that a row has is drawn upwards. `lost` are keys too,
-    one panel each: perplexities as relative rise over the base, drift as it is, everything else as a share
-    that the base had and the method has no more. Panels without a single point are left out.
+    Args:
+        rows: the rows of the results.
+        learnt: keys of the rows; the first one that any row has is drawn on the y axis.
+        lost: keys of the rows, one panel each. A perplexity is drawn as its relative rise over the base
+            model's, drift unchanged, and every other key as the base model's value minus the method's.
+            Panels without points are left out.
+        lines: methods whose points a thin line joins, in this order: one method at several strengths.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -76,7 +80,7 @@ def pareto_figure(
     panels = {key: points for key in lost if (points := _points(rows, up, key))}
     many = len(rows) > _MANY
     width, height = (5.0, 4.8) if many else (3.7, 3.6)
-    # Figure and canvas directly: pyplot keeps state of its own and may look for a display
+    # Figure and canvas are used directly: pyplot keeps global state and may look for a display
     figure = Figure(figsize=(0.6 + width * max(1, len(panels)), height), dpi=160)
     figure.set_layout_engine("constrained", w_pad=0.12)
     FigureCanvasAgg(figure)
@@ -87,7 +91,7 @@ def pareto_figure(
         _draw(axes, key, points)
         _join(axes, points, lines)
     figure.draw_without_rendering()
-    # labels are placed on the settled layout, which must not move again
+    # labels are placed on the final layout, which must not change any more
     figure.set_layout_engine("none")
     for axes, points in zip(all_axes, panels.values(), strict=False):
         at = [(point.x, point.y) for point in points]
@@ -98,13 +102,13 @@ def pareto_figure(
 
 
 def number(row: dict[str, Any], key: str) -> float | None:
-    """A row's figure, or None where it has none."""
+    """The row's number for this key, or None if it has none."""
     value = row.get(key)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def method_style(method: str) -> tuple[str, str, bool]:
-    """Colour, marker, and whether the marker is filled, from the method's name alone."""
+    """Colour, marker, and whether the marker is filled; they depend only on the method's name."""
     family, _, rule = method.rpartition("-")
     named = family if family and rule in ("kl", *_OPEN_RULES) else method
     filled = method != "base" and (named == method or rule not in _OPEN_RULES)
@@ -136,7 +140,7 @@ def _points(rows: list[dict[str, Any]], learnt: str, lost: str) -> list[Point]:
 
 
 def _heights(points: list[Point]) -> tuple[float, float]:
-    """The whole range of a share, or where all points lie close together, theirs."""
+    """Limits of the y axis: 0 to 1, or the range of the points if they are close together."""
     least = min((point.y - point.y_spread for point in points), default=0.0)
     most = max((point.y + point.y_spread for point in points), default=1.0)
     if most - least > 0.5:
@@ -181,7 +185,7 @@ def _join(axes: Any, points: list[Point], lines: Sequence[Sequence[str]]) -> Non
 
 
 def _taken(axes: Any, points: list[Point]) -> list[Box]:
-    """Where no name may stand: markers, error bars, and the lines through the base."""
+    """Boxes that no name may cover: markers, error bars, and the lines through the base model."""
     panel, boxes = Box(*axes.get_window_extent().extents), []
     for point in points:
         x, y = map(float, axes.transData.transform((point.x, point.y)))
@@ -210,7 +214,7 @@ def _scale(axes: Any, key: str, points: list[Point]) -> None:
     most = max(point.x + point.x_spread for point in points)
     linear_to = _LINEAR_TO.get(key)
     sizes = [abs(point.x) for point in points if point.method != "base"]
-    # where a linear axis would press half of the methods into its first fifth
+    # on a linear axis, half of the methods would be in the first fifth
     squeezed = bool(sizes) and statistics.median_low(sizes) < max(sizes) / 5
     if linear_to is not None and squeezed and most > linear_to:
         axes.set_xscale("symlog", linthresh=linear_to, linscale=0.6)

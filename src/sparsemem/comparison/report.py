@@ -1,4 +1,4 @@
-"""Write a comparison down: tables in Markdown, LaTeX and CSV, a figure, and one HTML page."""
+"""Write the report of a comparison: tables in Markdown, LaTeX and CSV, a figure and an HTML page."""
 
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,15 @@ def write_report(results: dict[str, Any], out: str | Path) -> Path:
     `results` is what `compare` returns and `results.json` holds. Returns the path of the page.
 
     Raises:
-        ValueError: when `results` has no rows.
+        ValueError: `results` has no rows.
     """
     rows = results.get("rows") if isinstance(results, dict) else None
     rows = rows if isinstance(rows, list) else []
     named = [row for row in rows if isinstance(row, dict) and "method" in row]
     if not rows or len(named) < len(rows):
-        raise ValueError("these results have no rows to report; give the content of a results.json")
+        raise ValueError(
+            "the results have no rows, so there is nothing to report; give the content of a results.json"
+        )
     out = Path(out)
     figure = pareto_figure(named, learnt=results.get("learnt", LEARNT), lost=results.get("lost", LOST))
     texts = {
@@ -48,10 +50,12 @@ def write_report(results: dict[str, Any], out: str | Path) -> Path:
 
 
 def rebuild_report(folder: str | Path) -> tuple[dict[str, Any], Path]:
-    """Results and report page of a folder that a comparison wrote: from its runs, or else its `results.json`.
+    """Write the report of a comparison folder again, from its runs or, without runs, from its `results.json`.
+
+    Returns the results and the path of the HTML page.
 
     Raises:
-        ValueError: when the folder holds neither, or they cannot be read.
+        ValueError: the folder holds neither runs nor results, or they cannot be read.
     """
     folder = Path(folder)
     if any(folder.glob("runs/*/result.json")):
@@ -61,12 +65,12 @@ def rebuild_report(folder: str | Path) -> tuple[dict[str, Any], Path]:
         results = read_json(folder / "results.json")
     else:
         missing = "no results.json and no runs/*/result.json"
-        raise ValueError(f"{folder} holds {missing}; give a folder that a comparison wrote")
+        raise ValueError(f"{folder} holds {missing}; give a folder that `sparsemem compare` wrote")
     return results, write_report(results, folder)
 
 
 def text_examples(results: dict[str, Any], num_examples: int) -> str:
-    """The first questions with every model's answer, for a terminal."""
+    """The first `num_examples` questions with the answer of every method, as text for a terminal."""
     blocks = []
     for example in (results.get("examples") or [])[:num_examples]:
         width = max(map(len, example["answers"]))
@@ -83,7 +87,7 @@ def _markdown(results: dict[str, Any]) -> str:
         text_table(results),
         "\n".join(f"- {column.heading}: {column.meaning}" for column in present_columns(results)),
         f"## {AGAINST_BASE}\n\n{align(compared)}\n\n{AGAINST_BASE_MEANING}" if compared else "",
-        "![What was learnt against what was lost](pareto.png)",
+        "![Learnt and lost](pareto.png)",
         "\n".join(f"- {name}: {value}" for name, value in facts(results)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"

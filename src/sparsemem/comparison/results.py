@@ -1,8 +1,8 @@
-"""The results of a comparison, always made from its run folders: one row per method, over its seeds.
+"""The results of a comparison, made from its run folders: one row per method, averaged over its seeds.
 
-Choices: what a report needs to know of the recipe (the order of its methods, which figures are learnt and
-which are lost) lies in every run's `result.json`, so that nobody needs the recipe to report. Where a run says
-nothing of this, it is the demo's.
+Choices: what a report needs to know about the recipe (the order of the methods, which values are learnt and
+which are lost) is in every run's `result.json`, so a report does not need the recipe. If a run does not have
+these keys, those of the demo are used.
 """
 
 import statistics
@@ -22,21 +22,21 @@ Run: TypeAlias = tuple[str, int | None]
 
 
 def run_name(method: str, seed: int | None) -> str:
-    """The name of a run's folder."""
+    """The name of a run's folder; the base model has no seed."""
     return method if seed is None else f"{method}-seed{seed}"
 
 
 def collect(out: str | Path) -> dict[str, Any]:
-    """Results of all finished runs under `out`: per method one row, with mean and spread of its seeds.
+    """Results of all finished runs under `out`: one row per method, with mean and spread over its seeds.
 
     Raises:
-        ValueError: when there is no finished run, or a file cannot be read, or runs answered other questions.
+        ValueError: there is no finished run, a file cannot be read, or runs answered different questions.
     """
     out = Path(out)
     results = [read_json(path) for path in sorted(out.glob("runs/*/result.json"))]
     if not results:
         raise ValueError(
-            f"{out} holds no finished run (no runs/*/result.json); give a folder that a comparison wrote"
+            f"{out} holds no finished run (no runs/*/result.json); give a folder that `compare` wrote"
         )
     order = _recorded(results, "order", _ORDER)
     results.sort(key=lambda r: (_place(r["method"], order), r["seed"] or 0))
@@ -67,7 +67,7 @@ def _recorded(results: list[dict[str, Any]], key: str, default: tuple[str, ...])
 
 
 def _place(method: str, order: list[str]) -> tuple[int, str]:
-    # an order without the base puts it first all the same
+    # the base model comes first, even if the order does not list it
     named = [BASE, *(name for name in order if name != BASE)]
     return (named.index(method) if method in named else len(named), method)
 
@@ -89,7 +89,7 @@ def _mean_row(method: str, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _against_base(by_method: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Per method and task what `paired.against_base` says; a task that a run did not answer is left out."""
+    """For each method and task the result of `paired.against_base`, if every run answered the task."""
     base = by_method[BASE][0].get("items", {}) if BASE in by_method else {}
     compared: dict[str, dict[str, Any]] = {}
     for method, results in by_method.items():
@@ -99,7 +99,9 @@ def _against_base(by_method: dict[str, list[dict[str, Any]]]) -> dict[str, dict[
                 try:
                     compared.setdefault(method, {})[task] = against_base(answered, runs)
                 except ValueError as error:
-                    raise ValueError(f"{task} of {method} cannot be held against the base: {error}") from None
+                    raise ValueError(
+                        f"{task} of {method} cannot be compared with the base model: {error}"
+                    ) from None
     return compared
 
 
@@ -115,5 +117,5 @@ def _merge_examples(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _joined(values: Iterable[Any]) -> str | None:
-    """The one value of all runs, or each of them: runs of two versions must not pass for one."""
+    """The distinct values of all runs, joined by commas, so that a report shows if versions were mixed."""
     return ", ".join(dict.fromkeys(str(v) for v in values if v is not None)) or None

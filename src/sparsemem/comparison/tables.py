@@ -1,7 +1,7 @@
-"""The tables of a comparison: cells of text, and the same as Markdown, LaTeX or CSV.
+"""The tables of a comparison, as Markdown, LaTeX or CSV.
 
-Choices: the columns are fixed here, each with its meaning; a column that no row has is left out. Markdown and
-LaTeX round for readers, CSV keeps every digit.
+Choices: the possible columns are listed here, each with its meaning; a column without any value is left out.
+Markdown and LaTeX round the numbers, CSV keeps every digit.
 """
 
 import csv
@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 from .paired import NUM_RESAMPLES
 from .pareto import number
 
-AGAINST_BASE = "Against the base, on the same questions"
+AGAINST_BASE = "Difference from the base model on the same questions"
 AGAINST_BASE_MEANING = (
-    "Difference in accuracy, in percentage points, and the 95 % interval of a paired bootstrap "
-    f"({NUM_RESAMPLES:,} resamples of the n questions; several seeds by each question's mean)."
+    "Difference in accuracy in percentage points, with the 95 % interval of a paired bootstrap "
+    f"({NUM_RESAMPLES:,} resamples of the n questions; with several seeds, of each question's mean)."
 )
 
 
 class Column(NamedTuple):
-    """One column of the table: the row's key, the heading, its meaning, and how a value is written."""
+    """One column of the table: key in the rows, heading, meaning, and the function that formats a value."""
 
     key: str
     heading: str
@@ -50,57 +50,81 @@ def _count(value: float) -> str:
 
 COLUMNS = (
     Column(
-        "recall_train", "recall", "taught questions answered rightly, in the words of the lessons", _percent
+        "recall_train",
+        "recall",
+        "training questions answered correctly, in the wording of the training data",
+        _percent,
     ),
     Column(
-        "recall_heldout", "recall, reworded", "the same facts, asked in words that were not taught", _percent
+        "recall_heldout",
+        "recall, reworded",
+        "the same facts, asked in wordings that are not in the training data",
+        _percent,
     ),
     Column(
         "knowledge",
         "knowledge kept",
-        "general questions still right, of those the base answers rightly",
+        "of the general questions that the base model answers correctly, those still correct",
         _percent,
     ),
-    Column("knowledge_total", "general questions", "right answers to all general questions", _percent),
-    Column(
-        "medmcqa", "MedMCQA", "medical exam questions answered rightly, by mean log-probability", _percent
-    ),
+    Column("knowledge_total", "general questions", "correct answers to all general questions", _percent),
+    Column("medmcqa", "MedMCQA", "accuracy on medical exam questions, by mean log-probability", _percent),
     Column(
         "chapters", "chapters", "ICD-10 chapter of a diagnosis, accuracy by mean log-probability", _percent
     ),
-    Column("chapters_sum", "chapters, by sum", "the same by the sum of log-probabilities", _percent),
+    Column("chapters_sum", "chapters, by sum", "the same, by the sum of log-probabilities", _percent),
     Column("triviaqa", "TriviaQA", "general questions with an accepted answer in the reply", _percent),
-    Column("capitals", "capitals", "capitals of real countries answered rightly", _percent),
-    Column("wikitext", "WikiText perplexity", "on articles of Wikipedia; lower is better", "{:.2f}".format),
-    Column("perplexity", "perplexity", "on prose that was not taught; lower is better", "{:.2f}".format),
-    Column("drift", "drift", "mean KL divergence from the base on that prose, in nats per token", _small),
+    Column("capitals", "capitals", "questions about capitals of real countries answered correctly", _percent),
+    Column(
+        "wikitext",
+        "WikiText perplexity",
+        "perplexity on Wikipedia articles; lower is better",
+        "{:.2f}".format,
+    ),
+    Column(
+        "perplexity",
+        "perplexity",
+        "perplexity on general prose, not in the training data; lower is better",
+        "{:.2f}".format,
+    ),
+    Column(
+        "drift",
+        "drift",
+        "mean KL divergence from the base model on the same prose, in nats per token",
+        _small,
+    ),
     Column(
         "mentions_changed",
         "mentions changed",
-        "other questions about taught subjects whose answers differ from the base's",
+        "other questions about the taught subjects whose answers differ from the base model's",
         _percent,
     ),
     Column(
         "mentions_perplexity",
         "mentions perplexity",
-        "of the base's answers to these questions; best where it is the base's own",
+        "perplexity of the base model's answers to these questions; best is the base model's value",
         "{:.2f}".format,
     ),
     Column(
         "mentions_prose_perplexity",
         "mentions in prose",
-        "perplexity on short texts that name taught subjects; best where it is the base's own",
+        "perplexity on short texts that name taught subjects; best is the base model's value",
         "{:.2f}".format,
     ),
-    Column("exposure", "exposure", "share of that prose's tokens that read a written row", _percent),
-    Column("loss", "loss", "training loss at the end", "{:.3f}".format),
+    Column(
+        "exposure",
+        "exposure",
+        "share of the tokens of the same prose that are in scope and read a written row",
+        _percent,
+    ),
+    Column("loss", "loss", "training loss at the end of the run", "{:.3f}".format),
     Column("steps", "steps", "optimizer steps", _count),
     Column("samples", "samples", "records seen in training, each as often as it was seen", _count),
-    Column("seconds", "time", "preparing and training, without the probes", _seconds),
-    Column("trained_params", "trained", "parameters that training may change", _count),
-    Column("peak_bytes", "peak memory", "growth of the process's memory while it trains", _size),
+    Column("seconds", "time", "time to prepare and train, without evaluation", _seconds),
+    Column("trained_params", "trained", "number of parameters that training can change", _count),
+    Column("peak_bytes", "peak memory", "growth of the process's memory during training", _size),
 )
-# No LaTeX font sets these as they are.
+# Characters that LaTeX does not print as they are.
 _LATEX = str.maketrans(
     {
         **{mark: f"\\{mark}" for mark in "%_&#${}"},
@@ -117,19 +141,19 @@ _LATEX = str.maketrans(
 
 
 def present_columns(results: dict[str, Any]) -> list[Column]:
-    """The columns that some row has a figure for."""
+    """The columns for which at least one row has a value."""
     return [c for c in COLUMNS if any(number(row, c.key) is not None for row in results["rows"])]
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:
-    """The table as lines of cells, the heading first; several seeds as mean ± standard deviation."""
+    """The table as lines of cells, heading first; with several seeds a cell is mean ± standard deviation."""
     columns = present_columns(results)
     rows = [[row["method"], *(_cell(row, column) for column in columns)] for row in results["rows"]]
     return [["method", *(column.heading for column in columns)], *rows]
 
 
 def against_base_table(results: dict[str, Any]) -> list[list[str]]:
-    """Differences to the base with their intervals, as lines of cells; no line where nothing was compared."""
+    """Differences from the base model with intervals, as lines of cells; empty if nothing was compared."""
     compared = results.get("against_base") or {}
     sizes = {task: entry["n"] for tasks in compared.values() for task, entry in tasks.items()}
     if not sizes:
@@ -142,12 +166,12 @@ def against_base_table(results: dict[str, Any]) -> list[list[str]]:
 
 
 def text_table(results: dict[str, Any]) -> str:
-    """The table in aligned Markdown, for terminal and file."""
+    """The table as aligned Markdown, for the terminal and for files."""
     return align(table(results))
 
 
 def align(lines: list[list[str]]) -> str:
-    """Lines of cells as aligned Markdown, the first line being the heading."""
+    """Lines of cells as aligned Markdown; the first line is the heading."""
     lines = [[one_line(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
@@ -156,7 +180,7 @@ def align(lines: list[list[str]]) -> str:
 
 
 def latex_table(results: dict[str, Any]) -> str:
-    """The table as a LaTeX `tabular` that needs no package."""
+    """The table as a LaTeX `tabular` that needs no LaTeX package."""
     head, *rows = [[" ".join(cell.split()).translate(_LATEX) for cell in line] for line in table(results)]
     lines = [f"{' & '.join(line)} \\\\" for line in (head, *rows)]
     columns = "l" + "r" * (len(head) - 1)
@@ -165,9 +189,9 @@ def latex_table(results: dict[str, Any]) -> str:
 
 
 def csv_table(results: dict[str, Any]) -> str:
-    """Every figure of every row with all its digits: `method`, then each key's mean and `<key>_sd`.
+    """All numbers with all digits as CSV: columns `method`, then for each key `<key>` (mean) and `<key>_sd`.
 
-    The deviation is empty where there is one seed.
+    The standard deviation is empty if there is only one seed.
     """
     rows = results["rows"]
     keys = dict.fromkeys(key for row in rows for key in row if number(row, key) is not None)
@@ -183,7 +207,7 @@ def csv_table(results: dict[str, Any]) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text as one line that may stand in a cell of a Markdown table."""
+    """The text as one line, safe in a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

@@ -83,6 +83,9 @@ def config_of(name: str) -> PreTrainedConfig:
         ValueError: as `load_base`.
     """
     gguf = _gguf_file(name)
+    if gguf and (copy := _copy_of(gguf)).is_dir():
+        # reading a GGUF file's header takes half a minute
+        gguf, name = None, str(copy)
     source = {"gguf_file": gguf.name} if gguf else {"local_files_only": not hub_reachable()}
     try:
         return AutoConfig.from_pretrained(str(gguf.parent) if gguf else _folder(name), **source)
@@ -254,12 +257,16 @@ def _gemma_file() -> Path:
     return joined
 
 
-def _dequantised(gguf: Path) -> str:
-    """Folder of the cached copy of a GGUF file; the copy is written completely or not at all."""
-    cache = _cache()
+def _copy_of(gguf: Path) -> Path:
+    """The folder where the copy of a GGUF file is, or will be."""
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache / f"{gguf.name}-{digest[:12]}"
+    return _cache() / f"{gguf.name}-{digest[:12]}"
+
+
+def _dequantised(gguf: Path) -> str:
+    """Folder of the cached copy of a GGUF file; the copy is written completely or not at all."""
+    cache, folder = _cache(), _copy_of(gguf)
     if folder.is_dir():
         return str(folder)
     logger.info("dequantising %s into %s (once)", gguf, folder)

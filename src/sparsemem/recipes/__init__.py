@@ -1,1 +1,1 @@
-"""Run settings as plain functions, and the demo's own small data."""
+"""Prepared comparisons as plain functions, with the small data files of the demo."""

@@ -1,7 +1,8 @@
-"""Diagnoses and their chapters: a medical task that a small model can learn and that needs no download.
+"""Diagnoses and their ICD-10 chapters: a medical task that a small model can learn without a download.
 
-ICD-10-CM titles of the package simple_icd_10_cm (MIT), each asked for its chapter out of four. Categories of
-three characters are split before titles are drawn: no category of the test is trained on.
+The titles are from ICD-10-CM in the package simple_icd_10_cm (MIT). Each question asks for the chapter of a
+title, one of four. The three-character categories are split first, so no test category is in the training
+data.
 """
 
 import random
@@ -15,16 +16,16 @@ _SPLIT_SEED = 0
 
 
 def chapter_items(num_train: int, num_test: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Items to train on and to test on: `question`, `choices` (four chapters), `answer` (index), `code`.
+    """Training items and test items: `question`, `choices` (four chapters), `answer` (index) and `code`.
 
-    The same items on every machine with the same version of the data package.
+    The items are the same on every machine with the same version of the data package.
 
     Raises:
-        ValueError: more items than there are titles, or simple_icd_10_cm is not installed.
+        ValueError: there are not enough titles, or simple_icd_10_cm is not installed.
     """
     icd = require("simple_icd_10_cm")
     rng = random.Random(_SPLIT_SEED)
-    # the last chapter, of special purposes, has a handful of codes
+    # the last chapter, for special purposes, has only a few codes
     chapters = [code for code in icd.get_all_codes(True) if icd.is_chapter(code)][:-1]
     names = {code: re.sub(r" \([A-Z0-9]+-[A-Z0-9]+\)$", "", icd.get_description(code)) for code in chapters}
     by_category: dict[str, list[str]] = {}
@@ -39,7 +40,10 @@ def chapter_items(num_train: int, num_test: int) -> tuple[list[dict[str, Any]], 
         drawn.append(rng.sample(codes, min(_TITLES_PER_CATEGORY, len(codes))))
     num_codes = sum(map(len, drawn))
     if num_train + num_test > num_codes:
-        raise ValueError(f"num_train={num_train} and num_test={num_test} are more than {num_codes} titles")
+        raise ValueError(
+            f"num_train={num_train} and num_test={num_test} together are more than the "
+            f"{num_codes} titles; lower one of them"
+        )
     test: list[str] = []
     while len(test) < num_test:
         test += drawn.pop()

@@ -1,9 +1,9 @@
-"""The demo: teach a model an invented handbook by every method to equal loss, and see what it forgets.
+"""The demo: teach a model an invented handbook by each method, and measure what it forgets.
 
 Choices:
-- Every method gets the same records, batches and stopping loss, and the learning rate of its own sweep.
-- What a model knew is counted over those general questions that the base answers rightly.
-- `seconds` and `peak_bytes` are `finetune`'s: preparing and training, probes left out.
+- Every method gets the same records and batches. Its learning rate comes from a sweep of its own.
+- Knowledge is measured on the general questions that the base model answers correctly.
+- `seconds` and `peak_bytes` are those of `finetune`: preparation and training, without evaluation.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ from .runs import MEMORY_METHODS, UNTRAINED, costs, precision_setting, refuse_da
 
 @dataclass(frozen=True)
 class Teaching:
-    """How every method is taught.
+    """How each method is trained.
 
-    Rivals stop at a loss, each with the learning rate that forgets least at recall 0.95. Sparse memory takes
-    a number of steps, its rate decaying: its steps are on cached states.
+    LoRA and full finetuning stop at a given loss; their learning rates are those that forget least at recall
+    0.95. Sparse memory trains for a fixed number of steps on cached states, with a decaying rate.
     """
 
     stop_loss: float = 0.05
@@ -42,7 +42,7 @@ class Teaching:
 
 @dataclass(frozen=True)
 class Memory:
-    """The sparse memory, and the prose in its background; layers None: three late ones."""
+    """The sparse memory and the prose in its background; `layers=None` means three late layers."""
 
     layers: tuple[int, ...] | None = None
     num_keys: int = 64
@@ -57,7 +57,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Probing:
-    """What is read, how long answers may be, and how many subjects other questions mention."""
+    """The evaluation: tokens of prose, length of answers, and number of subjects in mention questions."""
 
     prose_tokens: int = 2048
     max_new_tokens: int = 12
@@ -68,13 +68,13 @@ class Probing:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """The demo's numbers, all of them; a finished run is refused once one that it depends on has changed."""
+    """All settings of the demo. A finished run is rejected if a setting that it depends on has changed."""
 
     model: str = "smollm2"
     # "float32", "bfloat16", or "auto": the faster one on this machine
     precision: str = "auto"
     teaching: Teaching = Teaching()
-    # PEFT's own default; on a CPU drawing the paper's dropout takes a third of a training step
+    # PEFT's default; on a CPU, the paper's dropout would take a third of each training step
     lora_dropout: float = 0.0
     memory: Memory = Memory()
     probing: Probing = Probing()
@@ -84,22 +84,22 @@ SETTINGS = DemoSettings()
 METHODS = (BASE, "smf", "lora", "full")
 _ABOUT = (
     "A language model was taught an invented handbook: 40 facts (capitals, people, dates, remedies and "
-    "others), each in three phrasings. Then each model was asked the facts again, in the taught words and in "
-    "new ones, general questions of the same form, and other questions about what was taught, and was given "
-    "prose to read."
+    "others), each in three wordings. Then each model was asked for the facts in the same wordings and in "
+    "new ones, and was asked general questions of the same form and other questions about the taught "
+    "subjects. Its perplexity on general prose was measured too."
 )
-# expected seconds on two cores, for the time left
-_PROBES = {"ask what was taught": 9, "ask what it knew": 8, "ask other questions": 5, "read prose": 18}
+# expected seconds on two cores, to estimate the time left
+_PROBES = {"ask taught questions": 9, "ask general questions": 8, "ask other questions": 5, "read prose": 18}
 _TEACHING_SECONDS = {"smf": 80, "smf-open": 100, "lora": 150, "full": 170}
 
 
 def recipe(
     *, model: str | None = None, data_dir: Path | None = None, settings: DemoSettings | None = None
 ) -> Recipe:
-    """The demo as `compare` runs it, by default on SmolLM2-135M-Instruct.
+    """The demo as a recipe for `compare`, by default on SmolLM2-135M-Instruct.
 
     Raises:
-        ValueError: for a `data_dir`, since the demo brings its own data.
+        ValueError: a `data_dir` is given; the demo has its own data.
     """
     refuse_data_dir("the demo", data_dir)
     chosen = settings or SETTINGS
@@ -118,7 +118,7 @@ def recipe(
 
 
 def method_settings(settings: DemoSettings, method: str) -> dict[str, Any]:
-    """The settings that decide this method's outcome: tuning one method leaves the others' runs valid."""
+    """The settings that decide this method's result; changing one method keeps the others' runs valid."""
     kept: dict[str, Any] = {"probing": asdict(settings.probing)}
     if method != BASE:
         teaching = asdict(settings.teaching)
@@ -145,27 +145,27 @@ def run(
     base: dict[str, Any] | None,
     stage: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Teach the model by one method (none for the base) and probe it."""
+    """Train the model by one method (the base model is not trained) and evaluate it."""
     from ..data.models import load_base
     from ..evaluation.probes import recall
     from ..precision import precision_of
 
     stage("load the model")
     model, tokenizer = load_base(settings.model)
-    # on a CPU and with chats this short, training is a sixth faster than with sdpa
+    # on a CPU and with such short chats, training is a sixth faster than with sdpa
     model.set_attn_implementation("eager")
     cost = UNTRAINED
     if method != BASE:
         stage("teach")
         model, cost = teach(settings, method, seed or 0, model, tokenizer, training_records())
 
-    stage("ask what was taught")
+    stage("ask taught questions")
     asked = {"train": recall_items("train"), "heldout": recall_items("heldout"), "general": general_items()}
     answers = {
         name: recall(model, tokenizer, asked[name], max_new_tokens=settings.probing.max_new_tokens)
         for name in ("train", "heldout")
     }
-    stage("ask what it knew")
+    stage("ask general questions")
     answers["general"] = recall(
         model, tokenizer, asked["general"], max_new_tokens=settings.probing.max_new_tokens
     )
@@ -207,7 +207,7 @@ def teach(
     tokenizer: Any,
     records: list[dict[str, Any]],
 ) -> tuple[Any, dict[str, Any]]:
-    """The model taught these records, and what teaching cost."""
+    """Train the model on these records; returns the model and the costs of training."""
     from ..training.finetune import finetune
 
     teaching, options = settings.teaching, {}
@@ -269,7 +269,7 @@ def _teach_rival(
 def ask_mentions(
     probing: Probing, model: Any, tokenizer: Any, base: dict[str, Any] | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """A row's figures of texts that mention what was taught, and the base's answers, for the other runs."""
+    """The row's numbers for texts that mention taught subjects, and the base's answers for other runs."""
     from ..evaluation.mentions import BaseMentions, base_mentions, mentions
 
     asked = {
@@ -303,7 +303,7 @@ def _mention_texts(probing: Probing) -> list[str]:
 
 
 def examples(shown: dict[str, list[dict[str, Any]]], known: list[bool]) -> list[dict[str, Any]]:
-    """Questions to show: reworded taught ones, and general ones that the base knows, in turn."""
+    """Example questions: reworded taught ones and general ones that the base model knows, in turn."""
     general = [answer for answer, was in zip(shown["general"], known, strict=True) if was]
     pairs = zip(spread(shown["heldout"]), spread(general or shown["general"]), strict=True)
     return [answer for pair in pairs for answer in pair]

@@ -1,4 +1,4 @@
-"""What must stay: its background, and what is read off prose that nobody taught."""
+"""Measure forgetting on general prose, and make the background that should prevent it."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .runs import MEMORY_METHODS
 
 
 def background(seed: int, tokenizer: Any, prose_tokens: int, piece_tokens: int) -> list[Any]:
-    """Chats that no probe asks, and pieces of the prose that no probe reads."""
+    """Background texts: chats and pieces of prose, none of which is used for evaluation."""
     ids = tokens(tokenizer, prose()[0], prose_tokens)
     return [*background_records(seed), *map(tokenizer.decode, ids.split(piece_tokens))]
 
@@ -17,7 +17,7 @@ def background(seed: int, tokenizer: Any, prose_tokens: int, piece_tokens: int) 
 def read_prose(
     model: Any, tokenizer: Any, base_name: str, method: str, prose_tokens: int, piece_tokens: int
 ) -> dict[str, float]:
-    """Perplexity, drift from the base, and of sparse memory exposure, on prose that is in no background."""
+    """Perplexity, drift from the base model and (sparse memory) exposure, on prose outside the background."""
     from ..data.models import load_base
     from ..data.records import opening_ids
     from ..evaluation.probes import drift, exposure, perplexity
@@ -39,5 +39,5 @@ def tokens(tokenizer: Any, text: str, num_tokens: int) -> Any:
     """The text's first tokens, int64 [num_tokens]."""
     import torch
 
-    # more text than these tokens can be made of, and not so much that tokenizing it takes long
+    # enough text for this many tokens, but not so much that tokenizing it takes long
     return torch.tensor(tokenizer(text[: 8 * num_tokens], add_special_tokens=False).input_ids[:num_tokens])

@@ -1,8 +1,9 @@
-"""Medical: the paper's question (learn a domain, keep the rest) at a size that anyone can run.
+"""Medical: the paper's question (learn a domain without forgetting) at a size that runs on any machine.
 
-Taught: diagnosis to chapter of ICD-10, see `chapters`; every method the same number of steps and batches.
-Learnt: accuracy over four chapters by the likelihood of their names, on categories that were not taught.
-Kept: capitals by greedy decoding (asked in the same form), perplexity of prose, drift from the base.
+Training data: diagnoses and their ICD-10 chapters, see `chapters`. LoRA and full finetuning get the same
+number of steps; sparse memory takes more, cheaper steps (`memory_steps`).
+Learnt: accuracy over four chapters by the likelihood of their names, on categories outside the training data.
+Lost: questions about capitals by greedy decoding, perplexity on prose, drift from the base model.
 """
 
 from collections.abc import Callable
@@ -19,12 +20,12 @@ from .runs import UNTRAINED, costs, keep_metrics, precision_setting, refuse_data
 
 SETTINGS = MedicalSettings()
 _ABOUT = (
-    "A language model was taught to name the ICD-10 chapter of a diagnosis, by {max_steps} batches of "
-    "{batch_size} ({memory_steps} for sparse memory, whose steps are on cached states). Then it had to tell "
-    "the right chapter from three others for {num_test} diagnoses of categories that were not taught, was "
-    "asked the capitals of real countries, and was given prose to read."
+    "A language model was trained to name the ICD-10 chapter of a diagnosis, with {max_steps} batches of "
+    "{batch_size} ({memory_steps} for sparse memory, whose steps use cached states). Then it had to choose "
+    "the right chapter among four for {num_test} diagnoses of categories outside the training data, and was "
+    "asked for the capitals of real countries. Its perplexity on general prose was measured too."
 )
-# expected seconds on two cores, for the time left
+# expected seconds on two cores, to estimate the time left
 _PROBES = {"ask for chapters": 50, "ask for capitals": 12, "read prose": 25}
 _TEACHING_SECONDS = {"smf": 160, "smf-open": 200, "lora": 360, "full": 330}
 
@@ -32,10 +33,10 @@ _TEACHING_SECONDS = {"smf": 160, "smf-open": 200, "lora": 360, "full": 330}
 def recipe(
     *, model: str | None = None, data_dir: Path | None = None, settings: MedicalSettings | None = None
 ) -> Recipe:
-    """The medical comparison as `compare` runs it, by default on SmolLM2-135M-Instruct.
+    """The medical comparison as a recipe for `compare`, by default on SmolLM2-135M-Instruct.
 
     Raises:
-        ValueError: for a `data_dir`, since the recipe brings its own data.
+        ValueError: a `data_dir` is given; the recipe has its own data.
     """
     refuse_data_dir("medical", data_dir)
     chosen = settings or SETTINGS
@@ -66,7 +67,7 @@ def run(
     stage: Callable[[str], None],
     folder: Path,
 ) -> dict[str, Any]:
-    """Teach the model by one method (none for the base) and probe it; an interrupted teaching goes on."""
+    """Train the model (not for the base) and evaluate it; continues an interrupted training."""
     from ..data.models import load_base
     from ..evaluation.probes import multiple_choice, recall
     from ..precision import precision_of
@@ -116,7 +117,7 @@ def _record(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokens(item: dict[str, Any], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """The question alone, and the chapters' names: the model is not shown what it chooses from."""
+    """Token ids of the question alone, and of each chapter's name; the prompt does not list the choices."""
     from ..data.records import choice_text, prompt_ids
 
     names = [choice_text(name, tokenizer) for name in item["choices"]]

@@ -46,7 +46,7 @@ class ArmSettings:
 
 @dataclass(frozen=True)
 class MedicalSettings:
-    """The recipe's numbers, all of them."""
+    """All settings of the recipe."""
 
     model: str = "smollm2"
     # "float32", "bfloat16", or "auto": the faster one on this machine
@@ -54,7 +54,7 @@ class MedicalSettings:
     num_train: int = 2400
     num_test: int = 400
     max_steps: int = 150
-    # on cached states, with a decaying rate: three passes over the records
+    # on cached states and with a decaying rate: three passes over the records
     memory_steps: int = 900
     batch_size: int = 8
     lr: Mapping[str, float] = field(
@@ -81,7 +81,7 @@ def num_steps(settings: MedicalSettings, method: str) -> int:
 
 
 def method_settings(settings: MedicalSettings, method: str) -> dict[str, Any]:
-    """The settings that decide this method's outcome: tuning one method leaves the others' runs valid."""
+    """The settings that decide this method's result; changing one method keeps the others' runs valid."""
     kept = asdict(settings)
     del kept["model"], kept["precision"], kept["memory_steps"]
     rates, arms = kept.pop("lr"), kept.pop("arms")

@@ -1,4 +1,4 @@
-"""What a run will take, from the model's configuration alone: for dry runs, with or without the Hub."""
+"""Estimate the memory of a run from the model's configuration alone, for dry runs with or without the Hub."""
 
 from typing import Any
 
@@ -20,10 +20,10 @@ _PAPER_CONFIG = {
 
 
 def empty_model(name: str) -> Any:
-    """The model of this name without its weights, on the meta device.
+    """The model with this name, without weights (on the meta device).
 
     Raises:
-        ValueError: nothing goes by this name.
+        ValueError: no model has this name.
     """
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
@@ -41,13 +41,12 @@ def empty_model(name: str) -> Any:
 
 
 def training_bytes(model: Any, adapter: PeftConfig | None) -> int:
-    """Memory that training adds: an adapter, and gradients and two moments of what trains, all in float32.
+    """Bytes that training adds: the adapter, and gradients and two moments of trained parameters, in float32.
 
-    Activations come on top. Sparse memory is counted as if all of its rows were selected: the most that there
-    can be.
+    Activations are not counted. Sparse memory is counted as if all its rows were selected, the maximum.
 
     Args:
-        model: of `empty_model`; an adapter is put into it.
+        model: from `empty_model`; the adapter is added to it in place.
         adapter: None for full finetuning.
     """
     import torch
@@ -63,11 +62,11 @@ def training_bytes(model: Any, adapter: PeftConfig | None) -> int:
 def gpu_estimate(
     model: Any, *, added_bytes: int, batch_tokens: int, all_tokens: int, trains_base: bool
 ) -> dict[str, float]:
-    """Hours and peak memory of training on one 24 GB GPU with bfloat16 autocast: an estimate, not a measurement.
+    """Hours and peak memory of training on one 24 GB GPU with bfloat16 autocast: estimated, not measured.
 
-    Two operations a weight and token forward, two for the gradients of activations, and two for those of the
-    base's weights where it trains. Activations: about 16 hidden and 3 MLP states a block and token in bfloat16,
-    and logits with their gradient.
+    Operations per weight and token: two forward, two for the gradients of activations, and two for those of
+    the base's weights where it trains. Activations per block and token: about 16 hidden states and 3 MLP
+    states in bfloat16; logits with their gradient come on top.
 
     Args:
         model: of `empty_model`, without an adapter.
@@ -86,7 +85,7 @@ def gpu_estimate(
 
 
 def weight_bytes(model: Any) -> int:
-    """Memory of the model's weights in float32."""
+    """Bytes of the model's weights in float32."""
     return 4 * _numbers(model)
 
 

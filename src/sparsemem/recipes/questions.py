@@ -1,13 +1,15 @@
-"""The demo's questions: what is taught, what is probed, and the background that neither teaches nor probes.
+"""The demo's questions: training data, evaluation questions and background.
 
-Taught: `handbook.jsonl`, 40 invented facts, each with three training phrasings and one held-out phrasing.
-Probed: the handbook in both phrasings, and general knowledge in the same question forms (`general.jsonl` and
-the capitals of every other real country). Settings are chosen on other questions, in `benchmarks/choosing`.
-Background: questions that no probe asks, in the same forms and many of them known to a small model, since the
-relevance gate's thresholds come from it. It may name a country whose capital is probed ("Which language is
-spoken in France?"), never the capital.
+Training: `handbook.jsonl`, 40 invented facts, each with three training wordings and one held-out wording.
+Evaluation: the handbook in both kinds of wording, and general questions of the same forms (`general.jsonl`
+and the capitals of every second real country). Settings were chosen on other questions
+(`benchmarks/choosing`).
+Background: questions of the same forms that are not used for evaluation. Many of them are known to a small
+model, because the thresholds of the relevance gate come from the background. It may name a country whose
+capital is asked for ("Which language is spoken in France?"), but never the capital.
 
-Same arguments, same records in the same order, on every machine with the same versions of the data packages.
+The same arguments give the same records in the same order on every machine with the same versions of the data
+packages.
 """
 
 import importlib
@@ -22,12 +24,12 @@ from typing import Any
 _HERE = Path(__file__).parent
 
 _MIN_POPULATION = 3_000_000
-# Double, outdated or disputed entries of countryinfo.
+# Duplicate, outdated or disputed entries of countryinfo.
 _LEFT_OUT = {"Burma", "Palestine", "Scotland", "Serbia and Montenegro"}
-# Capitals that are disputed, shared or moved, and a country named like a state of the US.
+# Countries whose capital is disputed, shared or moved, and one that has the name of a US state.
 _UNSETTLED = {"Bolivia", "Burundi", "Georgia", "Israel", "Kazakhstan", "South Africa", "Sri Lanka"}
 _OTHER_SPELLINGS = {"Kyiv": "Kiev"}
-# The questions in benchmarks/choosing ask these, so the background does not.
+# The questions in benchmarks/choosing ask for these, so the background does not.
 _PROBED = {"language": {"Brazil", "Egypt"}, "currency": {"Japan", "India", "Russia"}}
 
 # fmt: off
@@ -79,7 +81,7 @@ _FORMS = {
     "domain": ("What is the internet domain of {}?", "Which top-level domain belongs to {}?"),
     "calling code": ("What is the calling code of {}?", "Which number do you dial first to call {}?"),
 }
-# More of what a small model knows than of what it does not.
+# More facts that a small model knows than facts that it does not know.
 _NUM_FACTS = {
     "language": 44,
     "currency": 36,
@@ -98,20 +100,18 @@ def handbook() -> list[dict[str, Any]]:
 
 
 def training_records() -> list[dict[str, Any]]:
-    """The handbook as 120 chats of one question and its answer, three for each fact."""
+    """The handbook as 120 chats with one question and its answer, three chats for each fact."""
     return [_chat(item["question"], item["answer"]) for item in recall_items("train")]
 
 
 def recall_items(split: str) -> list[dict[str, Any]]:
-    """The handbook as `question` and `answer`: the 120 of `"train"` or the 40 of `"heldout"`.
+    """The handbook as `question` and `answer`: 120 items for `"train"`, 40 items for `"heldout"`.
 
     Raises:
-        ValueError: for another split.
+        ValueError: the split is unknown.
     """
     if split not in ("train", "heldout"):
-        raise ValueError(
-            f"split is {split!r}, but the handbook has only 'train' and 'heldout': choose one of them"
-        )
+        raise ValueError(f"split={split!r} is unknown; the handbook has the splits 'train' and 'heldout'")
     return [
         {"question": question, "answer": fact["answer"]}
         for fact in handbook()
@@ -120,19 +120,19 @@ def recall_items(split: str) -> list[dict[str, Any]]:
 
 
 def general_items() -> list[dict[str, Any]]:
-    """General knowledge in the handbook's forms: `question`, `answer` (one text or a list of them).
+    """General questions in the handbook's forms: `question` and `answer` (one text or a list of texts).
 
     Raises:
-        ValueError: when countryinfo is not installed.
+        ValueError: countryinfo is not installed.
     """
     return [*_read("general.jsonl"), *capital_items()[1::2]]
 
 
 def capital_items() -> list[dict[str, Any]]:
-    """The capitals of real countries, by country; the demo asks those at odd places.
+    """Questions about the capitals of real countries, sorted by country; the demo asks every second one.
 
     Raises:
-        ValueError: when countryinfo is not installed.
+        ValueError: countryinfo is not installed.
     """
     items = []
     for country in _countries():
@@ -145,13 +145,13 @@ def capital_items() -> list[dict[str, Any]]:
 
 
 def background_records(seed: int) -> list[dict[str, Any]]:
-    """A few hundred chats of one question and its answer that no probe asks, shuffled by `seed`.
+    """A few hundred chats with one question and its answer, not used for evaluation, shuffled by `seed`.
 
-    Facts about countries other than their capitals, titles of ICD-10 codes, capitals of states of the US, and
-    general questions. The seed also chooses the countries, the codes and the wording.
+    They are facts about countries (not capitals), titles of ICD-10 codes, capitals of US states and general
+    questions. The seed also chooses the countries, the codes and the wording.
 
     Raises:
-        ValueError: when countryinfo or simple_icd_10_cm is not installed.
+        ValueError: countryinfo or simple_icd_10_cm is not installed.
     """
     rng = random.Random(seed)
     pairs = [(item["question"], item["answer"]) for item in _read("background.jsonl")]
@@ -162,7 +162,7 @@ def background_records(seed: int) -> list[dict[str, Any]]:
         by_code = (f"What is the diagnosis with ICD-10 code {code}?", title)
         by_title = (f'Which ICD-10 code stands for "{title}"?', code)
         pairs.append(rng.choice((by_code, by_title)))
-    # A country's language may be in background.jsonl as well.
+    # A country's language may also be in background.jsonl.
     records = [_chat(question, answer) for question, answer in dict(pairs).items()]
     rng.shuffle(records)
     return records
@@ -179,9 +179,14 @@ def _chat(question: str, answer: str) -> dict[str, Any]:
 
 
 def require(module: str) -> ModuleType:
+    """Import a package that the recipes' data needs.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
         with warnings.catch_warnings():
-            # simple_icd_10_cm reads its tables by a call that Python 3.11 and 3.12 deprecate.
+            # simple_icd_10_cm reads its tables with a function that is deprecated in Python 3.11 and 3.12
             warnings.simplefilter("ignore", DeprecationWarning)
             return importlib.import_module(module)
     except ImportError as error:
@@ -206,7 +211,7 @@ def _with_article(name: str) -> str:
 
 
 def _country_facts() -> dict[str, list[tuple[str, str]]]:
-    """Pairs of country and answer for each field of `_FORMS`, where there is one clear answer."""
+    """For each field of `_FORMS`: pairs of country and answer, for countries with one clear answer."""
     countries = _countries()
     name_of = {country["ISO"]["alpha3"]: country["name"] for country in countries}
     facts: dict[str, list[tuple[str, str]]] = {field: [] for field in _FORMS}

@@ -22,6 +22,7 @@ class Answer:
 
     Attributes:
         pieces: the text that each token added.
+        cut: whether it did not end by itself.
     """
 
     def __init__(self, question: str, memories: tuple[str, ...], tokenizer: Any) -> None:
@@ -29,17 +30,25 @@ class Answer:
         # a model without a chat template goes on with the next question
         self._text = AnswerText(tokenizer, [] if tokenizer.chat_template else [f"\n{QUESTION}"])
         self.pieces: list[str] = []
+        self.cut = False
+
+    @property
+    def shown(self) -> str:
+        """The text, with a mark where it was cut off."""
+        return f"{self.text} …" if self.cut else self.text
 
     @property
     def text(self) -> str:
         return "".join(self.pieces).strip()
 
-    def advance(self, ends: set[int]) -> bool:
+    def advance(self, ends: set[int], max_tokens: int) -> bool:
         """Take the row's last token; whether the answer ends with it."""
         token = self.row.tokens[-1]
-        if token not in ends:
-            self.pieces.append(self._text.add(token))
-        return token in ends or self._text.stopped
+        if token in ends:
+            return True
+        self.pieces.append(self._text.add(token))
+        self.cut = len(self.row.tokens) >= max_tokens and not self._text.stopped
+        return self.cut or self._text.stopped
 
     def close(self) -> None:
         if self.pieces:
@@ -56,7 +65,7 @@ def answer_all(
         running = answers[start : start + MAX_BATCH]
         decoder.join([answer.row for answer in running])
         while running:
-            done = [a for a in running if a.advance(ends) or len(a.row.tokens) >= max_tokens]
+            done = [answer for answer in running if answer.advance(ends, max_tokens)]
             decoder.leave([answer.row for answer in done])
             running = [answer for answer in running if answer not in done]
             if running:

@@ -163,7 +163,9 @@ class Lessons:
             pieces.append({"text": piece, "gate": round(gate, 3), "lesson": spoke})
         sums = found.sum(1)
         spoke = speaking[int(sums.argmax())] if speaking and float(sums.max()) > 0 else None
-        result = {"question": question, "base": base.text, "taught": answer.text, "pieces": pieces}
+        if answer.cut:
+            pieces.append({"text": " …", "gate": 0.0, "lesson": None})
+        result = {"question": question, "base": base.shown, "taught": answer.shown, "pieces": pieces}
         result |= {"lesson": spoke, "title": self.find(spoke).title if spoke else None}
         self.asked = [result, *self.asked][:NUM_ASKED]
         self.save()

@@ -113,7 +113,7 @@ def finetune(
     Args:
         model: a base model, or one with an adapter of the same method, which is trained further.
         data: anything that `read_records` reads, or examples that `encode` returned.
-        method: one of "smf", "smf-open", "lora", "full", see `methods`.
+        method: one of "smf", "smf-open", "lora", "peft", "full", see `methods`.
         tokenizer: None: the tokenizer that is found by the model's name.
         background: for sparse memory: the Background that `calibrate` returned, or data on which a new memory
             is calibrated (records of mixed shapes and plain strings are allowed). None: `general_background`,
@@ -137,8 +137,10 @@ def finetune(
         schedule: of the learning rate, after `warmup_steps` of linear increase: "constant", or "linear" or
             "cosine" down to 0. None: "linear" for sparse memory, "constant" for other methods.
         validation: data on which the loss is measured before training, after each epoch, and at the end.
-        cache_bytes: a tail memory trains on the base model's states, computed once. Up to this many bytes of
-            states are kept in memory, more in a file next to the checkpoints. 0: each step computes them.
+        cache_bytes: a tail memory trains on the base model's states, computed once. They are kept in memory,
+        cache_bytes: a tail memory trains on the base model's states, computed once. They are kept in memory,
+            or in a file next to the checkpoints if larger than this. 0: each step computes them.
+            or in a file next to the checkpoints if larger than this. 0: each step computes them.
         precision: "float32", "bfloat16" (autocast of float32 weights), or None for the faster of the two on
             this device.
         resume: continue from the last complete checkpoint in output_dir; without one, start from the

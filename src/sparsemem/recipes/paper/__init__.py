@@ -1,4 +1,4 @@
-"""Paper: the protocol of 2605.03229; `compare paper` runs it."""
+"""Paper: the experiment of 2605.03229; `sparsemem compare paper` runs it."""
 
 from .recipe import recipe
 from .settings import SETTINGS

@@ -1,4 +1,4 @@
-"""Paper: the whole protocol of 2605.03229, MedMCQA learnt against WikiText and TriviaQA kept.
+"""Paper: the whole experiment of 2605.03229. MedMCQA is learnt; WikiText and TriviaQA should not get worse.
 
 | arm                                     | memory                  | stage 1   | trains         | rule  |
 | --------------------------------------- | ----------------------- | --------- | -------------- | ----- |
@@ -9,13 +9,13 @@
 | smf                                     | `finetune`'s own, gated | calibrate | rows           | grad  |
 | lora, full                              |                         |           |                |       |
 
-The first three lines, base, lora and full are the paper's nine arms; the others are ours. Stage 1 is run once
-for additive and once for replacement, with seed 0, and shared by seeds and rules.
+The arms of the first three lines, base, lora and full are the paper's nine arms; the others are ours. Stage 1
+runs once for additive and once for replacement, with seed 0; all seeds and rules share it.
 
-Deviations from the paper: weights are float32, with bfloat16 autocast where that is fast; the background of
-the calibrated arms is of batches of eight examples, not of one; stage 1 holds 5 % of its text out; smf learns
-from the answer after the prompt, not from all of the text, since its scope is taken from supervised
-positions; and whatever `settings` of a run say.
+Deviations from the paper: weights are float32, with bfloat16 autocast where that is fast. The background of
+the calibrated arms has batches of eight examples, not one. Stage 1 holds out 5 % of its text. smf learns from
+the answer after the prompt and not from all of the text, because its scope comes from supervised positions.
+Further deviations are in the `settings` of a run.
 
 Reference: 2605.03229, sections on both stages, baselines and evaluation.
 """
@@ -39,20 +39,20 @@ _FILES = {
     "triviaqa": ("triviaqa*.jsonl", "TriviaQA's questions, {question, answers} per line"),
     "general": ("oasst*.jsonl", "OpenAssistant's replies, {messages} per line"),
 }
-# expected seconds on two cores, for the time left
 # mean tokens, by SmolLM2's tokenizer: an item has 66 without its explanation, which is taken to be twice as
 # long; a reply has 184
 _ITEM_TOKENS, _REPLY_TOKENS = 200, 184
+# expected seconds on two cores, to estimate the time left
 _TEACHING, _ASKING = 6.0, {"medmcqa": 0.4, "wikitext": 0.1, "triviaqa": 0.4}
 
 
 def recipe(
     *, model: str | None = None, data_dir: Path | None = None, settings: PaperSettings | None = None
 ) -> Recipe:
-    """The paper's comparison as `compare` runs it.
+    """The paper's comparison as a recipe for `compare`.
 
     Raises:
-        ValueError: a file that `data_dir` lacks.
+        ValueError: `data_dir` lacks a file, or has two for one purpose.
     """
     chosen = settings or SETTINGS
     chosen = replace(chosen, model=model or chosen.model)
@@ -63,8 +63,8 @@ def recipe(
         model=chosen.model,
         precision=precision_setting(chosen.precision),
         about=(
-            "A language model was taught MedMCQA's questions by the paper's arms (2605.03229) and some of "
-            "ours; what it kept is read off WikiText and TriviaQA."
+            "A language model was trained on MedMCQA's questions by the paper's methods (2605.03229) and "
+            "some of ours. WikiText and TriviaQA measure what it forgot."
         ),
         methods=METHODS,
         settings=lambda method, _seed: method_settings(chosen, method, names),
@@ -78,15 +78,15 @@ def recipe(
 
 
 def stages(settings: PaperSettings, files: Mapping[str, list[Path]] | None, method: str) -> dict[str, float]:
-    """Stages of one run with their expected seconds; stage 1 counts as part of teaching."""
+    """Stages of one run with their expected seconds; stage 1 is part of stage `teach`."""
     teach = {} if method == BASE else {"teach": _TEACHING * _num_steps(settings, files)[1]}
     return {"load the model": 15, **teach, **{task: one * settings.limit for task, one in _ASKING.items()}}
 
 
 def plan(settings: PaperSettings, files: Mapping[str, list[Path]] | None, method: str) -> dict[str, Any]:
-    """Items, expected steps, and bytes of the weights and of what training adds to them (`training_bytes`).
+    """Number of items, expected steps, bytes of the weights, and bytes that training adds (`training_bytes`).
 
-    Stage 1 comes on top the first time that an arm needs it.
+    Stage 1 is needed in addition for the first arm that uses it.
     """
     from ...training.methods import lora_config, memory_config, retrofit_config
     from ..planning import empty_model, gpu_estimate, training_bytes, weight_bytes
@@ -124,7 +124,7 @@ def plan(settings: PaperSettings, files: Mapping[str, list[Path]] | None, method
 
 
 def _num_steps(settings: PaperSettings, files: Mapping[str, list[Path]] | None) -> tuple[int, int]:
-    """Training items, and the optimizer steps that they make."""
+    """The number of training items and of optimizer steps."""
     number = settings.train_items
     if files is not None:
         number = min(number, sum(map(_num_lines, files["train"])))
@@ -147,7 +147,7 @@ def _num_lines(path: Path) -> int:
 
 
 def _named(paths: list[Path]) -> str:
-    """File names with the beginning of their digests: a changed file is another setting."""
+    """File names with the first digits of their digests: a changed file counts as a changed setting."""
     return ", ".join(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" for path in paths)
 
 
@@ -158,5 +158,7 @@ def _found(data_dir: Path, name: str) -> list[Path]:
         raise ValueError(f"data_dir {str(data_dir)!r} has no file {pattern}; put {content} there")
     if len(paths) > 1 and name != "train":
         several = ", ".join(path.name for path in paths)
-        raise ValueError(f"data_dir {str(data_dir)!r} has {several}; leave one of them there as {content}")
+        raise ValueError(
+            f"data_dir {str(data_dir)!r} has {several}; leave only one of them there, with {content}"
+        )
     return paths

@@ -1,4 +1,4 @@
-"""One run of the paper's comparison: an arm taught with one seed, and probed."""
+"""One run of the paper's comparison: train one arm with one seed and evaluate it."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ def run(
     stage: Callable[[str], None],
     folder: Path,
 ) -> dict[str, Any]:
-    """Teach the model by one arm (none for the base) and probe it; an interrupted teaching goes on."""
+    """Train the model by one arm (not for the base) and evaluate it; continues an interrupted training."""
     from ...data.models import load, load_base
     from ...evaluation.items import read_items
     from ...evaluation.tasks import evaluate
@@ -25,7 +25,7 @@ def run(
 
     cost = UNTRAINED
     stage("load the model")
-    # whatever the evaluation asks is read first: a missing file must not be found after hours of training
+    # read the evaluation data first: a missing file must not be found after hours of training
     asked = {
         task: read_items(
             task,
@@ -101,7 +101,7 @@ def _taught(
         "smf-open" if arm is not None else method,
         tokenizer=tokenizer,
         lr=settings.lr["sparse" if arm is not None else method],
-        # the paper trains alpha at the rows' rate
+        # the paper trains alpha with the learning rate of the rows
         rest_lr=settings.lr["sparse"],
         epochs=settings.epochs,
         max_steps=settings.max_steps,
@@ -137,7 +137,7 @@ def grafted(
     folder = out / "stage1" / f"{arm.retrofit}-{arm.mode}"
     memory: dict[str, Any] = {"mode": arm.mode}
     if arm.retrofit == "calibrate":
-        # the same table in the same blocks, so that the retrofit alone makes the difference
+        # the same table size in the same blocks, so that only the retrofit differs
         memory |= {key: PAPER[key] for key in ("num_keys", "num_heads", "top_k", "key_dim", "write")}
         memory["layers_to_transform"] = paper_layers(load_base(model)[0])
     graft(
@@ -174,7 +174,7 @@ def _right(item: dict[str, Any]) -> str:
 
 
 def _training_items(settings: PaperSettings, files: Mapping[str, list[Path]] | None) -> list[dict[str, Any]]:
-    """The paper's: the first `train_items` questions with a single right answer."""
+    """The paper's training items: the first `train_items` questions with a single right answer."""
     from ...evaluation.items import read_items
 
     def single(record: Any) -> bool:

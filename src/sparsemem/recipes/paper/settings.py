@@ -1,4 +1,4 @@
-"""The arms and the numbers of the paper's comparison."""
+"""The arms and settings of the paper's comparison."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,7 +9,7 @@ from ...comparison.compare import BASE
 
 @dataclass(frozen=True)
 class Arm:
-    """One sparse memory arm: how the memory is made useful, where it stands, what trains, by which rule."""
+    """One arm with sparse memory: its retrofit, its mode, what is trained, and the rule that selects rows."""
 
     retrofit: str
     mode: str
@@ -29,7 +29,7 @@ METHODS = (BASE, *ARMS, "smf", "lora", "full")
 
 @dataclass(frozen=True)
 class PaperSettings:
-    """The recipe's numbers, by default the paper's."""
+    """The settings of the recipe; the defaults are the paper's."""
 
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"
     # "float32", "bfloat16", or "auto": the faster one on this machine
@@ -66,7 +66,7 @@ HUB = {
 
 
 def method_settings(settings: PaperSettings, method: str, data: Mapping[str, str]) -> dict[str, Any]:
-    """The settings that decide this method's outcome."""
+    """The settings that decide this method's result."""
     kept: dict[str, Any] = {"limit": settings.limit, "fewshot": settings.fewshot}
     kept["data"] = {name: data[name] for name in ("medmcqa", "wikitext", "triviaqa")}
     if method == BASE:
@@ -87,7 +87,7 @@ def method_settings(settings: PaperSettings, method: str, data: Mapping[str, str
 
 
 def stage1_options(settings: PaperSettings) -> dict[str, Any]:
-    """Of the dense retrofit's training run."""
+    """Options of the dense retrofit's training run."""
     return {
         "lr": 5e-4,
         "epochs": settings.stage1_epochs,
