@@ -68,8 +68,8 @@ def serve(
 ) -> None:  # fmt: skip
     """Start a server with OpenAI's API for MODEL and the patches.
 
-    In a request, `model` is the base model, a patch, or several patches joined by "+". Requests with different
-    patches are answered in one batch.
+    In a request, `model` is the base model, a patch, or several patches joined by "+". Requests with
+    different patches are answered in one batch.
     """
     import torch
 

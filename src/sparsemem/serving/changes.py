@@ -28,7 +28,9 @@ GENERAL_QUESTIONS = (
     "How do I boil an egg?",
     "Give me a tip for better sleep.",
 )
-NUM_SUBJECTS, MAX_TOKENS, PROSE_TOKENS = 4, 24, 256
+NUM_SUBJECTS, MAX_TOKENS, PROSE_TOKENS = 4, 20, 256
+# questions that are answered together, by the base and with memories
+AT_ONCE = 8
 
 
 def changes(
@@ -51,11 +53,13 @@ def changes(
     named = [text for subject in subjects for text in mention_texts(subject, PROBE_FORMS[:2])]
     asked = [*GENERAL_QUESTIONS, *named]
     pairs = []
-    for number, question in enumerate(asked):
-        progress("Asking other questions", number, len(asked))
-        both = [(question, ()), (question, memories)]
-        base, taught = answer_all(model, tokenizer, both, max_tokens=MAX_TOKENS)
-        pairs.append({"question": question, "base": base.text, "taught": taught.text})
+    for start in range(0, len(asked), AT_ONCE):
+        progress("Asking other questions", start, len(asked))
+        some = asked[start : start + AT_ONCE]
+        rows = [(question, names) for question in some for names in ((), memories)]
+        answers = answer_all(model, tokenizer, rows, max_tokens=MAX_TOKENS)
+        for question, base, taught in zip(some, answers[::2], answers[1::2], strict=True):
+            pairs.append({"question": question, "base": base.shown, "taught": taught.shown})
     progress("Reading prose", len(asked), len(asked))
     texts = [("Prose about other things", tokenizer(prose()[1]).input_ids[:PROSE_TOKENS])]
     texts += [
