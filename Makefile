@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test check fast lint clean
+.PHONY: setup demo test check fast lint docs clean
 
 setup: $(READY)
 
@@ -34,5 +34,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# the site, into site/; a broken link is an error
+docs: $(READY)
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv demo-out dist
+	rm -rf .venv demo-out dist site
