@@ -67,7 +67,8 @@ class Row:
         if self._generator is None:
             token = int(logits.argmax())
         else:
-            scores: Any = self._warpers(torch.tensor([self.tokens]), logits.float().cpu()[None])
+            chosen: Any = torch.tensor([self.tokens])
+            scores: Any = self._warpers(chosen, logits.float().cpu()[None])
             token = int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
         self.tokens.append(token)
         return token

@@ -254,7 +254,7 @@ def open_lessons(name: str, folder: Path, progress: Progress) -> Lessons:
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{MEMORY_FOLDER}.part"
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
+    model.save_pretrained(str(part))
     tokenizer.save_pretrained(part)
     background.save(part / BACKGROUND_FILE)
     part.rename(memory)
@@ -280,6 +280,7 @@ def _reopened(name: str, folder: Path, memory: Path) -> Lessons:
             f"{folder} holds lessons of {state['base']}, not of {name}; give that model, or another --out"
         )
     model, tokenizer = load(str(memory))
+    assert isinstance(model, PeftModel)
     background = Background.load(memory / BACKGROUND_FILE)
     lessons = Lessons(
         folder, model, tokenizer, background, state["base"], asked=state["asked"], changed=state["changed"]

@@ -115,7 +115,7 @@ def add_memory(model: PeftModel, name: str, *, like: str, patch: RowPatch | None
     config = copy.deepcopy(model.peft_config[like])
     config.scope_sizes = {}  # type: ignore[attr-defined]
     model.add_adapter(name, config)
-    before = model.active_adapter
+    before: Any = model.active_adapter
     whole = patch is not None and bool(patch.tensors)
     for module in model.modules():
         if not isinstance(module, SparseMemoryLayer):
