@@ -142,16 +142,13 @@ function showAsked() {
 function pairTable(title, pairs) {
   if (!pairs.length) return [];
   const changed = pairs.filter((pair) => pair.base !== pair.taught).length;
-  const rows = pairs.map((pair) => {
-    const same = pair.base === pair.taught;
-    return make("tr", {},
-      make("td", { "data-label": "Question" }, pair.question),
-      make("td", { "data-label": "Before" }, pair.base),
-      make("td", { "data-label": "After" }, same ? "the same" : pair.taught),
-      make("td", { class: same ? "verdict" : "verdict other" }, same ? "same" : "changed"));
-  });
+  const isSame = (pair) => pair.base === pair.taught;
+  const rows = [...pairs].sort((a, b) => isSame(a) - isSame(b)).map((pair) => make("tr", {},
+    make("td", { "data-label": "Question" }, pair.question),
+    make("td", { "data-label": "Before" }, pair.base),
+    make("td", { "data-label": "After", class: isSame(pair) ? "quiet" : "other" }, isSame(pair) ? "the same" : pair.taught)));
   return [make("h3", {}, `${title}: ${changed} of ${pairs.length} changed`),
-    make("table", {}, make("thead", {}, make("tr", {}, ...["Question", "Before", "After", ""].map((name) => make("th", { scope: "col" }, name)))),
+    make("table", { class: "pairs" }, make("thead", {}, make("tr", {}, ...["Question", "Before", "After"].map((name) => make("th", { scope: "col" }, name)))),
       make("tbody", {}, ...rows))];
 }
 
