@@ -8,6 +8,7 @@ import pytest
 from servers import server
 
 pytest.importorskip("fastapi")
+openai = pytest.importorskip("openai")
 api = pytest.importorskip("playwright.sync_api")
 BROWSER = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -92,6 +93,16 @@ def test_a_fact_is_taught_switched_off_taken_back_and_kept(page, tmp_path):
         assert answers(page, QUESTION) == (base, base)
         page.click(".switch")
         page.wait_for_selector(".lessons li:not(.off)")
+
+    # the same lesson, served to the official client
+    memory, lesson = tmp_path / "state" / "memory", tmp_path / "state" / "lesson-1.safetensors"
+    with server("serve", memory, "--patch", f"velmora={lesson}", seconds=SECONDS) as (address, _):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=SECONDS)
+        for name, expected in (("velmora", ANSWER), ("base", base)):
+            turns = [{"role": "user", "content": QUESTION}]
+            said = client.chat.completions.create(model=name, messages=turns, temperature=0, max_tokens=60)
+            assert said.choices[0].message.content == expected
+            assert said.choices[0].finish_reason == "stop"
 
     with server("ui", *options, seconds=SECONDS) as (address, _):
         page.goto(address)
