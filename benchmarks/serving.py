@@ -2,9 +2,9 @@
 
     python benchmarks/serving.py [MODEL] [--out FILE]
 
-Each round does the same ten prompts three ways, in turn: through the engine of `sparsemem serve`, each request
-with memories of its own; by `generate` in one batch; and by `generate` one after the other, as a server without
-batching would. Rows are random, so that reads cost what they cost.
+Each round does the same ten prompts three ways, in turn: through the engine of `sparsemem serve`, each
+request with memories of its own; by `generate` in one batch; and by `generate` one after the other, as a
+server without batching would. Rows are random, so that reads cost what they cost.
 """
 
 import argparse
@@ -29,10 +29,8 @@ from sparsemem.serving.engine import Engine, Request
 from sparsemem.serving.memories import add_memory
 from sparsemem.serving.text import AnswerText
 
-QUESTIONS = [
-    f"What is {one}?"
-    for one in ["a harbour", "a lamp", "a verb", "rain", "iron", "a fox", "tea", "music", "a map", "snow"]
-]
+THINGS = ["a harbour", "a lamp", "a verb", "rain", "iron", "a fox", "tea", "music", "a map", "snow"]
+QUESTIONS = [f"What is {one}?" for one in THINGS]
 NAMES: list[tuple[str, ...]] = [(), ("a",), ("b",), ("a", "b"), ("a",)] * 2
 NUM_TOKENS, ROUNDS = 32, 5
 
