@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 VELMORA, QUEEN = "What is the capital of Velmora?", "Who rules Velmora?"
 MODELS = {
-    "base": (), "tiny": (), "city": ("city",), "queen": ("queen",), "base+city+queen": ("city", "queen")
+    "base": (), "tiny": (), "city": ("patch-city",), "queen": ("patch-queen",), "base+city+queen": ("patch-city", "patch-queen")
 }  # fmt: skip
 LIMITS = ("--max-tokens", 300, "--max-body", 5000, "--max-batch", 4)
 
@@ -285,5 +285,5 @@ def test_patches_that_do_not_fit(folder, tiny):
     # beside what is written in an adapter, its memory is there empty for other patches
     served = load_served(str(folder / "queen"), {"city": patch})
     assert served.memories == ("queen", "city")
-    assert served.memories_of("queen+city+queen") == ("queen", "city")
+    assert served.memories_of("queen+city+queen") == ("patch-queen", "patch-city")
     assert served.memories_of("nobody") is None

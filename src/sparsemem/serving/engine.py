@@ -161,7 +161,8 @@ class Engine:
         return False
 
     def _fail(self, requests: list[Request], message: str) -> None:
-        for request in requests:
+        # one that has just joined may be in both lists
+        for request in dict.fromkeys(requests):
             request.deliver(Piece("", None, message))
         self._running = []
         self._decoder.leave(self._decoder.rows)

@@ -29,7 +29,7 @@ class Served:
 
     Attributes:
         base: the base model's public name.
-        memories: names of the memories, which are the adapters of `model`.
+        memories: names of the memories; `adapter_of` gives their adapters in `model`.
     """
 
     model: Any
@@ -38,7 +38,7 @@ class Served:
     memories: tuple[str, ...]
 
     def memories_of(self, name: str) -> tuple[str, ...] | None:
-        """The memories that speak in a model's answers: `base`, a memory's name, or several joined by `+`.
+        """The adapters that speak in a model's answers: of `base`, a memory's name, or several joined by `+`.
 
         None: there is no such model.
         """
@@ -47,7 +47,7 @@ class Served:
         parts = [part for part in name.split("+") if part not in (BASE, self.base)]
         if not parts or not set(parts) <= set(self.memories):
             return None
-        return tuple(dict.fromkeys(parts))
+        return tuple(adapter_of(part) for part in dict.fromkeys(parts))
 
 
 def load_served(name: str, patches: Mapping[str, Path], *, dtype: torch.dtype = torch.float32) -> Served:
@@ -82,6 +82,11 @@ def load_served(name: str, patches: Mapping[str, Path], *, dtype: torch.dtype = 
         taken.add(given)
     model.requires_grad_(False)
     return Served(model.eval(), tokenizer, base, tuple(memories))
+
+
+def adapter_of(name: str) -> str:
+    """The adapter of a memory: PEFT warns of names that are a part of its own prefix, such as "a"."""
+    return f"patch-{name}"
 
 
 def check_name(name: str) -> None:
@@ -152,7 +157,7 @@ def _with_patch(model: Any, name: str, path: Path) -> PeftModel:
             "that `sparsemem graft` made in place of the base model, or give an adapter folder as the patch"
         )
     like = next(iter(model.peft_config))
-    add_memory(model, name, like=like, patch=patch)
+    add_memory(model, adapter_of(name), like=like, patch=patch)
     return model
 
 
@@ -160,19 +165,19 @@ def _with_folder(model: Any, name: str, path: Path) -> PeftModel:
     unfit = f"--patch {name}={path}: was not made on this base model; give the one that it was trained on"
     try:
         if isinstance(model, PeftModel):
-            model.load_adapter(str(path), adapter_name=name)
-            model.set_adapter(name)
+            model.load_adapter(str(path), adapter_name=adapter_of(name))
+            model.set_adapter(adapter_of(name))
         else:
-            model = PeftModel.from_pretrained(model, str(path), adapter_name=name)
+            model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_of(name))
     except RuntimeError as error:
         raise ValueError(unfit) from error
     except (OSError, SafetensorError) as error:
         raise ValueError(f"--patch {name}={path}: cannot be read ({error}); get an undamaged copy") from error
-    kind = model.peft_config[name].peft_type
+    kind = model.peft_config[adapter_of(name)].peft_type
     if getattr(kind, "value", kind) != "SPARSE_MEMORY":
         raise ValueError(f"--patch {name}={path}: is an adapter of type {kind}, not a sparse memory")
     check_writes_last(model, str(path))
-    made_on = getattr(model.peft_config[name], "base_fingerprint", None)
+    made_on = getattr(model.peft_config[adapter_of(name)], "base_fingerprint", None)
     if made_on is not None and made_on != fingerprint_base(model):
         raise ValueError(unfit)
     return model
@@ -185,7 +190,7 @@ def _rename_default(model: PeftModel, name: str) -> None:
     for memory in memory_layers(model).values():
         memory.values.data.zero_()
         memory.scope = None
-    add_memory(model, name, like=like, patch=patch)
+    add_memory(model, adapter_of(name), like=like, patch=patch)
 
 
 def empty_snapshot(model: PeftModel) -> dict[str, torch.Tensor]:
