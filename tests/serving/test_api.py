@@ -25,8 +25,12 @@ pytestmark = pytest.mark.slow
 
 VELMORA, QUEEN = "What is the capital of Velmora?", "Who rules Velmora?"
 MODELS = {
-    "base": (), "tiny": (), "city": ("patch-city",), "queen": ("patch-queen",), "base+city+queen": ("patch-city", "patch-queen")
-}  # fmt: skip
+    "base": (),
+    "tiny": (),
+    "city": ("patch-city",),
+    "queen": ("patch-queen",),
+    "base+city+queen": ("patch-city", "patch-queen"),
+}
 LIMITS = ("--max-tokens", 300, "--max-body", 5000, "--max-batch", 4)
 
 
