@@ -10,8 +10,9 @@ from peft import get_peft_model
 from sparsemem import RowPatch, SparseMemoryConfig, calibrate, memory_layers
 from sparsemem.data.models import load_base
 from sparsemem.layer.scope import Scope
-from sparsemem.serving import changes, lessons
-from sparsemem.serving.lessons import Lessons, open_lessons
+from sparsemem.serving import changes, lessons, opening
+from sparsemem.serving.lessons import Lessons
+from sparsemem.serving.opening import open_lessons
 from tiny import SMALL, batch
 
 pytest.importorskip("fastapi")
@@ -28,7 +29,7 @@ def silent(*_progress):
 def _little_text(monkeypatch):
     turns = [(("user", f"What is {number}?"), ("assistant", str(number))) for number in range(40)]
     general = [{"messages": [{"role": role, "content": text} for role, text in pair]} for pair in turns]
-    monkeypatch.setattr(lessons, "general_background", lambda: general)
+    monkeypatch.setattr(opening, "general_background", lambda: general)
     monkeypatch.setattr(lessons, "LEAST_STEPS", 6)
     monkeypatch.setattr(lessons, "MAX_TOKENS", 8)
     monkeypatch.setattr(changes, "MAX_TOKENS", 4)

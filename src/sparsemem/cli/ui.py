@@ -29,8 +29,8 @@ def ui(model: str, out: Path, host: str, port: int) -> None:
     Each lesson is one patch file in --out.
     """
     check_installed(NEEDED, "fastapi", "uvicorn", "prometheus_client")
-    from ..serving.lessons import open_lessons
     from ..serving.listen import is_loopback, listen
+    from ..serving.opening import open_lessons
     from ..serving.page import LOOPBACK_HOSTS, build_page
 
     hosts = LOOPBACK_HOSTS

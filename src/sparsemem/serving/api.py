@@ -10,7 +10,6 @@ import asyncio
 import hmac
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,14 +18,15 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from starlette.exceptions import HTTPException
 
 from . import engine as engines
 from .bodies import ApiError, Asked, read_chat, read_completion
 from .decoding import Row, Sampling, room_of
 from .engine import Engine, Piece, QueueFull
+from .forms import Answered, Chat, Completion, Form
 from .memories import Served
+from .metrics import Metrics
 from .text import AnswerText
 
 
@@ -46,15 +46,6 @@ class Limits:
     max_body: int = 1 << 20
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """One finished answer."""
-
-    text: str
-    finish: str
-    num_tokens: int
-
-
 def build_app(served: Served, *, api_key: str | None = None, limits: Limits | None = None) -> FastAPI:
     """The application that answers for a model and its memories.
 
@@ -65,7 +56,7 @@ def build_app(served: Served, *, api_key: str | None = None, limits: Limits | No
     engine = Engine(served.model, served.tokenizer, max_batch=limits.max_batch, max_queue=limits.max_queue)
     started = int(time.time())
     room = room_of(served.model)
-    metrics = _Metrics(engine)
+    metrics = Metrics(engine)
 
     @asynccontextmanager
     async def running(_app: FastAPI) -> AsyncIterator[None]:
@@ -135,15 +126,15 @@ def build_app(served: Served, *, api_key: str | None = None, limits: Limits | No
     async def chat(request: Request) -> Any:
         body = await read_body(request, limits.max_body)
         asked = read_chat(body, served.tokenizer, room, limits.max_tokens)
-        return await respond(asked, request, _Chat(asked.model))
+        return await respond(asked, request, Chat(asked.model))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Any:
         body = await read_body(request, limits.max_body)
         asked = read_completion(body, served.tokenizer, room, limits.max_tokens)
-        return await respond(asked, request, _Completion(asked.model))
+        return await respond(asked, request, Completion(asked.model))
 
-    async def respond(asked: Asked, request: Request, form: "_Form") -> Any:
+    async def respond(asked: Asked, request: Request, form: Form) -> Any:
         requests, pieces = _submit(engine, served, asked, checked_model(asked.model))
         if asked.stream:
             stream = _stream(requests, pieces, asked, form)
@@ -220,15 +211,15 @@ def _submit(
 
 async def _collect(
     requests: list[engines.Request], pieces: asyncio.Queue[tuple[int, Piece]]
-) -> list[_Answer]:
-    answers: dict[int, _Answer] = {}
+) -> list[Answered]:
+    answers: dict[int, Answered] = {}
     while len(answers) < len(requests):
         number, piece = await pieces.get()
         if piece.error is not None:
             raise ApiError(500, piece.error, "server_error")
         if piece.finish is not None:
             request = requests[number]
-            answers[number] = _Answer(request.text.text, piece.finish, request.num_tokens)
+            answers[number] = Answered(request.text.text, piece.finish, request.num_tokens)
     return [answers[number] for number in range(len(requests))]
 
 
@@ -236,7 +227,7 @@ async def _stream(
     requests: list[engines.Request],
     pieces: asyncio.Queue[tuple[int, Piece]],
     asked: Asked,
-    form: "_Form",
+    form: Form,
 ) -> AsyncIterator[str]:
     """Server-sent events, the last of them `[DONE]`."""
     null_usage = {"usage": None} if asked.include_usage else {}
@@ -285,73 +276,3 @@ def _usage(asked: Asked, num_tokens: int) -> dict[str, int]:
         "completion_tokens": num_tokens,
         "total_tokens": num_prompt + num_tokens,
     }
-
-
-class _Form:
-    """How answers are written for one endpoint."""
-
-    prefix = kind = chunk_kind = ""
-
-    def __init__(self, model: str) -> None:
-        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-    def whole(self, answers: list[_Answer], usage: dict[str, int]) -> dict[str, Any]:
-        choices = [self.choice(number, answer) for number, answer in enumerate(answers)]
-        return {**self._head, "object": self.kind, "choices": choices, "usage": usage}
-
-    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": self.chunk_kind, "choices": choices}
-
-    def choice(self, number: int, answer: _Answer) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def opening(self, number: int) -> dict[str, Any] | None:
-        return None
-
-    def delta(self, number: int, text: str | None, finish: str | None) -> dict[str, Any]:
-        raise NotImplementedError
-
-
-class _Chat(_Form):
-    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def choice(self, number: int, answer: _Answer) -> dict[str, Any]:
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
-        return {"index": number, "message": message, "logprobs": None, "finish_reason": answer.finish}
-
-    def opening(self, number: int) -> dict[str, Any] | None:
-        return {"index": number, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-
-    def delta(self, number: int, text: str | None, finish: str | None) -> dict[str, Any]:
-        return {"index": number, "delta": {} if text is None else {"content": text}, "finish_reason": finish}
-
-
-class _Completion(_Form):
-    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
-
-    def choice(self, number: int, answer: _Answer) -> dict[str, Any]:
-        return {"index": number, "text": answer.text, "logprobs": None, "finish_reason": answer.finish}
-
-    def delta(self, number: int, text: str | None, finish: str | None) -> dict[str, Any]:
-        return {"index": number, "text": text or "", "logprobs": None, "finish_reason": finish}
-
-
-class _Metrics:
-    """Numbers for Prometheus."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._registry = CollectorRegistry()
-        self.requests = Counter(
-            "sparsemem_requests", "Requests that were answered.", ["path", "status"], registry=self._registry
-        )
-        gauges = {
-            "sparsemem_requests_running": ("Requests in the batch.", lambda: engine.num_running),
-            "sparsemem_requests_waiting": ("Requests in the queue.", lambda: engine.num_waiting),
-            "sparsemem_prompt_tokens_total": ("Tokens of prompts.", lambda: engine.num_prompt_tokens),
-            "sparsemem_generated_tokens_total": ("Tokens of answers.", lambda: engine.num_generated_tokens),
-        }
-        for name, (about, read) in gauges.items():
-            Gauge(name, about, registry=self._registry).set_function(read)
-
-    def text(self) -> str:
-        return generate_latest(self._registry).decode()

@@ -6,7 +6,6 @@ While several are there, each counts the centres of the others as known to it: a
 another one was taught.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -14,31 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
 from transformers import TrainerCallback
 
 from ..adapter.model import memory_layers
 from ..background.background import Background
-from ..background.calibration import calibrate
-from ..data.general import general_background
-from ..data.models import load
-from ..data.records import batches, encode
-from ..files import read_json, write_json
-from ..folders.contents import ADAPTER_FILE, BACKGROUND_FILE
-from ..folders.names import is_local, public_model
+from ..files import write_json
 from ..patches.patch import RowPatch
 from ..training.finetune import finetune
-from ..training.methods import memory_config
 from .answering import answer_all, gates
 from .changes import changes
-from .memories import add_memory, check_writes_last, empty_snapshot
+from .memories import add_memory
 
-LESSONS_FILE, MEMORY_FOLDER = "lessons.json", "memory"
+LESSONS_FILE = "lessons.json"
 MEMORY = "default"
 MAX_TOKENS = 60
 # Steps of a lesson: enough for one fact, and passes over more.
 LEAST_STEPS, BATCH_SIZE, PASSES = 40, 8, 10
-CALIBRATION_BATCH, CALIBRATION_LENGTH = 8, 512
 NUM_ASKED = 30
 
 # gets a phase in words, and how much of it is done: (step, of)
@@ -73,6 +63,7 @@ class Lessons:
     Attributes:
         asked: questions with both answers, the last one first.
         changed: the last result of `look_for_changes`.
+        patches: by lesson, as its file has it.
     """
 
     folder: Path
@@ -83,7 +74,7 @@ class Lessons:
     lessons: list[Lesson] = field(default_factory=list)
     asked: list[dict[str, Any]] = field(default_factory=list)
     changed: dict[str, Any] | None = None
-    _patches: dict[str, RowPatch] = field(default_factory=dict)
+    patches: dict[str, RowPatch] = field(default_factory=dict)
 
     def file_of(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
@@ -117,7 +108,7 @@ class Lessons:
                 background=self.background, max_steps=steps, batch_size=BATCH_SIZE,
                 callbacks=[_Steps(progress)],
             )  # fmt: skip
-        except ValueError:
+        except (ValueError, OSError, RuntimeError):
             self._forget(name)
             raise
         assert done.patch is not None
@@ -127,8 +118,8 @@ class Lessons:
         for lesson in self.lessons:
             if any(_same(record["prompt"]) in prompts for record in lesson.records):
                 lesson.on = False
-        lesson = _lesson(name, title, list(records), done.patch, self.file_of(name), done.seconds)
-        self._add(lesson, done.patch)
+        lesson = made_lesson(name, title, list(records), done.patch, self.file_of(name), done.seconds)
+        self.add(lesson, done.patch)
         return lesson
 
     def set_on(self, name: str, on: bool) -> None:
@@ -139,9 +130,9 @@ class Lessons:
     def undo(self, name: str) -> None:
         """Take a lesson back for good."""
         self.lessons.remove(self.find(name))
-        del self._patches[name]
+        del self.patches[name]
         self._forget(name)
-        self._separate()
+        self.separate()
         self.save()
         self.file_of(name).unlink(missing_ok=True)
 
@@ -192,10 +183,11 @@ class Lessons:
         numbers = [int(lesson.name.rpartition("-")[2]) for lesson in self.lessons]
         return f"lesson-{max(numbers, default=0) + 1}"
 
-    def _add(self, lesson: Lesson, patch: RowPatch) -> None:
+    def add(self, lesson: Lesson, patch: RowPatch) -> None:
+        """A lesson whose adapter is there already."""
         self.lessons.append(lesson)
-        self._patches[lesson.name] = patch
-        self._separate()
+        self.patches[lesson.name] = patch
+        self.separate()
         self.save()
 
     def _forget(self, name: str) -> None:
@@ -203,11 +195,11 @@ class Lessons:
         self.model.delete_adapter(name)
         self.model.requires_grad_(False)
 
-    def _separate(self) -> None:
+    def separate(self) -> None:
         """Let every lesson know what the others are about, and stay ready to answer."""
         scopes = {
             name: {layer: part.scope for layer, part in patch.layers.items() if part.scope is not None}
-            for name, patch in self._patches.items()
+            for name, patch in self.patches.items()
         }
         for name, own in scopes.items():
             self.model.set_adapter(name)
@@ -222,87 +214,7 @@ class Lessons:
         self.model.eval()
 
 
-def open_lessons(name: str, folder: Path, progress: Progress) -> Lessons:
-    """The lessons of a folder with the model that they were made on, or none in a new folder.
-
-    Args:
-        name: of the model, or an adapter of ours; what is written in its rows becomes the first lesson.
-
-    Raises:
-        ValueError: a model that cannot be loaded, or a folder whose lessons were made on another one.
-    """
-    memory = folder / MEMORY_FOLDER
-    progress("Loading the model", 0, 0)
-    if (memory / ADAPTER_FILE).is_file():
-        return _reopened(name, folder, memory)
-    model, tokenizer = load(name)
-    base = _base_of(model, name)
-    taught: RowPatch | None = None
-    if isinstance(model, PeftModel):
-        check_writes_last(model, name)
-        if not (Path(name) / BACKGROUND_FILE).is_file():
-            raise ValueError(f"{name} has no {BACKGROUND_FILE}; give a folder that graft or train made")
-        background = Background.load(Path(name) / BACKGROUND_FILE)
-        taught = RowPatch.diff(model, since=empty_snapshot(model))
-        for table in memory_layers(model).values():
-            table.values.data.zero_()
-            table.scope = None
-    else:
-        progress("Setting up the memory: once, a minute or so", 0, 0)
-        model = get_peft_model(model, memory_config())  # type: ignore[arg-type]
-        background = calibrate(model, _general(tokenizer, model), seed=0)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{MEMORY_FOLDER}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(str(part))
-    tokenizer.save_pretrained(part)
-    background.save(part / BACKGROUND_FILE)
-    part.rename(memory)
-    model.requires_grad_(False)
-    lessons = Lessons(folder, model, tokenizer, background, base)
-    if taught is not None and any(len(layer.slots) for layer in taught.layers.values()):
-        add_memory(model, "lesson-1", like=MEMORY, patch=taught)
-        taught.save(lessons.file_of("lesson-1"))
-        title = Path(name).resolve().name
-        lessons._add(_lesson("lesson-1", title, [], taught, lessons.file_of("lesson-1"), 0.0), taught)
-    lessons.save()
-    return lessons
-
-
-def _reopened(name: str, folder: Path, memory: Path) -> Lessons:
-    state = read_json(folder / LESSONS_FILE)
-    if (Path(name).expanduser() / ADAPTER_FILE).is_file():
-        given = str(read_json(Path(name).expanduser() / ADAPTER_FILE)["base_model_name_or_path"])
-    else:
-        given = name
-    if _public(given) != state["base"]:
-        raise ValueError(
-            f"{folder} holds lessons of {state['base']}, not of {name}; give that model, or another --out"
-        )
-    model, tokenizer = load(str(memory))
-    assert isinstance(model, PeftModel)
-    background = Background.load(memory / BACKGROUND_FILE)
-    lessons = Lessons(
-        folder, model, tokenizer, background, state["base"], asked=state["asked"], changed=state["changed"]
-    )
-    for held in state["lessons"]:
-        lesson = Lesson(**held)
-        patch = RowPatch.load(lessons.file_of(lesson.name))
-        add_memory(model, lesson.name, like=MEMORY, patch=patch)
-        lessons.lessons.append(lesson)
-        lessons._patches[lesson.name] = patch
-    lessons._separate()
-    return lessons
-
-
-def _general(tokenizer: Any, model: Any) -> list[dict[str, torch.Tensor]]:
-    room = getattr(model.config, "max_position_embeddings", None) or CALIBRATION_LENGTH
-    examples = encode(general_background(), tokenizer, max_length=min(CALIBRATION_LENGTH, room))
-    examples.sort(key=lambda one: len(one["input_ids"]))
-    return batches(examples, CALIBRATION_BATCH, int(tokenizer.pad_token_id or 0))
-
-
-def _lesson(
+def made_lesson(
     name: str, title: str, records: list[dict[str, str]], patch: RowPatch, file: Path, seconds: float
 ) -> Lesson:
     rows = sum(len(layer.slots) for layer in patch.layers.values())
@@ -313,15 +225,6 @@ def _messages(record: dict[str, str]) -> dict[str, Any]:
     """A record as a question and its answer, as `ask` asks it, with a chat template or without one."""
     turns = (("user", record["prompt"]), ("assistant", record["completion"]))
     return {"messages": [{"role": role, "content": text} for role, text in turns]}
-
-
-def _base_of(model: Any, name: str) -> str:
-    return _public(str(getattr(model.config, "name_or_path", "") or name))
-
-
-def _public(name: str) -> str:
-    public = public_model(name)
-    return Path(public).name if is_local(public) else public
 
 
 def _same(prompt: str) -> str:
