@@ -32,7 +32,7 @@ from sparsemem.serving.text import AnswerText
 THINGS = ["a harbour", "a lamp", "a verb", "rain", "iron", "a fox", "tea", "music", "a map", "snow"]
 QUESTIONS = [f"What is {one}?" for one in THINGS]
 NAMES: list[tuple[str, ...]] = [(), ("a",), ("b",), ("a", "b"), ("a",)] * 2
-NUM_TOKENS, ROUNDS = 32, 5
+NUM_TOKENS, ROUNDS = 32, 3
 
 
 def by_engine(model, tokenizer, prompts) -> float:
