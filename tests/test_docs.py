@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -89,8 +91,9 @@ def commands(page):
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("sparsemem ")]
 
 
-def test_every_command_of_the_guide_parses():
-    for arguments in commands(GUIDE):
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_the_docs_parses(page):
+    for arguments in commands(page):
         group, rest = main, arguments
         while isinstance(group, click.Group):
             _, group, rest = group.resolve_command(click.Context(group), rest)
@@ -135,6 +138,23 @@ def test_the_architecture_page_names_files_that_are_there():
     assert named
     assert not missing
     assert {one for one in ROOT if (PACKAGE / f"{one}.py").is_file()} <= {Path(one).stem for one in named}
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_broken_link(tmp_path):
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    assert [name for name in sparsemem.__all__ if f">{name}<" not in api and f".{name}" not in api] == []
+    pages = tmp_path.rglob("*.html")
+    loaded = {
+        one
+        for page in pages
+        for one in re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css))', page.read_text())
+    }
+    assert loaded == set()
 
 
 @pytest.mark.parametrize("page", PAGES)

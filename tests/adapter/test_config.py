@@ -165,3 +165,10 @@ def test_a_taken_name_is_refused(monkeypatch):
 def test_a_model_without_decoder_blocks_asks_for_targets():
     with pytest.raises(ValueError, match="Please specify `target_modules`"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), SparseMemoryConfig())
+
+
+def test_the_saved_config_says_what_to_install(tmp_path):
+    SparseMemoryConfig().save_pretrained(str(tmp_path))
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["requires"].startswith("pip install sparsemem")
+    assert SparseMemoryConfig.from_pretrained(str(tmp_path)) == SparseMemoryConfig()

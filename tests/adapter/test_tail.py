@@ -102,6 +102,20 @@ def test_law_11_a_batch_that_mixes_patches_gives_each_row_its_own_logits(archite
     assert not torch.equal(alone["default"], alone["b"])
 
 
+def test_a_row_with_several_memories_gets_the_sum_of_their_reads():
+    model = written(with_memory())
+    model.add_adapter("b", SparseMemoryConfig(**SIZES))
+    written(model, "b", seed=1)
+    seen, batch = [], tiny_batch(4, 9, 3)
+    batch = {key: value[:1].repeat(4, 1) for key, value in batch.items()}
+    _, norm = final_norm(model)
+    norm.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
+    model(**batch, adapter_names=["__base__", "default", "b", ("default", "b")])
+    base, one, two, both = seen[0]
+    torch.testing.assert_close(both - base, (one - base) + (two - base), atol=1e-4, rtol=0)
+    assert not torch.equal(both, one)
+
+
 def test_a_mixed_batch_generates_what_each_row_generates_alone():
     model = written(with_memory())
     model.add_adapter("b", SparseMemoryConfig(**SIZES))
@@ -121,6 +135,7 @@ def test_a_mixed_batch_generates_what_each_row_generates_alone():
     ("names", "training", "message"),
     [
         (["c", "default"], False, "must give one of"),
+        ([("default", "c"), "default"], False, "must give one of"),
         ([], False, "must give one of"),
         (["default"] * 3, False, "has 3 names for 2 rows"),
         (["default", "default"], True, "cannot train"),

@@ -47,6 +47,10 @@ PAPER = {
 }
 
 
+# Saved with every adapter: PEFT alone does not know this type, and its error says nothing of what to do.
+REQUIRES = "pip install sparsemem; then `import sparsemem` before PeftModel.from_pretrained"
+
+
 @dataclass
 class SparseMemoryConfig(PeftConfig):
     """Configuration of product-key memory layers.
@@ -78,6 +82,7 @@ class SparseMemoryConfig(PeftConfig):
             own rows. Filled in when the adapter is saved.
         base_fingerprint: fingerprint of the base model that the memory was calibrated on. Filled in by
             `calibrate`.
+        requires: what to install to load the adapter; for people who read the file.
 
     Raises:
         ValueError: one or more fields are wrong. The message names all of them.
@@ -101,6 +106,7 @@ class SparseMemoryConfig(PeftConfig):
     init_weights: bool | str = True
     scope_sizes: dict[str, list[int]] = field(default_factory=dict, repr=False)
     base_fingerprint: str | None = field(default=None, repr=False)
+    requires: str = field(default=REQUIRES, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,7 +20,7 @@ from ..layer.memory import ProductKeyMemory
 from .blocks import blocks_path, default_targets, final_norm, hidden_size, is_linear, widths
 from .config import TRAINABLE, SparseMemoryConfig
 from .layer import CANNOT_MERGE, SparseMemoryLayer, SparseMemoryLinear, freeze
-from .tail import BASE_ROW, TAIL, Tail, tail_of
+from .tail import BASE_ROW, TAIL, Tail, adapters_of, tail_of
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +99,14 @@ class SparseMemoryModel(BaseTuner):
             tail.row_adapters = before
 
     def _check_row_adapters(self, names: Any) -> None:
-        unknown = [name for name in names if name != BASE_ROW and name not in self.peft_config]
+        held = [name for row in names for name in adapters_of(row)]
+        unknown = [name for name in held if name != BASE_ROW and name not in self.peft_config]
         if unknown or not names:
             raise ValueError(
-                f"adapter_names={names}: must give one of {sorted(self.peft_config)} or {BASE_ROW!r} "
-                "for each row of the batch"
+                f"adapter_names={names}: must give one of {sorted(self.peft_config)} or {BASE_ROW!r}, or a "
+                "tuple of several, for each row of the batch"
             )
-        own = [name for name in names if name != BASE_ROW and self.peft_config[name].write == "own"]  # type: ignore[union-attr]
+        own = [name for name in held if name != BASE_ROW and self.peft_config[name].write == "own"]  # type: ignore[union-attr]
         if own:
             raise ValueError(
                 f"adapter_names={names}: one batch cannot mix memories that add to their own module's output "

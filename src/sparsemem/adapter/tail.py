@@ -31,14 +31,14 @@ class Tail:
 
     Attributes:
         layers: by module path, from first to last layer.
-        row_adapters: the adapter name for each row of the current batch. None: every row uses the active
-            adapters.
+        row_adapters: the adapter name for each row of the current batch, or a tuple of several names, whose
+            reads are added. None: every row uses the active adapters.
     """
 
     def __init__(self, model: nn.Module, norm: nn.Module) -> None:
         self.model = model
         self.layers: dict[str, SparseMemoryLayer] = {}
-        self.row_adapters: Sequence[str] | None = None
+        self.row_adapters: Sequence[str | tuple[str, ...]] | None = None
         self._states: dict[str, Tensor] = {}
         self._hook = norm.register_forward_pre_hook(self._write, with_kwargs=True)
 
@@ -58,7 +58,8 @@ class Tail:
 
     def _reads(self, layer: "SparseMemoryLayer") -> bool:
         """Whether the current batch uses a memory of this layer that has `write="last"`."""
-        names = layer.active_adapters if self.row_adapters is None else set(self.row_adapters)
+        rows = layer.active_adapters if self.row_adapters is None else self.row_adapters
+        names = {name for row in rows for name in adapters_of(row)}
         held: Any = layer.sparse_memory_layers
         return any(name in held and held[name].write == "last" for name in names)
 
@@ -96,11 +97,11 @@ class Tail:
                 f"adapter_names: has {len(names)} names for {len(hidden)} rows; give one name per row"
             )
         # Beam search and num_return_sequences repeat each row, so the names are repeated too.
-        names = [name for name in names for _ in range(len(hidden) // len(names))]
-        for adapter in dict.fromkeys(names):
+        several = [adapters_of(name) for name in names for _ in range(len(hidden) // len(names))]
+        for adapter in dict.fromkeys(name for row in several for name in row):
             if adapter == BASE_ROW:
                 continue
-            rows = torch.tensor([name == adapter for name in names], device=hidden.device)
+            rows = torch.tensor([adapter in row for row in several], device=hidden.device)
             hidden = add_reads(hidden, self.memories(adapter), states, rows)
         return hidden
 
@@ -108,6 +109,11 @@ class Tail:
         return any(
             p.requires_grad for name, p in self.model.named_parameters() if "sparse_memory_" not in name
         )
+
+
+def adapters_of(row: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The adapters whose reads are added in a row of a batch."""
+    return (row,) if isinstance(row, str) else row
 
 
 def add_reads(

@@ -1,4 +1,5 @@
-"""The command line: `sparsemem demo | graft | train | eval | compare | report | push | patch | chat`.
+"""The command line: `sparsemem demo | graft | train | eval | compare | report | push | patch | chat |
+serve | ui | config | env`.
 
 Choices: the exit status is 0 for success, 1 for a failure, 2 for wrong usage or bad input (with one sentence
 that explains it) and 130 for an interruption. Results go to stdout, progress to stderr. torch is imported
@@ -16,11 +17,15 @@ from typing import Any
 import click
 
 from .adapters import evaluate, push
+from .config_file import add_config, show_config
+from .env import env
 from .graft import graft
 from .learn import learn
 from .options import NAMES, as_json, comma_names, comma_numbers, say, seed_option
 from .patches import patch
+from .serve import serve
 from .train import train
+from .ui import ui
 
 RECIPES = ("demo", "medical", "paper", "lifelong")
 NUM_SHOWN = 3
@@ -229,7 +234,12 @@ def _lines() -> Iterator[str]:
             return
 
 
-for command in (graft, train, evaluate, push, patch, learn):
+for command in (graft, train, evaluate, push, patch, learn, serve, ui):
+    main.add_command(command)
+for command in main.commands.values():
+    if not isinstance(command, click.Group):
+        add_config(command)
+for command in (show_config, env):
     main.add_command(command)
 
 

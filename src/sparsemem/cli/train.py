@@ -15,6 +15,7 @@ from .options import (
     SCHEDULES,
     TRAINABLE,
     as_json,
+    comma_names,
     out_folder,
     say,
     seed_option,
@@ -140,11 +141,17 @@ from .options import (
     type=click.Choice(PRECISIONS),
     help="Precision of the computation. Default: the faster one on this device.",
 )
+@click.option(
+    "--report-to",
+    callback=comma_names,
+    metavar="NAME,NAME,...",
+    help="Send the loss of every step to tensorboard, wandb or trackio, separated by commas.",
+)
 @seed_option
 @as_json
 def train(
     model: str, data: str, out: Path, background: str | None, method: str, resume: bool,
-    trainable: str | None, as_json: bool, **options: Any,
+    trainable: str | None, report_to: list[str] | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train MODEL or ADAPTER on the data and save the result in a new folder.
 
@@ -156,7 +163,7 @@ def train(
     try:
         metrics = making.train(
             model, data, out, method=method, resume=resume, background=background, trainable=trainable,
-            options=options,
+            options=options, report_to=report_to or (),
         )  # fmt: skip
     except KeyboardInterrupt:
         say(f"\nstopped; to continue from the last checkpoint, add --resume (--out {out})")

@@ -183,7 +183,8 @@ def _use(folder: Path, made: Contents, name: str) -> str:
         taken_back = "patch.revert(model)  # removes what was taught; the weights are as before, to the byte"
         moves = [taken_back, "patch.apply(model)  # writes the rows again"]
         lines += ["", f"patch = RowPatch.load({file})", *(moves if made.applied else moves[1:])]
-    return "\n".join(["```python", *lines, "```"])
+    install = "Install first: `pip install sparsemem`." if made.adapter else ""
+    return "\n".join([*([install, ""] if install else []), "```python", *lines, "```"])
 
 
 def _limits(made: Contents) -> str:

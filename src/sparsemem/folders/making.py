@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def train(
     options: dict[str, Any],
     background: str | None = None,
     trainable: str | None = None,
+    report_to: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Finetune a model or an adapter and save the result; returns the content of its `metrics.json`.
 
@@ -125,7 +127,8 @@ def train(
         background: general text on which a base model's new memory is calibrated. None: the text that is part
             of the package. An adapter has its own background.
         trainable: the parts of the adapter's memory to train. None: as the adapter's configuration says.
-        options: further options of `finetune`.
+        options: further options of `finetune`, which a resumed run must have again.
+        report_to: as for `finetune`.
 
     Raises:
         ValueError: the data or the model is bad, the folder exists, the run to resume has other settings, or
@@ -137,10 +140,12 @@ def train(
     from ..adapter.model import set_trainable
     from ..data.models import load
     from ..data.reading import read_records
+    from ..training.arguments import check_trackers
     from ..training.finetune import finetune
     from ..training.methods import check_method, memory_config
 
     check_method(method)
+    check_trackers(report_to)
     records = read_records(source)
     settings = {"model": _absolute(name), "data": public_data(source), "records": _digest(records)}
     settings |= {"method": method, "trainable": trainable, **options}
@@ -174,6 +179,7 @@ def train(
             background=kept,
             output_dir=checkpoints,
             resume=resume,
+            report_to=report_to,
             **options,
         )
         figures = ("method", "precision", "steps", "loss", "seconds")

@@ -3,7 +3,9 @@
 import json
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ WARMUP_STEPS = 5
 # The largest number of steps between two checkpoints; an epoch if that is shorter.
 SAVE_STEPS = 500
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 # Default passes over the data, and the fewest steps of sparse memory, whose steps on cached states are cheap.
 EPOCHS, MIN_STEPS = 3, 200
@@ -60,6 +63,17 @@ def check_arguments(
         )
 
 
+def check_trackers(report_to: Sequence[str]) -> None:
+    """Raises:
+    ValueError: a tracker that is unknown or not installed.
+    """
+    for name in report_to:
+        if name not in TRACKERS:
+            raise ValueError(f"report_to={name!r} is unknown; allowed are {', '.join(TRACKERS)}")
+        if find_spec(name) is None:
+            raise ValueError(f"report_to={name!r}: the package is not installed; run `pip install {name}`")
+
+
 def training_arguments(
     folder: Path,
     num_examples: int,
@@ -75,6 +89,7 @@ def training_arguments(
     validates: bool,
     resumes: bool,
     saves: bool,
+    report_to: Sequence[str] = (),
 ) -> tuple[TrainingArguments, int]:
     """Trainer's arguments with the number of steps set, and the steps of one epoch.
 
@@ -85,7 +100,12 @@ def training_arguments(
         validates: whether there is validation data.
         resumes: whether the run continues from a checkpoint.
         saves: whether checkpoints are written.
+        report_to: as for `finetune`.
+
+    Raises:
+        ValueError: a tracker that is unknown or not installed.
     """
+    check_trackers(report_to)
     schedule = schedule or ("linear" if method in MEMORY_METHODS else "constant")
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -104,7 +124,7 @@ def training_arguments(
         save_total_limit=2,
         seed=seed,
         data_seed=seed,
-        report_to=[],
+        report_to=list(report_to),
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )

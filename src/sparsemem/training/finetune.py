@@ -105,6 +105,8 @@ def finetune(
     cache_bytes: int = CACHE_BYTES,
     precision: str | None = None,
     resume: bool = False,
+    report_to: Sequence[str] = (),
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Finetuned:
     """Train a causal language model, in place, on the data.
 
@@ -143,6 +145,8 @@ def finetune(
             this device.
         resume: continue from the last complete checkpoint in output_dir; without one, start from the
             beginning.
+        report_to: trackers that get the loss of every step: "tensorboard", "wandb", "trackio".
+        callbacks: more callbacks for Trainer.
 
     Under torchrun the processes share each step: its batch is `batch_size` times the number of processes. The
     first process computes calibration, scope and selection for all, and writes the files.
@@ -183,6 +187,7 @@ def finetune(
             validates=validation is not None,
             resumes=checkpoint is not None,
             saves=bool(output_dir),
+            report_to=report_to,
         )
         memory = stack.enter_context(peak_memory(model.to(arguments.device)))  # type: ignore[arg-type]
         stopwatch = Stopwatch()
@@ -206,9 +211,9 @@ def finetune(
             states=lambda ready: train_states(ready, loaded.examples, loaded.pad, cache_bytes, folder),
         )
         stack.enter_context(_without_cache(prepared.model))
-        callbacks = [stopwatch, StopAtLoss(stop_loss, steps_per_epoch)]
-        callbacks += [MetricsFile(folder / METRICS_FILE)] if output_dir else []
-        trainer = _trainer(prepared, loaded, arguments, callbacks, cache_bytes, folder)
+        ours = [stopwatch, StopAtLoss(stop_loss, steps_per_epoch)]
+        ours += [MetricsFile(folder / METRICS_FILE)] if output_dir else []
+        trainer = _trainer(prepared, loaded, arguments, [*ours, *callbacks], cache_bytes, folder)
         _train(trainer, checkpoint, stopwatch)
         seconds = stopwatch.seconds
         if isinstance(prepared.optimizer, RowOptimizer):

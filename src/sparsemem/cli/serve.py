@@ -1,0 +1,112 @@
+"""`sparsemem serve`: the OpenAI-compatible server."""
+
+from pathlib import Path
+
+import click
+
+from .options import DTYPES, NAMES, say
+
+NEEDED = "the server needs fastapi, uvicorn and prometheus-client; run `pip install 'sparsemem[serve]'`"
+
+
+@click.command(short_help="Answer OpenAI's API.", epilog=NAMES)
+@click.argument("model", metavar="MODEL|ADAPTER")
+@click.option(
+    "--patch",
+    "patches",
+    multiple=True,
+    metavar="NAME=FILE|FOLDER",
+    help="A patch file or an adapter folder to serve under this name. May be given several times.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one."
+)
+@click.option(
+    "--api-key",
+    envvar="SPARSEMEM_API_KEY",
+    help="Key that clients must send. Default: $SPARSEMEM_API_KEY, if it is set.",
+)
+@click.option(
+    "--max-batch",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Requests to answer at the same time.",
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Requests that may wait for their turn.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Maximum length of one answer.",
+)
+@click.option(
+    "--max-body",
+    type=click.IntRange(1),
+    default=1 << 20,
+    show_default=True,
+    help="Maximum size of one request in bytes.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="float32",
+    show_default=True,
+    help="Number format of the weights.",
+)
+def serve(
+    model: str, patches: tuple[str, ...], host: str, port: int, api_key: str | None,
+    max_batch: int, max_queue: int, max_tokens: int, max_body: int, dtype: str,
+) -> None:  # fmt: skip
+    """Start a server with OpenAI's API for MODEL and the patches.
+
+    In a request, `model` is the base model, a patch, or several patches joined by "+". Requests with
+    different patches are answered in one batch.
+    """
+    import torch
+
+    check_installed(NEEDED, "fastapi", "uvicorn", "prometheus_client")
+    from ..serving.api import Limits, build_app
+    from ..serving.listen import is_loopback, listen
+    from ..serving.memories import load_served
+
+    served = load_served(model, _named(patches), dtype=getattr(torch, dtype))
+    limits = Limits(max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens, max_body=max_body)
+    app = build_app(served, api_key=api_key, limits=limits)
+    if not is_loopback(host) and api_key is None:
+        say(f"warning: everyone who can reach {host} can use this server; set --api-key")
+    names = ", ".join((served.base, *served.memories))
+    listen(app, host, port, lambda address: say(f"{address}/v1 answers for {names}; Ctrl-C ends it"))
+
+
+def check_installed(needed: str, *modules: str) -> None:
+    """Raises:
+    ValueError: a module is not installed; `needed` says what to do.
+    """
+    from importlib.util import find_spec
+
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{missing[0]} is not installed: {needed}")
+
+
+def _named(patches: tuple[str, ...]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for given in patches:
+        name, equals, path = given.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"--patch {given!r} must be NAME=FILE, for example --patch facts=taught")
+        if name in named:
+            raise ValueError(
+                f"--patch {given!r}: the name {name!r} is given twice; name each patch differently"
+            )
+        named[name] = Path(path).expanduser()
+    return named

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server and the web page: FastAPI and uvicorn, of the extra `serve`."""

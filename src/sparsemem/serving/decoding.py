@@ -1,0 +1,177 @@
+"""Tokens for many requests at once: requests join a running batch and leave it, one step after the other.
+
+The batch has one KV cache, the base's (law 11), whatever memories speak in its rows: they come in behind the
+last block. Rows of different lengths are padded on the left.
+
+Why not `transformers`' continuous batching: it packs the tokens of all requests into one row, so that a
+request cannot have adapters of its own, and has one set of sampling settings for all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..adapter.tail import BASE_ROW
+from ..data.batching import accepted, pad_left
+from ..precision import autocast
+
+
+@dataclass
+class Sampling:
+    """How a request's tokens are drawn; temperature 0: the likeliest one."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(eq=False)
+class Row:
+    """One request in the batch.
+
+    Attributes:
+        prompt: token ids, at least one.
+        memories: adapters that speak in its answer; none: the base alone.
+        tokens: what was generated so far.
+    """
+
+    prompt: list[int]
+    memories: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    tokens: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._generator: torch.Generator | None = None
+        if self.sampling.temperature > 0:
+            self._generator = torch.Generator()
+            if self.sampling.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(self.sampling.seed)
+        warpers: list[Any] = []
+        if self.sampling.temperature not in (0, 1):
+            warpers.append(TemperatureLogitsWarper(float(self.sampling.temperature)))
+        if self.sampling.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.sampling.top_p))
+        self._warpers = LogitsProcessorList(warpers)
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token, of logits [vocabulary]; it is added to `tokens`."""
+        if self._generator is None:
+            token = int(logits.argmax())
+        else:
+            chosen: Any = torch.tensor([self.tokens])
+            scores: Any = self._warpers(chosen, logits.float().cpu()[None])
+            token = int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
+        self.tokens.append(token)
+        return token
+
+
+class Decoder:
+    """The running batch of one model."""
+
+    def __init__(self, model: Any) -> None:
+        """Raises:
+        ValueError: a model whose state is not a plain KV cache.
+        """
+        self.model = model.eval()
+        self.rows: list[Row] = []
+        self._mask = torch.empty(0)
+        self._cache = DynamicCache()
+        planned = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in planned)
+        if not plain or not self._read([Row([0])])[1].layers:
+            raise ValueError(
+                f"{type(model).__name__} keeps a state that is not keys and values, which requests cannot "
+                "share; serve a model with attention in every block"
+            )
+
+    @torch.inference_mode()
+    def join(self, rows: Sequence[Row]) -> None:
+        """Read the prompts of new rows, choose their first token, and let them join the batch."""
+        logits, cache, mask = self._read(rows)
+        for row, scores in zip(rows, logits, strict=True):
+            row.choose(scores)
+        if self.rows:
+            cache, mask = _stacked([(self._cache, self._mask), (cache, mask)])
+        self._cache, self._mask = cache, mask
+        self.rows = [*self.rows, *rows]
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Choose the next token of every row."""
+        last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self._mask.device)
+        self._mask = functional.pad(self._mask, (0, 1), value=1)
+        logits = self._forward(self.rows, last, self._mask, self._cache)
+        for row, scores in zip(self.rows, logits, strict=True):
+            row.choose(scores)
+
+    @torch.inference_mode()
+    def leave(self, rows: Sequence[Row]) -> None:
+        """Take rows out of the batch, and the columns that nobody needs any more."""
+        kept = [index for index, row in enumerate(self.rows) if row not in rows]
+        self.rows = [self.rows[index] for index in kept]
+        if not kept:
+            self._cache, self._mask = DynamicCache(), torch.empty(0)
+            return
+        index = torch.tensor(kept, device=self._mask.device)
+        self._mask = self._mask[index]
+        first = int(self._mask.any(0).int().argmax())
+        self._mask = self._mask[:, first:]
+        cache = DynamicCache()
+        for number, layer in enumerate(self._cache.layers):
+            cache.update(layer.keys[index, :, first:], layer.values[index, :, first:], number)  # type: ignore[index]
+        self._cache = cache
+
+    def _read(self, rows: Sequence[Row]) -> tuple[Tensor, DynamicCache, Tensor]:
+        """Last logits [rows, vocabulary] of prompts, their cache, and their mask [rows, seq]."""
+        ids, mask = pad_left([row.prompt for row in rows], self.model)
+        cache = DynamicCache()
+        with torch.inference_mode():
+            return self._forward(rows, ids, mask, cache), cache, mask
+
+    def _forward(self, rows: Sequence[Row], ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+        places = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        inputs: dict[str, Any] = accepted(self.model, position_ids=places, logits_to_keep=1)
+        if isinstance(self.model, PeftModel):
+            inputs["adapter_names"] = [row.memories or BASE_ROW for row in rows]
+        with autocast(self.model):
+            out = self.model(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs
+            )
+        return out.logits[:, -1]
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if own is None else own
+    return {ends} if isinstance(ends, int) else set(ends or ())
+
+
+def room_of(model: Any) -> int:
+    """How many tokens a prompt and its answer may have together."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 1 << 30
+
+
+def _stacked(parts: Sequence[tuple[DynamicCache, Tensor]]) -> tuple[DynamicCache, Tensor]:
+    """One cache and one mask of several batches' rows, padded on the left to one length."""
+    length = max(mask.shape[1] for _, mask in parts)
+    stacked = DynamicCache()
+    for number in range(len(parts[0][0].layers)):
+        held: list[list[Tensor]] = [[], []]
+        for cache, mask in parts:
+            layer: Any = cache.layers[number]
+            for tensors, one in zip(held, (layer.keys, layer.values), strict=True):
+                tensors.append(functional.pad(one, (0, 0, length - mask.shape[1], 0)))
+        stacked.update(torch.cat(held[0]), torch.cat(held[1]), number)
+    masks = [functional.pad(mask, (length - mask.shape[1], 0)) for _, mask in parts]
+    return stacked, torch.cat(masks)

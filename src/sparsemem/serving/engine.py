@@ -1,0 +1,168 @@
+"""One thread that answers: requests wait in a queue, join the running batch, and get their text in pieces."""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .decoding import Decoder, Row, end_tokens
+from .text import AnswerText
+
+logger = logging.getLogger(__name__)
+
+
+class Piece(NamedTuple):
+    """New text of an answer.
+
+    Attributes:
+        finish: why the answer ends with it: "stop" or "length"; None: more will come.
+        error: what went wrong, if the answer ends because of that.
+    """
+
+    text: str
+    finish: str | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt to answer.
+
+    Attributes:
+        deliver: gets the pieces of the answer in order, on the engine's thread.
+        cancelled: set by whoever no longer wants the answer.
+    """
+
+    row: Row
+    max_tokens: int
+    text: AnswerText
+    deliver: Callable[[Piece], None]
+    cancelled: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.row.tokens)
+
+
+class QueueFull(Exception):
+    """Too many requests wait already."""
+
+
+class Engine:
+    """Answers requests, up to `max_batch` of them at once; up to `max_queue` others wait."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_batch: int = 16, max_queue: int = 256) -> None:
+        self._decoder = Decoder(model)
+        self._ends = end_tokens(model, tokenizer)
+        self.max_batch, self.max_queue = max_batch, max_queue
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self.num_prompt_tokens = self.num_generated_tokens = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; requests that are not finished end with an error."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def submit(self, *requests: Request) -> None:
+        """Put requests into the queue, all or none.
+
+        Raises:
+            QueueFull: too many wait.
+        """
+        with self._changed:
+            if len(self._waiting) + len(requests) > self.max_queue:
+                raise QueueFull
+            self._waiting.extend(requests)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._running or self._stopping):
+                    self._changed.wait()
+                if self._stopping:
+                    break
+                new = self._admitted()
+            try:
+                self._advance(new)
+            except (RuntimeError, ValueError) as error:
+                # one bad batch must not end the server
+                logger.exception("a batch failed")
+                self._fail([*self._running, *new], f"the model failed: {error}")
+        self._fail([*self._running, *self._waiting], "the server is shutting down")
+
+    def _admitted(self) -> list[Request]:
+        new: list[Request] = []
+        while self._waiting and len(self._running) + len(new) < self.max_batch:
+            request = self._waiting.popleft()
+            if not request.cancelled:
+                new.append(request)
+        return new
+
+    def _advance(self, new: list[Request]) -> None:
+        """One token for every request: the running ones first, then those that join."""
+        if self._running:
+            self._decoder.step()
+            self._hand_out(self._running)
+        if new:
+            self._decoder.join([request.row for request in new])
+            self.num_prompt_tokens += sum(len(request.row.prompt) for request in new)
+            self._running = [*self._running, *new]
+            self._hand_out(new)
+
+    def _hand_out(self, requests: list[Request]) -> None:
+        """Deliver the text of each request's last token, and let finished requests leave."""
+        self.num_generated_tokens += len(requests)
+        done = [request for request in requests if self._deliver(request)]
+        if done:
+            self._decoder.leave([request.row for request in done])
+            self._running = [request for request in self._running if request not in done]
+
+    def _deliver(self, request: Request) -> bool:
+        """Whether the request is finished."""
+        if request.cancelled:
+            return True
+        token = request.row.tokens[-1]
+        if token in self._ends:
+            request.deliver(Piece(request.text.rest(), "stop"))
+            return True
+        piece = request.text.add(token)
+        if request.text.stopped:
+            request.deliver(Piece(piece, "stop"))
+            return True
+        if request.num_tokens >= request.max_tokens:
+            request.deliver(Piece(piece + request.text.rest(), "length"))
+            return True
+        if piece:
+            request.deliver(Piece(piece))
+        return False
+
+    def _fail(self, requests: list[Request], message: str) -> None:
+        # one that has just joined may be in both lists
+        for request in dict.fromkeys(requests):
+            request.deliver(Piece("", None, message))
+        self._running = []
+        self._decoder.leave(self._decoder.rows)

@@ -1,0 +1,61 @@
+"""Run an application with uvicorn: where it listens, what it says, how it ends."""
+
+import ipaddress
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+GRACE_SECONDS = 10
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens at this host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(app: Any, host: str, port: int, say: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM; answers that are under way get GRACE_SECONDS.
+
+    Args:
+        port: 0: any free one.
+        say: gets the address, once it can be reached.
+
+    Raises:
+        ValueError: the port cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"--host {host} --port {port}: cannot listen there ({error.strerror}); give another port, or "
+                "--port 0 for any"
+            ) from error
+        shown = f"[{host}]" if ":" in host else host
+        config = uvicorn.Config(
+            app, log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
+        )
+        server = _Server(config, lambda: say(f"http://{shown}:{taken.getsockname()[1]}"))
+        server.run(sockets=[taken])
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._listening = listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            self._listening()

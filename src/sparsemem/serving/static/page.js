@@ -1,0 +1,229 @@
+"use strict";
+
+const POLL_MILLISECONDS = 400;
+const byId = (id) => document.getElementById(id);
+let state = { ready: false, model: "", lessons: [], asked: [], changed: null, job: null, error: null };
+let asking = 0;
+let polling = false;
+
+/* An element with text and children; text never becomes markup. */
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === false || value === null || value === undefined) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+async function call(method, path, body) {
+  const options = { method };
+  if (body !== undefined) {
+    options.headers = { "content-type": "application/json" };
+    options.body = JSON.stringify(body);
+  }
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch {
+    throw new Error("The server cannot be reached. Is `sparsemem ui` still running?");
+  }
+  const answer = await response.json();
+  if (!response.ok) throw new Error(answer.error || `The server answered ${response.status}.`);
+  return answer;
+}
+
+function complain(message) {
+  byId("error-text").textContent = message;
+  byId("error").hidden = !message;
+}
+
+/* Do something with the server; what goes wrong is shown. */
+async function attempt(work) {
+  complain("");
+  try {
+    return await work();
+  } catch (error) {
+    complain(error.message);
+    return null;
+  }
+}
+
+function show(next) {
+  if (next) state = next;
+  byId("model").textContent = state.model;
+  if (state.error) complain(state.error);
+  showJob();
+  showLessons();
+  showAsked();
+  showChanges();
+  if (state.job && !polling) poll();
+}
+
+function showJob() {
+  const job = state.job;
+  byId("job").hidden = !job && !asking;
+  const text = job ? (job.steps ? `${job.phase}: ${job.step} of ${job.steps}` : `${job.phase} …`) : "Answering …";
+  if (byId("job-text").textContent !== text) byId("job-text").textContent = text;
+  const bar = byId("job-bar");
+  if (job && job.steps) { bar.max = job.steps; bar.value = job.step; } else bar.removeAttribute("value");
+  const busy = !state.ready || Boolean(job);
+  byId("teach-button").disabled = busy;
+  byId("file").disabled = busy;
+  byId("changes-button").disabled = busy || !state.lessons.some((lesson) => lesson.on);
+  byId("ask-button").disabled = busy || asking > 0;
+}
+
+async function poll() {
+  polling = true;
+  while (state.job) {
+    await new Promise((done) => setTimeout(done, POLL_MILLISECONDS));
+    const next = await attempt(() => call("GET", "/api/state"));
+    if (!next) break;
+    state = next;
+    if (state.job) showJob();
+  }
+  polling = false;
+  show();
+}
+
+const sizeOf = (bytes) => bytes < 1e6 ? `${Math.round(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(1)} MB`;
+
+function showLessons() {
+  byId("no-lessons").hidden = state.lessons.length > 0;
+  const busy = Boolean(state.job);
+  byId("lessons").replaceChildren(...[...state.lessons].reverse().map((lesson) => {
+    const count = lesson.records.length;
+    const answers = new Set(lesson.records.map((record) => record.completion));
+    const says = answers.size === 1 ? [...answers][0] : null;
+    const facts = [count > 1 ? `${count} questions` : null, `${lesson.rows.toLocaleString("en")} rows`,
+      sizeOf(lesson.size), lesson.seconds ? `${lesson.seconds.toFixed(0)} s` : null].filter(Boolean).join(" · ");
+    return make("li", { class: lesson.on ? "" : "off", "data-lesson": lesson.name },
+      make("div", { class: "title" }, lesson.title),
+      says ? make("div", { class: "says" }, `→ ${says}`) : null,
+      make("div", { class: "facts" }, facts),
+      make("div", { class: "tools" },
+        make("label", { class: "switch" },
+          make("input", { type: "checkbox", role: "switch", checked: lesson.on, disabled: busy,
+            "aria-label": `Use ${lesson.title}`,
+            onchange: (event) => change("POST", lesson, { on: event.target.checked }) }),
+          make("span", {}, lesson.on ? "on" : "off")),
+        make("button", { type: "button", disabled: busy, "aria-label": `Undo ${lesson.title}`,
+          onclick: () => change("DELETE", lesson) }, "Undo"),
+        make("a", { href: `/api/lessons/${lesson.name}/file`, download: true,
+          "aria-label": `Download ${lesson.title}` }, "Download")));
+  }));
+}
+
+async function change(method, lesson, body) {
+  const next = await attempt(() => call(method, `/api/lessons/${lesson.name}`, body));
+  show(next || await attempt(() => call("GET", "/api/state")));
+}
+
+function showAsked() {
+  byId("asked").replaceChildren(...state.asked.map((one) => {
+    const tokens = one.pieces.map((piece) => {
+      const token = make("span", { class: "token", title: `in scope: ${piece.gate}` }, piece.text);
+      if (piece.gate > 0) token.style.backgroundColor = `rgba(var(--shade), ${(0.1 + 0.45 * piece.gate).toFixed(2)})`;
+      return token;
+    });
+    const spoke = one.lesson ? `Spoke: ${one.title}` : "No lesson spoke: this is the base model's answer.";
+    return make("article", { class: "card exchange" },
+      make("p", { class: "asks" }, one.question),
+      make("div", { class: "answers" },
+        make("div", {}, make("h4", {}, "Taught"), make("p", { class: "taught" }, ...tokens)),
+        make("div", {}, make("h4", {}, "Base"), make("p", { class: "base" }, one.base))),
+      make("p", { class: "spoke" }, spoke));
+  }));
+}
+
+function pairTable(title, pairs) {
+  if (!pairs.length) return [];
+  const changed = pairs.filter((pair) => pair.base !== pair.taught).length;
+  const isSame = (pair) => pair.base === pair.taught;
+  const rows = [...pairs].sort((a, b) => isSame(a) - isSame(b)).map((pair) => make("tr", {},
+    make("td", { "data-label": "Question" }, pair.question),
+    make("td", { "data-label": "Before" }, pair.base),
+    make("td", { "data-label": "After", class: isSame(pair) ? "quiet" : "other" }, isSame(pair) ? "the same" : pair.taught)));
+  return [make("h3", {}, `${title}: ${changed} of ${pairs.length} changed`),
+    make("table", { class: "pairs" }, make("thead", {}, make("tr", {}, ...["Question", "Before", "After"].map((name) => make("th", { scope: "col" }, name)))),
+      make("tbody", {}, ...rows))];
+}
+
+function showChanges() {
+  const found = state.changed;
+  if (!found) {
+    byId("changes").replaceChildren();
+    byId("changes-when").textContent = state.lessons.length ? "" : "Teach something first.";
+    return;
+  }
+  const on = state.lessons.filter((lesson) => lesson.on).map((lesson) => lesson.name);
+  const stale = JSON.stringify(on) !== JSON.stringify(found.lessons);
+  byId("changes-when").textContent = stale ? "The lessons have changed since: look again." : "";
+  const prose = found.prose.map((text) => make("tr", {},
+    make("td", {}, text.name),
+    make("td", { class: "number", "data-label": "Perplexity before" }, text.base.toFixed(2)),
+    make("td", { class: "number", "data-label": "after" }, text.taught.toFixed(2)),
+    make("td", { class: "number", "data-label": "Tokens in scope" }, `${(100 * text.in_scope).toFixed(1)} %`)));
+  byId("changes").replaceChildren(
+    ...pairTable("General questions", found.questions),
+    ...pairTable("Questions that mention what was taught", found.mentions),
+    make("h3", {}, "Prose"),
+    make("table", {}, make("thead", {}, make("tr", {}, ...["Text", "Perplexity before", "after", "Tokens in scope"].map((name) => make("th", { scope: "col" }, name)))),
+      make("tbody", {}, ...prose)));
+}
+
+function turn() {
+  const page = location.hash === "#changes" ? "changes" : "teach";
+  byId("page-teach").hidden = page !== "teach";
+  byId("page-changes").hidden = page !== "changes";
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.dataset.page === page) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+}
+
+async function teachFile(file) {
+  if (!file) return;
+  show(await attempt(async () => call("POST", "/api/teach", { file: await file.text(), name: file.name })));
+}
+
+byId("teach-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const form = event.target;
+  const phrasings = form.phrasings.value.split("\n").filter((line) => line.trim());
+  const body = { question: form.question.value, answer: form.answer.value, phrasings };
+  const next = await attempt(() => call("POST", "/api/teach", body));
+  if (!next) return;
+  if (!byId("ask").value) byId("ask").value = form.question.value;
+  form.reset();
+  show(next);
+});
+
+byId("ask-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  asking += 1;
+  showJob();
+  const answer = await attempt(() => call("POST", "/api/ask", { question: byId("ask").value }));
+  asking -= 1;
+  if (answer) byId("ask").select();
+  show(await attempt(() => call("GET", "/api/state")));
+});
+
+byId("changes-button").addEventListener("click", async () => {
+  show(await attempt(() => call("POST", "/api/changes", {})));
+});
+
+byId("file").addEventListener("change", async (event) => {
+  await teachFile(event.target.files[0]);
+  event.target.value = "";
+});
+for (const kind of ["dragenter", "dragover"]) byId("drop").addEventListener(kind, () => byId("drop").classList.add("over"));
+for (const kind of ["dragleave", "drop"]) byId("drop").addEventListener(kind, () => byId("drop").classList.remove("over"));
+byId("error-close").addEventListener("click", () => complain(""));
+window.addEventListener("hashchange", turn);
+
+turn();
+attempt(() => call("GET", "/api/state")).then(show);

@@ -1,0 +1,55 @@
+"""What a teacher typed or dropped becomes records, or one sentence that says what is wrong."""
+
+import json
+
+import pytest
+
+from sparsemem.serving.teaching import NUM_RECORDS, dropped_records, typed_records
+
+RECORD = {"prompt": "Where?", "completion": "Here"}
+
+
+def test_phrasings_share_the_answer():
+    found = typed_records(" What? ", " That ", ["Which one?", "", "What?"])
+    assert found == [
+        {"prompt": "What?", "completion": "That"},
+        {"prompt": "Which one?", "completion": "That"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        RECORD,
+        {"question": "Where?", "answer": "Here"},
+        {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here"}]},
+    ],
+)
+def test_each_form_of_record(line):
+    assert dropped_records(f"{json.dumps(line)}\n\n", "facts.jsonl") == [RECORD]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "facts.jsonl is empty"),
+        ("{", "facts.jsonl, line 1: not valid JSON"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}', "facts.jsonl, line 2: must have the fields"),
+        ('{"prompt": "a", "completion": " "}', "line 1: must have the fields"),
+        ('{"question": 1, "answer": "b"}', "line 1: must have the fields"),
+        ("[]", "line 1: must have the fields"),
+        (f"{json.dumps(RECORD)}\n" * (NUM_RECORDS + 1), "more than 2,000 records"),
+    ],
+)
+def test_bad_files(text, message):
+    with pytest.raises(ValueError, match=message):
+        dropped_records(text, "facts.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [(("", "b", []), "fill in both"), (("a", " ", []), "fill in both"), ((None, "b", []), "must be text")],
+)
+def test_bad_fields(typed, message):
+    with pytest.raises(ValueError, match=message):
+        typed_records(*typed)

@@ -1,0 +1,37 @@
+"""The examples run, on a tiny model and for few steps."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
+pytestmark = pytest.mark.slow
+
+
+def run(name, tmp_path, *arguments):
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_run_here():
+    tested = Path(__file__).read_text(encoding="utf-8")
+    assert all(f'run("{path.name}"' in tested for path in EXAMPLES.glob("*.py"))
+
+
+def test_teach_facts(tiny, tmp_path):
+    said = run("teach_facts.py", tmp_path, tiny, "facts.safetensors", 3)
+    assert f"{(tmp_path / 'facts.safetensors').stat().st_size:,} bytes in facts.safetensors" in said
+    assert "taken back:" in said
+
+
+def test_domain_task(tiny, tmp_path):
+    said = run("domain_task.py", tmp_path, tiny, "departments", 3)
+    assert "of 24 new messages" in said
+    assert "drift on prose: " in said
+    assert (tmp_path / "departments" / "adapter_config.json").is_file()
