@@ -38,7 +38,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 # registers the PEFT method, so that its adapters can be loaded
 from ..adapter import registration  # noqa: F401
-from ..files import fingerprint_base
+from ..files import ArtifactError, comparable_base, fits_base
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,8 @@ def load(
     try:
         source = str(folder) if folder.is_dir() else name
         adapted = PeftModel.from_pretrained(model, source, is_trainable=True).eval()
+    except ArtifactError as error:
+        raise ArtifactError(f"adapter {name!r}: {error}") from error
     except SafetensorError as error:
         raise _damaged(name, error) from error
     except RuntimeError as error:
@@ -122,9 +124,8 @@ def load(
     except (OSError, ValueError) as error:
         raise _not_found(name, error) from error
     made_on = getattr(adapted.active_peft_config, "base_fingerprint", None)
-    # float16 rounds differently from the fingerprint's bfloat16, so a float16 base cannot be checked
-    if made_on is not None and dtype != torch.float16 and made_on != fingerprint_base(adapted):
-        raise ValueError(unfit)
+    if made_on is not None and comparable_base(adapted) and not fits_base(adapted, made_on):
+        raise ArtifactError(unfit)
     return adapted, tokenizer
 
 

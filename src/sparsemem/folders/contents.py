@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..files import ArtifactError, read_json
+from ..files import ArtifactError
 from ..patches.patch import RowPatch
+from ..writing import read_json
 
 BACKGROUND_FILE = "background.safetensors"
 PATCH_FILE = "patch.safetensors"

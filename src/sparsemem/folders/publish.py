@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..data.models import hub_reachable
-from ..files import read_json
+from ..writing import read_json
 from .card import model_card
 from .contents import ADAPTER_FILE, CARD_FILE, EVALUATIONS_FILE, METRICS_FILE
 from .names import public_data, public_model

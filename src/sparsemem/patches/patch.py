@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.model import memory_layers
-from ..files import ArtifactError, fingerprint_base, load_artifact, save_artifact
+from ..files import ArtifactError, fingerprint_base, fits_base, load_artifact, save_artifact
 from .layers import (
     LayerPatch,
     checked_scope,
@@ -160,7 +160,7 @@ class RowPatch:
     @torch.no_grad()
     def _move(self, model: nn.Module, *, forward: bool) -> None:
         memories = memory_layers(model)
-        if self.base != fingerprint_base(model):
+        if not fits_base(model, self.base):
             raise ArtifactError(
                 "patch: was made with another base model; use it with the model that it was trained on"
             )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..comparison.compare import BASE
-from ..files import write_atomically
+from ..writing import write_atomically
 from .forgetting import background, tokens
 from .paper.run import arm_options, grafted
 from .paper.settings import ARMS
