@@ -328,7 +328,7 @@ def test_a_calibrated_model_learns_one_task_after_another(tiny_llama, tokenizer)
         ({"schedule": "x"}, "schedule='x'"),
         ({"tokenizer": None}, "pass tokenizer="),
         ({"lr": -1.0}, "lr|learning rate"),
-        ({"lr": math.inf}, "loss is nan"),
+        ({"lr": math.inf}, "loss is NaN or infinite"),
     ],
 )
 def test_bad_options(tiny_llama, tokenizer, options, message):
