@@ -105,6 +105,19 @@ class SparseMemoryModel(BaseTuner):
         finally:
             tail.row_adapters = before
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel must not send, by name in the PeftModel, which it wraps.
+
+        These are the tables whose rows a row optimizer trains, since it sends the selected rows itself, and
+        the frozen tensors of memories, which DDP would send in every forward pass.
+        """
+        memories = [module for module in self.modules() if isinstance(module, ProductKeyMemory)]
+        ignored = {id(memory.values) for memory in memories if memory.log is not None}
+        ignored |= {id(buffer) for memory in memories for buffer in memory.buffers()}
+        named = [*self.named_parameters(), *self.named_buffers()]
+        return [f"base_model.{name}" for name, tensor in named if id(tensor) in ignored]
+
     def _check_row_adapters(self, names: Any) -> None:
         unknown = [name for name in names if name != BASE_ROW and name not in self.peft_config]
         if unknown or not names:

@@ -6,8 +6,9 @@ rows, clips them by their norm, and updates the rows. All other rows and their o
 are (law 2). The tables never get a `.grad`, so clipping and zeroing by Trainer do not affect them.
 
 Several processes: counts are summed over processes, all processes use the selection of the first one, and
-gradients are averaged, as in DDP. The model need not be wrapped in DDP. It must not be wrapped if only value
-tables train.
+gradients are averaged, as in DDP. The model need not be wrapped in DDP. If it is, DDP sends neither tables
+nor keys (`SparseMemoryModel._ddp_params_and_buffers_to_ignore`). DDP refuses a model of which it sends
+nothing. So if only tables train, alpha of the first layer gets a gradient too, which nothing uses.
 
 All other trainable parameters (alpha, keys, modules_to_save) are updated by torch's AdamW inside this
 optimizer. They have their own learning rate, because rates that suit rows are too large for weights.
@@ -32,11 +33,12 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 
+from ..adapter.layer import freeze
 from ..adapter.model import memory_layers
 from ..background.background import Background
 from ..layer.memory import ProductKeyMemory
 from ..layer.values import ReadLog
-from ..processes import averaged, num_processes, of_first, summed
+from ..processes import averaged, num_processes, of_first, several_expected, summed
 from .ownership import let_go, take_rows
 from .selection import NEEDS_BACKGROUND, Rule, check_selection, select_rows
 from .skipping import SkippedSteps
@@ -104,6 +106,10 @@ class RowOptimizer(Optimizer):
             name: ReadLog(apart=self._apart, probe=self._probe) for name in self.layers
         }
         take_rows(self)
+        first = next(iter(self.layers.values()))
+        self._anchor = first if self._rest is None and several_expected() else None
+        if self._anchor is not None:
+            freeze(self._anchor, "values+scale")
 
     # Whether the logs keep the micro-batches of a step apart.
     _apart = False
@@ -114,6 +120,9 @@ class RowOptimizer(Optimizer):
         """Give the tables up: their gradients are ordinary dense gradients again, for other optimizers."""
         for name, memory in self.layers.items():
             let_go(weakref.ref(memory), self.read_logs[name])
+        if self._anchor is not None:
+            freeze(self._anchor, "values")
+            self._anchor = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
