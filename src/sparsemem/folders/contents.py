@@ -133,7 +133,18 @@ def _is_memory(adapter: dict[str, Any]) -> bool:
 
 
 def _json(path: Path, default: Any) -> Any:
-    return read_json(path) if path.is_file() else default
+    """The content of a JSON file, or `default` if there is no such file.
+
+    Raises:
+        ValueError: it is not JSON, or of another type than `default`.
+    """
+    content = read_json(path) if path.is_file() else default
+    if not isinstance(content, type(default)):
+        raise ValueError(
+            f"{path} has a {type(content).__name__} where a {type(default).__name__} is expected; get an "
+            "undamaged copy"
+        )
+    return content
 
 
 def _rows(weights: Path) -> dict[str, tuple[int, int]]:

@@ -117,12 +117,15 @@ class RowPatch:
                 other.
         """
         tensors, header = load_artifact(path, KIND)
-        layers = {
-            name: unpacked_layer(path, tensors, name, addressing)
-            for name, addressing in header["addressing"].items()
-        }
-        others = unpacked(path, tensors, header.get("whole", []))
-        return cls(layers, header["base"], header["info"], others)
+        try:
+            base, info, addressings = header["base"], header["info"], dict(header["addressing"])
+            whole = list(header.get("whole", []))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"{path}: its header lacks what a row patch has ({error}); get an undamaged copy"
+            ) from error
+        layers = {name: unpacked_layer(path, tensors, name, one) for name, one in addressings.items()}
+        return cls(layers, base, info, unpacked(path, tensors, whole))
 
     def apply(self, model: nn.Module) -> None:
         """Write the rows and tensors as they were after the run, and add its scope.
