@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test check fast lint clean
+.PHONY: setup demo test check fast lint soak clean
 
 setup: $(READY)
 
@@ -33,6 +33,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# kills, resumes, damaged files, two processes; SIZE=small takes three minutes
+SIZE ?= full
+soak: $(READY)
+	$(BIN)/python benchmarks/soak.py $(if $(filter full,$(SIZE)),docs/results/soak.json,soak-$(SIZE).json) --size $(SIZE)
 
 clean:
 	rm -rf .venv demo-out dist
