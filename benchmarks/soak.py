@@ -24,6 +24,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -36,6 +37,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from peft import PeftModel, get_peft_model  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import mutants  # noqa: E402
 from conftest import CHAT_TEMPLATE, make_tokenizer  # noqa: E402
@@ -71,6 +73,8 @@ METHODS = {
 def killed(work: Callable[[], Any], ready: Callable[[], bool], wait: float) -> None:
     """Do `work` in a forked process, and kill this `wait` seconds after `ready` says so."""
     if not (child := os.fork()):
+        # tqdm's own lock is shared with the parent, which would wait for the killed child forever
+        tqdm.set_lock(threading.RLock())
         with contextlib.suppress(BaseException):
             work()
         os._exit(0)

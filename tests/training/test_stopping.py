@@ -5,12 +5,14 @@ import logging
 import os
 import signal
 import subprocess
+import threading
 import time
 from contextlib import contextmanager
 
 import pytest
 import torch
 from peft import get_peft_model
+from tqdm import tqdm
 
 from sparsemem import SparseMemoryConfig
 from sparsemem.data.records import encode
@@ -77,6 +79,8 @@ def test_law_7_after_sigkill_at_any_moment(teach, tmp_path, name):
     whole = teach(method, **options)
     log = tmp_path / "metrics.jsonl"
     if not (child := os.fork()):
+        # tqdm's own lock is shared with the parent, which would wait for the killed child forever
+        tqdm.set_lock(threading.RLock())
         teach(method, output_dir=tmp_path, **options)
         os._exit(0)
     # a checkpoint is written every three steps, so this is within an epoch
