@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo ui test check fast lint docs clean
+.PHONY: setup demo ui test check fast lint docs soak clean
 
 setup: $(READY)
 
@@ -40,6 +40,11 @@ lint: $(READY)
 # the site, into site/; a broken link is an error
 docs: $(READY)
 	$(BIN)/mkdocs build --strict --quiet
+
+# kills, resumes, damaged files, two processes; SIZE=small takes three minutes
+SIZE ?= full
+soak: $(READY)
+	$(BIN)/python benchmarks/soak.py $(if $(filter full,$(SIZE)),docs/results/soak.json,soak-$(SIZE).json) --size $(SIZE)
 
 clean:
 	rm -rf .venv demo-out dist site

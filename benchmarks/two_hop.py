@@ -22,9 +22,9 @@ from sparsemem.data.generation import complete
 from sparsemem.data.models import load
 from sparsemem.data.records import conversation_ids
 from sparsemem.evaluation.probes import is_right, recall
-from sparsemem.files import write_json
 from sparsemem.provenance import environment
 from sparsemem.recipes.questions import handbook
+from sparsemem.writing import write_json
 
 # For each kind of fact: the words that stand for the answer in a question.
 NAMES = {

@@ -5,20 +5,24 @@ import os
 import socket
 import subprocess
 import sys
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
 
 from conftest import CHAT_TEMPLATE, make_tokenizer
-from sparsemem import SparseMemoryConfig, finetune, memory_layers
+from sparsemem import RowAdamW, SparseMemoryConfig, calibrate, finetune, memory_layers, processes
+from sparsemem.data.records import batches, collate, encode
 from sparsemem.folders.staging import checkpoints_of, new_folder
 from tiny import SMALL, tiny_model
 
 FACTS = [{"prompt": f"Capital {n}?", "completion": f"City{n * 7}"} for n in range(8)]
 GENERAL = [f"{n} plain words, the square is {n * n}." for n in range(24)]
+TWELVE = [{"prompt": f"Capital {n}?", "completion": f"City{n * 7}"} for n in range(12)]
 OPTIONS = {"lr": 0.3, "epochs": 3, "batch_size": 4, "top_t": 6}
 
 
@@ -40,40 +44,91 @@ def run(method, rank, out, **options):
     return done
 
 
+def plain(rule, rank, out, **options):
+    """Teach with RowAdamW and transformers' own Trainer, which wraps the model in DDP."""
+    torch.set_num_threads(1)
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
+    arguments = TrainingArguments(
+        max_steps=3, learning_rate=0.3, lr_scheduler_type="constant", max_grad_norm=0.0, report_to=[],
+        logging_steps=1, save_strategy="no", disable_tqdm=True, remove_unused_columns=False, use_cpu=True,
+        **{"output_dir": f"{out}.folder", "per_device_train_batch_size": 2, **options},
+    )  # fmt: skip
+    model = get_peft_model(tiny_model(), SparseMemoryConfig(**SMALL))
+    general = batches(encode([{"text": one} for one in GENERAL], tokenizer, loss_on="all"), 4, 0)
+    background = calibrate(model, general)
+    optimizer = RowAdamW(model, 0.3, top_t=6, rule=rule, background=background)
+    sent = []
+    for name in ("all_reduce", "broadcast"):
+        original = getattr(dist, name)
+
+        def counted(tensor, *args, original=original, **kwargs):
+            sent.append(tensor.numel() * tensor.element_size())
+            return original(tensor, *args, **kwargs)
+
+        setattr(processes.dist, name, counted)
+    step = optimizer.step
+    per_step = []
+
+    def counted_step(*args, **kwargs):
+        sent.clear()
+        result = step(*args, **kwargs)
+        per_step.append(sum(sent))
+        return result
+
+    optimizer.step = counted_step
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=encode(TWELVE, tokenizer),
+        data_collator=partial(collate, pad_token_id=0), optimizers=(optimizer, None),
+    )  # fmt: skip
+    trainer.train()
+    wrapped = trainer.model_wrapped
+    held = {n: memory.values.detach().clone() for n, memory in memory_layers(model).items()}
+    scales = [memory.scale.item() for memory in memory_layers(model).values()]
+    # of a table or key, DDP's buckets hold nothing
+    names = {id(p): name.rpartition(".")[2] for name, p in model.named_parameters()}
+    in_ddp = [names[id(p)] for p in getattr(wrapped, "_module_parameters", []) if p.requires_grad]
+    torch.save({"state": held, "bytes": per_step, "ddp": in_ddp, "scales": scales}, f"{out}.{rank}")
+
+
 _WORKER = """
 import os, sys, warnings
 sys.path[:0] = {path!r}
-from test_processes import run
+from test_processes import {call}
 import torch.distributed as dist
-run({method!r}, int(os.environ["RANK"]), {out!r}, output_dir={folder!r})
+{call}({method!r}, int(os.environ["RANK"]), {out!r}, output_dir={folder!r})
 dist.destroy_process_group()
 """
 
 
-def two_processes(method, tmp_path):
+def several_processes(method, tmp_path, number=2, call="run"):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     script, out, folder = tmp_path / "worker.py", str(tmp_path / "two"), str(tmp_path / "run")
     script.write_text(
-        _WORKER.format(path=[str(Path(__file__).parent)], method=method, out=out, folder=folder)
+        _WORKER.format(path=[str(Path(__file__).parent)], method=method, out=out, folder=folder, call=call)
     )
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
+    world = {
+        "WORLD_SIZE": str(number),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": "1",
+    }
     workers = [
         subprocess.Popen(
             [sys.executable, str(script)],
             env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank in range(2)
+        for rank in range(number)
     ]
-    assert [worker.wait(240) for worker in workers] == [0, 0]
-    return [torch.load(f"{out}.{rank}") for rank in range(2)], Path(folder)
+    assert [worker.wait(240) for worker in workers] == [0] * number
+    return [torch.load(f"{out}.{rank}") for rank in range(number)], Path(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["smf", "smf-open", "full"])
 def test_two_processes_are_one_that_takes_twice_as_much(method, tmp_path):
-    (first, second), folder = two_processes(method, tmp_path)
+    (first, second), folder = several_processes(method, tmp_path)
     run(method, 0, str(tmp_path / "one"), gradient_accumulation_steps=2)
     one = torch.load(tmp_path / "one.0")
     assert first["steps"] == second["steps"] == one["steps"] == 3
@@ -89,6 +144,28 @@ def test_two_processes_are_one_that_takes_twice_as_much(method, tmp_path):
     # an epoch is one step
     assert first["loss"] == losses[-1][1] == pytest.approx(one["loss"], rel=1e-3)
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "rule"), [(2, "kl"), (3, "kl"), (2, "grad")])
+def test_plain_trainer_on_several_processes_trains_the_rows_of_one(number, rule, tmp_path):
+    found, _ = several_processes(rule, tmp_path, number, call="plain")
+    plain(rule, 0, str(tmp_path / "one"), gradient_accumulation_steps=number)
+    one = torch.load(tmp_path / "one.0")
+    assert one["ddp"] == []
+    for rank in range(number):
+        # DDP was there, and had nothing of the memory but alpha of the first layer, which stays as it was
+        assert found[rank]["ddp"] == ["scale"]
+        assert found[rank]["scales"] == one["scales"]
+        for name, table in one["state"].items():
+            assert table.any()
+            assert torch.equal(found[rank]["state"][name], found[0]["state"][name])
+            torch.testing.assert_close(found[rank]["state"][name], table, rtol=1e-3, atol=1e-4, msg=name)
+    # counts are int64; rows float32; ids int64; one flag
+    num_slots, top_t, d = SMALL["num_keys"] ** 2, 6, 16
+    rows = num_slots if rule == "grad" else top_t
+    most = len(one["state"]) * (8 * num_slots + 4 * rows * d + 8 * top_t) + 4
+    assert all(0 < size <= most for size in found[0]["bytes"])
 
 
 def test_the_first_process_makes_folders(tmp_path, monkeypatch):

@@ -15,6 +15,11 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def several_expected() -> bool:
+    """Whether several processes train, or will once torch.distributed is initialised (torchrun)."""
+    return num_processes() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def is_first() -> bool:
     """Whether this is the first process, which makes decisions and writes files.
 

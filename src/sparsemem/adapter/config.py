@@ -1,7 +1,10 @@
 """SparseMemoryConfig: the settings of a memory and of the modules that get one."""
 
 import enum
+import hashlib
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,9 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from ..files import write_json
+from ..files import ArtifactError
+from ..writing import finish_save, read_json, write_json
+from .digests import verify_tensors, weights_stamp
 
 
 class SparseMemoryType(str, enum.Enum):  # noqa: UP042 (PEFT parses "Type.MEMBER" from str())
@@ -32,6 +37,18 @@ _ONE_OF = {
     "trainable": TRAINABLE,
     "init_weights": INIT_WEIGHTS,
 }
+
+# The fields that `sha256` covers: all that decide how saved tensors are read. The others may be edited.
+_BOUND = (
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "num_keys", "num_heads", "top_k", "key_dim", "query_norm", "write", "mode", "value_gate",
+    "scope_sizes", "base_fingerprint", "digests",
+)  # fmt: skip
+
+_DAMAGED = (
+    f"{CONFIG_NAME} is damaged or was changed by hand (SHA-256 differs); get an undamaged copy, or save the "
+    "adapter again"
+)
 
 PAPER = {
     "task_type": "CAUSAL_LM",
@@ -81,11 +98,14 @@ class SparseMemoryConfig(PeftConfig):
         scope_sizes: by module path, the numbers of centres, of known states, of known states of tasks and of
             own rows. Filled in when the adapter is saved.
         base_fingerprint: fingerprint of the base model that the memory was calibrated on. Filled in by
-            `calibrate`.
+            `calibrate`, and when the adapter is saved.
+        digests: SHA-256 of the saved tensors, by name. Filled in when the adapter is saved.
+        sha256: of the other fields that decide how the tensors are read. Filled in when it is saved.
         requires: what to install to load the adapter; for people who read the file.
 
     Raises:
         ValueError: one or more fields are wrong. The message names all of them.
+        ArtifactError: `sha256` is given and differs from that of the other fields.
     """
 
     target_modules: set[str] | list[str] | str | None = None
@@ -107,8 +127,11 @@ class SparseMemoryConfig(PeftConfig):
     scope_sizes: dict[str, list[int]] = field(default_factory=dict, repr=False)
     base_fingerprint: str | None = field(default=None, repr=False)
     requires: str = field(default=REQUIRES, repr=False)
+    digests: dict[str, str] = field(default_factory=dict, repr=False)
+    sha256: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        self._check_digest()
         super().__post_init__()
         self.peft_type = SparseMemoryType.SPARSE_MEMORY  # type: ignore[assignment]
         if isinstance(self.target_modules, list | tuple):
@@ -128,7 +151,29 @@ class SparseMemoryConfig(PeftConfig):
         content = {key: sorted(v) if isinstance(v, set) else v for key, v in sorted(self.to_dict().items())}
         if auto_mapping_dict is not None:
             content["auto_mapping"] = auto_mapping_dict
+        content["sha256"] = config_digest(content)
         write_json(Path(save_directory) / CONFIG_NAME, content)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+        """As PEFT's. Of a local adapter the tensors are verified too, before anything is changed.
+
+        Raises:
+            ArtifactError: the adapter is damaged.
+        """
+        path = Path(pretrained_model_name_or_path, subfolder or "")
+        finish_save(path)
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if (
+            (path / CONFIG_NAME).is_file()
+            and config.digests
+            and "sha256" not in read_json(path / CONFIG_NAME)
+        ):
+            raise ArtifactError(_DAMAGED)
+        if config.digests and any(path.glob("adapter_model.*")):
+            verify_tensors(path, config.digests)
+            vars(config)["_verified"] = weights_stamp(path)
+        return config
 
     @classmethod
     def paper(cls, **changes: Any) -> "SparseMemoryConfig":
@@ -139,6 +184,12 @@ class SparseMemoryConfig(PeftConfig):
         """
         targeted = {"layers_to_transform": None} if changes.get("target_modules") is not None else {}
         return cls(**{**PAPER, **targeted, **changes})
+
+    def _check_digest(self) -> None:
+        """Compare the fields with `sha256`, once: later changes in the program are allowed."""
+        expected, self.sha256 = self.sha256, None
+        if expected is not None and expected != config_digest(self.to_dict()):
+            raise ArtifactError(_DAMAGED)
 
     def _problems(self) -> list[str]:
         have = vars(self)
@@ -182,6 +233,16 @@ class SparseMemoryConfig(PeftConfig):
         if self.layers_pattern is not None and layers is None:
             found.append("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         return found
+
+
+def config_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the fields in _BOUND; `content` is that of adapter_config.json, or `to_dict()`."""
+    bound = {key: content.get(key) for key in _BOUND}
+    bound |= {key: sorted(value, key=str) for key, value in bound.items() if isinstance(value, set)}
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(bound[key], list | tuple):
+            bound[key] = sorted(bound[key], key=str)
+    return hashlib.sha256(json.dumps(bound, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _is_whole(value: object, least: int) -> bool:

@@ -16,10 +16,12 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from ..files import ArtifactError, comparable_base, fits_base
 from ..layer.memory import ProductKeyMemory
 from .blocks import blocks_path, default_targets, final_norm, hidden_size, is_linear, widths
 from .config import TRAINABLE, SparseMemoryConfig
 from .layer import CANNOT_MERGE, SparseMemoryLayer, SparseMemoryLinear, freeze
+from .saving import guard_owner
 from .tail import BASE_ROW, TAIL, Tail, adapters_of, tail_of
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,12 @@ class SparseMemoryModel(BaseTuner):
     prefix = "sparse_memory_"
     tuner_layer_cls = SparseMemoryLayer
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        guard_owner(self)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        _check_base(self.model, peft_config)
         if peft_config.target_modules is None:
             peft_config.target_modules = set(
                 default_targets(self.model, peft_config.layers_to_transform, peft_config.layers_pattern)
@@ -97,6 +104,19 @@ class SparseMemoryModel(BaseTuner):
             yield
         finally:
             tail.row_adapters = before
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel must not send, by name in the PeftModel, which it wraps.
+
+        These are the tables whose rows a row optimizer trains, since it sends the selected rows itself, and
+        the frozen tensors of memories, which DDP would send in every forward pass.
+        """
+        memories = [module for module in self.modules() if isinstance(module, ProductKeyMemory)]
+        ignored = {id(memory.values) for memory in memories if memory.log is not None}
+        ignored |= {id(buffer) for memory in memories for buffer in memory.buffers()}
+        named = [*self.named_parameters(), *self.named_buffers()]
+        return [f"base_model.{name}" for name, tensor in named if id(tensor) in ignored]
 
     def _check_row_adapters(self, names: Any) -> None:
         held = [name for row in names for name in adapters_of(row)]
@@ -183,6 +203,30 @@ def layer_gates(layers: Mapping[str, ProductKeyMemory], states: Mapping[str, Ten
 def writes_last(layers: Mapping[str, ProductKeyMemory]) -> bool:
     """Whether all layers have `write="last"`."""
     return all(memory.write == "last" for memory in layers.values())
+
+
+def _check_base(model: nn.Module, config: SparseMemoryConfig) -> None:
+    """Check that a saved adapter's memory is added to the base that it was made for.
+
+    Only a config that was loaded has digests. They are removed here: they do not hold for what is trained
+    from now on.
+
+    Raises:
+        ArtifactError: the base is another one.
+    """
+    loaded, config.digests = config.digests, {}
+    if not loaded or config.base_fingerprint is None:
+        return
+    if not comparable_base(model):
+        logger.warning(
+            "the base model is quantised, float16 or not in memory, so it is not checked that the adapter "
+            "was made for it"
+        )
+    elif not fits_base(model, config.base_fingerprint):
+        raise ArtifactError(
+            f"the adapter does not fit the base model ({type(model).__name__}), it was made for another; "
+            "give the base model that it was trained on"
+        )
 
 
 def set_trainable(model: nn.Module, trainable: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import MODEL_NAMES, MODES, WRITES, as_json, comma_numbers, out_folder, say, seed_option
+from .options import MODEL_NAMES, MODES, WRITES, as_json, comma_numbers, out_folder, say_stopped, seed_option
 
 
 @click.command(short_help="Add an empty sparse memory to a model.", epilog=MODEL_NAMES)
@@ -106,9 +106,8 @@ def graft(
             model, background, out, seed=seed, max_length=max_length, memory=memory,
             retrofit=retrofit, resume=resume, options=options if retrofit == "dense" else None,
         )  # fmt: skip
-    except KeyboardInterrupt:
-        say(f"\nstopped; to continue a dense retrofit from its last checkpoint, add --resume (--out {out})")
-        raise SystemExit(130) from None
+    except (KeyboardInterrupt, SystemExit) as stop:
+        raise say_stopped(stop, out) from None
     if as_json:
         click.echo(json.dumps(made))
         return

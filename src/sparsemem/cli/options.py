@@ -39,6 +39,15 @@ def say(message: str) -> None:
     click.echo(message, err=True)
 
 
+def say_stopped(stop: KeyboardInterrupt | SystemExit, out: Path) -> SystemExit:
+    """Say how to continue a run that Ctrl-C or SIGTERM has stopped; the exit that follows."""
+    if any(out.parent.glob(f"{out.name}.partial/checkpoint-*")):
+        say(f"\nstopped; to continue from the last checkpoint, add --resume (--out {out})")
+    else:
+        say("\nstopped; nothing was saved yet")
+    return SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code)
+
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 out_folder = click.option(
     "--out",

@@ -17,7 +17,7 @@ from .options import (
     as_json,
     comma_names,
     out_folder,
-    say,
+    say_stopped,
     seed_option,
 )
 
@@ -165,9 +165,8 @@ def train(
             model, data, out, method=method, resume=resume, background=background, trainable=trainable,
             options=options, report_to=report_to or (),
         )  # fmt: skip
-    except KeyboardInterrupt:
-        say(f"\nstopped; to continue from the last checkpoint, add --resume (--out {out})")
-        raise SystemExit(130) from None
+    except (KeyboardInterrupt, SystemExit) as stop:
+        raise say_stopped(stop, out) from None
     if as_json:
         click.echo(json.dumps(metrics))
         return

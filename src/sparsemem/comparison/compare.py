@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..files import read_json, write_json
 from ..provenance import differences, environment, flat
+from ..writing import read_json, write_json
 from .results import BASE, LEARNT, LOST, Run, collect, run_name
 
 logger = logging.getLogger(__name__)

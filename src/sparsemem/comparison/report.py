@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_atomically, write_json
+from ..writing import read_json, write_atomically, write_json
 from .page import expected, facts, html_page, title
 from .pareto import pareto_figure
 from .results import LEARNT, LOST, collect

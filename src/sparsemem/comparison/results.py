@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..files import read_json
+from ..writing import read_json
 from .paired import against_base
 
 BASE = "base"

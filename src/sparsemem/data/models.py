@@ -24,6 +24,7 @@ from urllib.request import getproxies
 import huggingface_hub.constants
 import torch
 from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -38,7 +39,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 # registers the PEFT method, so that its adapters can be loaded
 from ..adapter import registration  # noqa: F401
-from ..files import fingerprint_base
+from ..files import ArtifactError, comparable_base, fits_base
 
 logger = logging.getLogger(__name__)
 
@@ -107,25 +108,49 @@ def load(
     if config_file is None:
         return load_base(name, dtype=dtype)
     folder = Path(name).expanduser()
-    base = base or _here(str(json.loads(config_file.read_text())["base_model_name_or_path"]))
+    base = base or _here(str(_read_adapter_config(name, config_file).get("base_model_name_or_path")))
     model, tokenizer = load_base(base, dtype=dtype)
+    return add_adapter(model, str(folder) if folder.is_dir() else name), tokenizer
+
+
+def add_adapter(model: PreTrainedModel, name: str) -> PeftModel:
+    """Add a saved adapter to its base model, in eval mode and ready to be trained further.
+
+    Args:
+        model: the base model, changed in place.
+        name: the adapter's folder or Hub name.
+
+    Raises:
+        ArtifactError: the adapter is damaged or was made for another base model.
+        ValueError: there is no such adapter.
+    """
+    config_file = _adapter_config(name)
+    if config_file is None:
+        raise ValueError(f"adapter {name!r} was not found; give a folder with an adapter_config.json")
+    _read_adapter_config(name, config_file)
+    base = getattr(model.config, "name_or_path", "")
     unfit = (
         f"adapter {name!r} does not fit the base model {base!r}; give the base model that it was trained on"
     )
     try:
-        source = str(folder) if folder.is_dir() else name
-        adapted = PeftModel.from_pretrained(model, source, is_trainable=True).eval()
+        adapted = PeftModel.from_pretrained(model, name, is_trainable=True).eval()
+    except ArtifactError as error:
+        raise ArtifactError(f"adapter {name!r}: {error}") from error
     except SafetensorError as error:
-        raise _damaged(name, error) from error
-    except RuntimeError as error:
-        raise ValueError(unfit) from error
+        raise ArtifactError(str(_damaged(name, error))) from error
+    except (TypeError, AttributeError, LookupError) as error:
+        # PEFT trusts the types of what an adapter's config says
+        raise ArtifactError(
+            f"adapter {name!r} has a config that cannot be used ({error}); get an undamaged copy"
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        raise ArtifactError(unfit) from error
     except (OSError, ValueError) as error:
         raise _not_found(name, error) from error
     made_on = getattr(adapted.active_peft_config, "base_fingerprint", None)
-    # float16 rounds differently from the fingerprint's bfloat16, so a float16 base cannot be checked
-    if made_on is not None and dtype != torch.float16 and made_on != fingerprint_base(adapted):
-        raise ValueError(unfit)
-    return adapted, tokenizer
+    if made_on is not None and comparable_base(adapted) and not fits_base(adapted, made_on):
+        raise ArtifactError(unfit)
+    return adapted
 
 
 def packaged_name(copy: str) -> str | None:
@@ -175,6 +200,24 @@ def _adapter_config(name: str) -> Path | None:
         return file if file.is_file() else None
     found = find_adapter_config_file(name, local_files_only=not hub_reachable())
     return None if found is None else Path(found)
+
+
+def _read_adapter_config(name: str, path: Path) -> dict[str, Any]:
+    """Raises:
+    ArtifactError: it is not the JSON of an adapter.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"adapter {name!r} has a config that cannot be read ({error}); get an undamaged copy"
+        ) from error
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    if kind not in list(PEFT_TYPE_TO_CONFIG_MAPPING):
+        raise ArtifactError(
+            f"adapter {name!r} has a config of the unknown kind {kind!r}; get an undamaged copy"
+        )
+    return content
 
 
 def _here(base: str) -> str:

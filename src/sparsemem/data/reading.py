@@ -92,6 +92,10 @@ def read_jsonl(path: Path) -> tuple[list[str], list[Any]]:
             raise ValueError(
                 f"{path}, line {number}: not valid JSON ({error.msg}); put one object on each line"
             ) from error
+        except RecursionError as error:
+            raise ValueError(
+                f"{path}, line {number}: JSON nested too deeply; put one object on each line"
+            ) from error
         places.append(f"{path}, line {number}")
     return places, records
 

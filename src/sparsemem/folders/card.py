@@ -8,7 +8,7 @@ front matter (language, license, ...) is kept; other changes to the card are los
 import json
 from pathlib import Path
 
-from ..files import write_atomically
+from ..writing import write_atomically
 from .contents import CARD_FILE, PATCH_FILE, Contents, describe_patch, file_digest, read_contents
 from .entries import data_name, options_text, show_setting
 from .front_matter import new_front_matter

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..files import ArtifactError, read_json
+from ..files import ArtifactError
 from ..patches.patch import RowPatch
+from ..writing import read_json
 
 BACKGROUND_FILE = "background.safetensors"
 PATCH_FILE = "patch.safetensors"
@@ -132,7 +133,18 @@ def _is_memory(adapter: dict[str, Any]) -> bool:
 
 
 def _json(path: Path, default: Any) -> Any:
-    return read_json(path) if path.is_file() else default
+    """The content of a JSON file, or `default` if there is no such file.
+
+    Raises:
+        ValueError: it is not JSON, or of another type than `default`.
+    """
+    content = read_json(path) if path.is_file() else default
+    if not isinstance(content, type(default)):
+        raise ValueError(
+            f"{path} has a {type(content).__name__} where a {type(default).__name__} is expected; get an "
+            "undamaged copy"
+        )
+    return content
 
 
 def _rows(weights: Path) -> dict[str, tuple[int, int]]:

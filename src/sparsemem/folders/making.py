@@ -10,9 +10,9 @@ from typing import Any
 
 from ..background.background import Background
 from ..data.general import SHIPPED, general_background, say_shipped
-from ..files import read_json, write_json
 from ..processes import is_first
 from ..provenance import environment
+from ..writing import read_json, write_json
 from .card import write_card
 from .contents import ADAPTER_FILE, BACKGROUND_FILE, METRICS_FILE, PATCH_FILE
 from .names import public_data

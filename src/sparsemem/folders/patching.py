@@ -1,7 +1,6 @@
 """Row patches of saved adapters: compare two adapters, apply a patch, revert a patch."""
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,6 @@ def move_patch(adapter: Path, file: Path, out: Path | None, *, forward: bool) ->
     Raises:
         ValueError: the folder holds no adapter, the patch is damaged or does not fit, or `out` exists.
     """
-    from peft.utils import SAFETENSORS_WEIGHTS_NAME
-
     from ..patches.patch import RowPatch
 
     if out is not None:
@@ -66,10 +63,7 @@ def move_patch(adapter: Path, file: Path, out: Path | None, *, forward: bool) ->
             model.save_pretrained(part)
             write_card(part, out.name)
     else:
-        with tempfile.TemporaryDirectory(dir=adapter.parent) as part:
-            model.save_pretrained(part)
-            # only the weights have changed, and a single file can be replaced atomically
-            (Path(part) / SAFETENSORS_WEIGHTS_NAME).replace(adapter / SAFETENSORS_WEIGHTS_NAME)
+        model.save_pretrained(adapter)
         write_card(adapter)
     return {"out": str(out or adapter), **describe_patch(patch)}
 

@@ -1,8 +1,8 @@
 """Upload an adapter or model folder to the Hub.
 
-Choices: only files directly in the folder are uploaded. Hidden files, unfinished files and subfolders (such
-as checkpoints) are not. The card is written anew for the name on the Hub. If a JSON file names a local path,
-the uploaded copy names only its last part.
+Choices: only files with the names in _PUBLIC are uploaded, which lie directly in the folder and are no
+links. So a file that happens to be there, or a checkpoint, is not. The card is written anew for the name on
+the Hub. If a JSON file names a local path, the uploaded copy names only its last part.
 """
 
 import json
@@ -18,12 +18,29 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..data.models import hub_reachable
-from ..files import read_json
+from ..writing import read_json
 from .card import model_card
-from .contents import ADAPTER_FILE, CARD_FILE, EVALUATIONS_FILE, METRICS_FILE
+from .contents import (
+    ADAPTER_FILE,
+    BACKGROUND_FILE,
+    CARD_FILE,
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    PATCH_FILE,
+)
 from .names import public_data, public_model
 
-_UNFINISHED = (".part", ".partial")
+# Patterns of the names that graft, train, transformers and PEFT give to what belongs to a model.
+_PUBLIC = (
+    ADAPTER_FILE, BACKGROUND_FILE, CARD_FILE, EVALUATIONS_FILE, METRICS_FILE, PATCH_FILE,
+    "adapter_model.safetensors", "model.safetensors", "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "config.json", "generation_config.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
+    "processor_config.json",
+    "preprocessor_config.json", "LICENSE", "LICENSE.*", "NOTICE",
+)  # fmt: skip
 
 
 def public_files(folder: Path, repo: str) -> list[tuple[str, bytes | Path]]:
@@ -36,7 +53,7 @@ def public_files(folder: Path, repo: str) -> list[tuple[str, bytes | Path]]:
     held: dict[str, bytes | Path] = {
         path.name: path
         for path in folder.glob("*")
-        if path.is_file() and not path.name.startswith(".") and path.suffix not in _UNFINISHED
+        if path.is_file() and not path.is_symlink() and any(path.match(one) for one in _PUBLIC)
     }
     held[CARD_FILE] = model_card(folder, name=repo).encode()
     for name in {ADAPTER_FILE, METRICS_FILE, EVALUATIONS_FILE} & held.keys():

@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_json
 from ..provenance import differences, environment
+from ..writing import read_json, write_json
 from .card import write_card
 from .contents import EVALUATIONS_FILE, check_made, weights_digest
 from .entries import asked

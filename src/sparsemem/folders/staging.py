@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_json
 from ..processes import is_first
 from ..provenance import differences
+from ..writing import new_part, read_json, write_json
 
 
 @contextmanager
@@ -31,8 +31,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         return
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    part.chmod(0o755)
+    part = new_part(path)
     try:
         yield part
         part.replace(path)

@@ -6,8 +6,9 @@ rows, clips them by their norm, and updates the rows. All other rows and their o
 are (law 2). The tables never get a `.grad`, so clipping and zeroing by Trainer do not affect them.
 
 Several processes: counts are summed over processes, all processes use the selection of the first one, and
-gradients are averaged, as in DDP. The model need not be wrapped in DDP. It must not be wrapped if only value
-tables train.
+gradients are averaged, as in DDP. The model need not be wrapped in DDP. If it is, DDP sends neither tables
+nor keys (`SparseMemoryModel._ddp_params_and_buffers_to_ignore`). DDP refuses a model of which it sends
+nothing. So if only tables train, alpha of the first layer gets a gradient too, which nothing uses.
 
 All other trainable parameters (alpha, keys, modules_to_save) are updated by torch's AdamW inside this
 optimizer. They have their own learning rate, because rates that suit rows are too large for weights.
@@ -32,13 +33,15 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 
+from ..adapter.layer import freeze
 from ..adapter.model import memory_layers
 from ..background.background import Background
 from ..layer.memory import ProductKeyMemory
 from ..layer.values import ReadLog
-from ..processes import averaged, num_processes, of_first, summed
+from ..processes import averaged, num_processes, of_first, several_expected, summed
 from .ownership import let_go, take_rows
 from .selection import NEEDS_BACKGROUND, Rule, check_selection, select_rows
+from .skipping import SkippedSteps
 
 # Default learning rate of everything except rows: alpha, keys, modules_to_save.
 REST_LR = 1e-3
@@ -53,6 +56,8 @@ class RowOptimizer(Optimizer):
         selected: by layer, the rows that the last step selected: int64 on the CPU, ascending.
         last_grad_norm: norm of the gradients of these rows before clipping, a float32 scalar. None before the
             first step.
+        skipped: counts the steps that changed nothing because a gradient was NaN or infinite. After 10 in a
+            row `step()` raises ValueError.
     """
 
     def __init__(
@@ -95,11 +100,16 @@ class RowOptimizer(Optimizer):
             groups.append({**self._rest.defaults, "params": rest})
         self.selected: dict[str, Tensor] = {}
         self.last_grad_norm: Tensor | None = None
+        self.skipped = SkippedSteps()
         super().__init__(groups, defaults)
         self.read_logs: dict[str, ReadLog] = {
             name: ReadLog(apart=self._apart, probe=self._probe) for name in self.layers
         }
         take_rows(self)
+        first = next(iter(self.layers.values()))
+        self._anchor = first if self._rest is None and several_expected() else None
+        if self._anchor is not None:
+            freeze(self._anchor, "values+scale")
 
     # Whether the logs keep the micro-batches of a step apart.
     _apart = False
@@ -110,6 +120,9 @@ class RowOptimizer(Optimizer):
         """Give the tables up: their gradients are ordinary dense gradients again, for other optimizers."""
         for name, memory in self.layers.items():
             let_go(weakref.ref(memory), self.read_logs[name])
+        if self._anchor is not None:
+            freeze(self._anchor, "values")
+            self._anchor = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -131,6 +144,8 @@ class RowOptimizer(Optimizer):
         if self._overflowed():
             self._clear_logs()
             return loss
+        # with a GradScaler the probe shows what was scaled, and the scaler decides
+        bad = not hasattr(self, "found_inf") and self._is_bad()
         chosen = {
             name: self._choose(name, memory, self._log(name, memory)) for name, memory in self.layers.items()
         }
@@ -141,7 +156,13 @@ class RowOptimizer(Optimizer):
             if getattr(self, "grad_scale", None) is not None:
                 gradient.div_(self.grad_scale.to(gradient.device))  # type: ignore[attr-defined]
             averaged(gradient)
-        self._clip([gradient for _, gradient in chosen.values()], others)
+        norm = self._clip([gradient for _, gradient in chosen.values()], others)
+        bad = bad or not bool(norm.isfinite())
+        if bad:
+            self._clear_logs()
+        self.skipped.add(bad)
+        if bad:
+            return loss
         group = self.param_groups[0]
         for name, memory in self.layers.items():
             rows, gradient = chosen[name]
@@ -153,6 +174,10 @@ class RowOptimizer(Optimizer):
         self._clear_logs()
         self.selected = {name: rows for name, (rows, _) in chosen.items()}
         return loss
+
+    def skip_step(self) -> None:
+        """Make the next `step()` change nothing, as for a gradient that is not finite."""
+        self._probe.grad = torch.full_like(self._probe, torch.inf)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -217,6 +242,12 @@ class RowOptimizer(Optimizer):
         found = torch.as_tensor(self.found_inf, dtype=torch.float32).clone()  # type: ignore[attr-defined]
         return bool(summed(found) > 0)
 
+    def _is_bad(self) -> bool:
+        """Whether a gradient of this step is NaN or infinite in any process."""
+        seen = self._probe.grad
+        bad = torch.zeros_like(self._probe) if seen is None else (~seen.isfinite()).float()
+        return bool(summed(bad.detach()) > 0)
+
     def _log(self, name: str, memory: ProductKeyMemory) -> ReadLog:
         if memory.log is not self.read_logs[name]:
             raise ValueError(
@@ -225,16 +256,21 @@ class RowOptimizer(Optimizer):
             )
         return self.read_logs[name]
 
-    def _clip(self, rows: list[Tensor], others: list[Tensor]) -> None:
-        """Clip all gradients by their common norm, and store the norm of the rows' gradients."""
+    def _clip(self, rows: list[Tensor], others: list[Tensor]) -> Tensor:
+        """Clip all gradients by their common norm, and store the norm of the rows' gradients.
+
+        Returns:
+            The common norm, a float32 scalar.
+        """
         self.last_grad_norm = get_total_norm(rows)
-        if self.max_grad_norm is None:
-            return
         norm = get_total_norm([self.last_grad_norm, *(gradient.float() for gradient in others)])
+        if self.max_grad_norm is None:
+            return norm
         # clip_grads_with_norm_ scales the `.grad` of parameters, but the gradients of rows are not there.
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
         for gradient in (*rows, *others):
             gradient.mul_(scale.to(gradient.device))
+        return norm
 
     def _clear_logs(self) -> None:
         self._probe.grad = None

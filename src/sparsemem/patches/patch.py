@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.model import memory_layers
-from ..files import ArtifactError, fingerprint_base, load_artifact, save_artifact
+from ..files import ArtifactError, fingerprint_base, fits_base, load_artifact, save_artifact
 from ..layer.scope import Scope
 from .layers import (
     LayerPatch,
@@ -120,12 +120,18 @@ class RowPatch:
                 other.
         """
         tensors, header = load_artifact(path, KIND)
+        try:
+            base, info, addressings = header["base"], header["info"], dict(header["addressing"])
+            whole, spaces = list(header.get("whole", [])), dict(header.get("spaces", {}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"{path}: its header lacks what a row patch has ({error}); get an undamaged copy"
+            ) from error
         layers = {
-            name: unpacked_layer(path, tensors, name, addressing, header.get("spaces", {}).get(name))
-            for name, addressing in header["addressing"].items()
+            name: unpacked_layer(path, tensors, name, addressing, spaces.get(name))
+            for name, addressing in addressings.items()
         }
-        others = unpacked(path, tensors, header.get("whole", []))
-        return cls(layers, header["base"], header["info"], others)
+        return cls(layers, base, info, unpacked(path, tensors, whole))
 
     def referring(self) -> "RowPatch":
         """The same patch, but it refers to the spaces of its scopes by digest and does not contain them."""
@@ -172,7 +178,7 @@ class RowPatch:
     @torch.no_grad()
     def _move(self, model: nn.Module, *, forward: bool, spaces: Mapping[str, Scope] | None = None) -> None:
         memories = memory_layers(model)
-        if self.base != fingerprint_base(model):
+        if not fits_base(model, self.base):
             raise ArtifactError(
                 "patch: was made with another base model; use it with the model that it was trained on"
             )

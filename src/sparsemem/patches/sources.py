@@ -3,21 +3,26 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..adapter.digests import verify_tensors
 from ..files import ArtifactError
+from ..writing import finish_save, read_json
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
     """The tensors of a saved adapter.
 
     Raises:
-        ArtifactError: the folder has no adapter file, or it cannot be read.
+        ArtifactError: the folder has no adapter file, or it cannot be read or is damaged.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
+    finish_save(folder)
+    if (folder / CONFIG_NAME).is_file() and (digests := read_json(folder / CONFIG_NAME).get("digests")):
+        verify_tensors(folder, digests)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison.compare import BASE, PARTIAL
-from ..files import write_atomically
+from ..writing import write_atomically
 from .forgetting import background, tokens
 from .gated_lora import GATED, gated_settings, teach_gated_lora
 from .paper.run import arm_options, grafted

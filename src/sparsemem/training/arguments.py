@@ -1,10 +1,7 @@
 """Check the arguments of `finetune` and turn them into Trainer's."""
 
-import json
-import logging
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,8 +10,6 @@ from transformers import TrainingArguments
 
 from ..data.mentions import KEEP_FORMS
 from .methods import MAX_GRAD_NORM, MEMORY_METHODS, check_method
-
-logger = logging.getLogger(__name__)
 
 WARMUP_STEPS = 5
 # The largest number of steps between two checkpoints; an epoch if that is shorter.
@@ -137,15 +132,3 @@ def training_arguments(
     # one process uses one device: on several, Trainer would copy the model in every step (use torchrun)
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments, steps_per_epoch
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest complete checkpoint, or None. Trainer writes `trainer_state.json` last."""
-    paths = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(paths):
-        with suppress(OSError, json.JSONDecodeError):
-            json.loads((path / "trainer_state.json").read_text())
-            return str(path)
-    if paths:
-        logger.warning("no complete checkpoint in %s: training begins from the start", folder)
-    return None

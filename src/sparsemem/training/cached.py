@@ -27,8 +27,9 @@ from ..adapter.tail import gated_sum
 from ..background.scoping import Supervised
 from ..background.states import layer_inputs, supervised
 from ..data.records import collate
-from ..files import fingerprint_base, write_atomically
+from ..files import fingerprint_base
 from ..precision import autocast, precision_of
+from ..writing import write_atomically
 
 logger = logging.getLogger(__name__)
 

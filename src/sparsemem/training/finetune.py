@@ -8,7 +8,7 @@ resident set, or of the GPU's allocations.
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,10 +32,12 @@ from ..optim.rows import REST_LR, RowOptimizer
 from ..optim.selection import Rule
 from ..patches.patch import RowPatch
 from ..precision import computing_in, precision_of
-from .arguments import WARMUP_STEPS, check_arguments, last_checkpoint, training_arguments
+from .arguments import WARMUP_STEPS, check_arguments, training_arguments
 from .cached import StateRows, collate_states, train_states
 from .callbacks import METRICS_FILE, MetricsFile, StopAtLoss, Stopwatch, recent_loss
+from .checkpoints import check_writable, keep_run, last_checkpoint, run_of
 from .footprint import peak_memory
+from .interrupts import StopAtSignal
 from .loading import MENTION_FORMS, Data, RunData, known_batches, load_data, mention_examples
 from .methods import TOP_T, Prepared, prepare
 from .trainer import FinetuneTrainer
@@ -152,10 +154,17 @@ def finetune(
     first process computes calibration, scope and selection for all, and writes the files.
 
     Raises:
-        ValueError: bad data, an option out of range, or a training loss that is not finite.
+        ValueError: bad data, an option out of range, an output_dir that cannot be written, a run to resume of
+            other data or arguments, or a loss or gradient that is NaN or infinite in 10 steps in a row (each
+            of these steps is skipped, with a warning).
+        OSError: a checkpoint cannot be written. Earlier ones are unchanged.
+        KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with output_dir, when a checkpoint of the last
+            step has been written; continue with resume=True.
     """
     counts = {"epochs": epochs, "batch_size": batch_size, "max_steps": max_steps, "max_length": max_length}
     check_arguments(method, mentions, schedule, output_dir, resume, cache_bytes, **counts)
+    if output_dir is not None:
+        check_writable(Path(output_dir))
     tokenizer = tokenizer or tokenizer_of(model)
     loaded = load_data(
         model,
@@ -189,6 +198,19 @@ def finetune(
             saves=bool(output_dir),
             report_to=report_to,
         )
+        if output_dir:
+            chosen = {"method": method, "lr": lr, "rest_lr": rest_lr, "batch_size": batch_size}
+            chosen |= {"gradient_accumulation_steps": gradient_accumulation_steps, "seed": seed}
+            chosen |= {"top_t": top_t, "rule": rule, "moments": moments, "schedule": schedule}
+            chosen |= {"warmup_steps": warmup_steps, "quirks": list(quirks), "mentions": mentions}
+            chosen |= {"precision": used}
+            general = loaded.general
+            taught = {"data": loaded.examples, "keep": loaded.kept}
+            if isinstance(general, Background):
+                chosen["background"] = general.corpus
+            else:
+                taught["background"] = general
+            keep_run(folder, run_of(model, chosen, taught), resumes=checkpoint is not None)
         memory = stack.enter_context(peak_memory(model.to(arguments.device)))  # type: ignore[arg-type]
         stopwatch = Stopwatch()
         set_seed(seed)
@@ -211,10 +233,12 @@ def finetune(
             states=lambda ready: train_states(ready, loaded.examples, loaded.pad, cache_bytes, folder),
         )
         stack.enter_context(_without_cache(prepared.model))
+        stop = StopAtSignal()
         ours = [stopwatch, StopAtLoss(stop_loss, steps_per_epoch)]
-        ours += [MetricsFile(folder / METRICS_FILE)] if output_dir else []
+        ours += [stop, MetricsFile(folder / METRICS_FILE)] if output_dir else []
         trainer = _trainer(prepared, loaded, arguments, [*ours, *callbacks], cache_bytes, folder)
-        _train(trainer, checkpoint, stopwatch)
+        with stop.listening() if output_dir else nullcontext():
+            _train(trainer, checkpoint, stopwatch)
         seconds = stopwatch.seconds
         if isinstance(prepared.optimizer, RowOptimizer):
             prepared.optimizer.release()
@@ -275,6 +299,11 @@ def _train(trainer: FinetuneTrainer, checkpoint: str | None, stopwatch: Stopwatc
         trainer.state = reached
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.skipped.in_a_row and trainer.skipped.in_a_row * 2 >= trainer.state.global_step:
+            raise ValueError(
+                f"the loss is NaN or infinite in the last {trainer.skipped.in_a_row} of "
+                f"{trainer.state.global_step} steps; choose a smaller lr or check the data"
+            )
     if trainer.eval_dataset is None:
         return
     if _last(trainer.state.log_history, "eval_loss").get("step", -1) < trainer.state.global_step:

@@ -1,16 +1,22 @@
 """The Trainer of `finetune`: it trains the whole model, or a tail memory on cached states."""
 
+import math
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from ..optim.rows import RowOptimizer
+from ..optim.skipping import SkippedSteps
 from ..precision import autocast, takes
+from ..processes import summed
 from .cached import TailHead
 from .callbacks import Progress
+from .checkpoints import list_files
 
 
 class FinetuneTrainer(Trainer):
@@ -24,6 +30,10 @@ class FinetuneTrainer(Trainer):
     def __init__(self, head: TailHead | None, **options: Any) -> None:
         super().__init__(**options)
         self.head = head
+        own = getattr(self.optimizer, "skipped", None)
+        # a row optimizer skips steps by itself
+        self.skipped: SkippedSteps = SkippedSteps() if own is None else own
+        self._bad = False
         if head is not None:
             self.model_accepts_loss_kwargs = True
         # the default callbacks print every log to stdout, which is for results
@@ -46,7 +56,53 @@ class FinetuneTrainer(Trainer):
             inputs = {**inputs, "logits_to_keep": kept, "shift_labels": labels[:, kept].contiguous()}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if loss.isfinite():
+            return loss
+        self._bad = True
+        # Trainer's running sum would stay NaN
+        return torch.zeros_like(loss)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Trainer calls this just before the optimizer's step. A bad step is skipped in all processes."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        bad = self._bad or (norm is not None and not math.isfinite(norm))
+        if self.args.world_size > 1:
+            bad = bool(summed(torch.tensor(float(bad), device=self.args.device)) > 0)
+        self._bad = bad
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, RowOptimizer):
+            if bad:
+                optimizer.skip_step()
+            return norm
+        # torch's fused AdamW skips a step if this is not 0, as for a gradient scaler
+        optimizer.found_inf = torch.ones((), device=self.args.device) if bad else None
+        self.skipped.add(bad)
+        return norm
+
+    def _save_checkpoint(self, model, trial):
+        if self.skipped.in_a_row:
+            # the weights may be the reason; the last good checkpoint is not to be rotated away
+            return
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                list_files(folder)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # torch.save reports a full disk as a RuntimeError
+            if isinstance(error, RuntimeError) and "write" not in str(error) and "pos" not in str(error):
+                raise
+            line = " ".join(str(error).split())
+            raise OSError(
+                f"{folder} cannot be written ({line}); earlier checkpoints are unchanged; check the free "
+                "space and continue with resume"
+            ) from error
+
     def log(self, logs, start_time=None):
+        if "loss" in logs and self._bad:
+            logs, self._bad = {**logs, "loss": math.nan}, False
         # Trainer logs the norm of `.grad`, which value rows do not have
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if "grad_norm" in logs and isinstance(optimizer, RowOptimizer):

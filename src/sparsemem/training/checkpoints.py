@@ -1,0 +1,123 @@
+"""Which checkpoints of a run are complete, whether they belong to it, and where they can be written.
+
+Choices: Trainer writes `trainer_state.json` last. After it, `files.json` gets the sizes of all files, so that
+a checkpoint that was being deleted is recognised too. `run.json` beside the checkpoints has the settings and
+digests of the data of their run.
+"""
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..files import comparable_base, fingerprint_base
+from ..processes import is_first, num_processes
+from ..provenance import differences
+from ..writing import read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+_STATE, _FILES, _RUN = "trainer_state.json", "files.json", "run.json"
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest complete checkpoint, or None. Incomplete ones are named in a warning."""
+    paths = [path for path in Path(folder).glob("checkpoint-*") if _step(path) >= 0]
+    skipped = []
+    for path in sorted(paths, key=_step, reverse=True):
+        if _is_complete(path):
+            if skipped:
+                logger.warning("incomplete: %s; continuing from %s", ", ".join(skipped), path.name)
+            return str(path)
+        skipped.append(path.name)
+    if paths:
+        logger.warning("no complete checkpoint in %s: training begins from the start", folder)
+    return None
+
+
+def list_files(checkpoint: Path) -> None:
+    """Write the sizes of a checkpoint's files into it, after all of them."""
+    sizes = {
+        str(path.relative_to(checkpoint)): path.stat().st_size
+        for path in checkpoint.rglob("*")
+        if path.is_file() and path.name not in (_STATE, _FILES)
+    }
+    write_json(checkpoint / _FILES, sizes)
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be written into a folder, which is made if it does not exist.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise ValueError(
+            f"folder {str(folder)!r} cannot be written ({error.strerror}); give another folder"
+        ) from error
+
+
+def run_of(model: nn.Module, settings: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """What decides the course of a run, as JSON values.
+
+    Args:
+        model: before training.
+        settings: by name of the argument; values without JSON form are given by name.
+        data: by name of the argument, examples as `encode` returns them, or None.
+    """
+    about = {
+        key: value if _is_json(value) else getattr(value, "__name__", "?") for key, value in settings.items()
+    }
+    about |= {key: None if value is None else _digest(value) for key, value in data.items()}
+    base = fingerprint_base(model) if comparable_base(model) else None
+    return json.loads(json.dumps({**about, "model": base, "processes": num_processes()}))
+
+
+def keep_run(folder: Path, run: dict[str, Any], *, resumes: bool) -> None:
+    """Write what decides the run beside its checkpoints, or compare it with what is there.
+
+    Raises:
+        ValueError: the run continues a checkpoint and differs; the message names what changed.
+    """
+    if resumes and (folder / _RUN).is_file():
+        changes = differences(read_json(folder / _RUN), run)
+        if changes:
+            raise ValueError(
+                f"resume=True: the run in {folder} is another one ({changes}); give the same data and "
+                "arguments, or another output_dir"
+            )
+    elif is_first():
+        write_json(folder / _RUN, run)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    with suppress(OSError, ValueError):
+        json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        sizes = json.loads((checkpoint / _FILES).read_text()) if (checkpoint / _FILES).is_file() else {}
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    return False
+
+
+def _step(path: Path) -> int:
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def _digest(examples: Sequence[dict[str, Any]]) -> str:
+    parts = [one.get(key) for one in examples for key in ("input_ids", "labels")]
+    text = repr([part.tolist() if isinstance(part, Tensor) else part for part in parts])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_json(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | list | tuple | dict)
