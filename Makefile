@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test check fast lint clean
+.PHONY: setup demo test check fast lint bench clean
 
 setup: $(READY)
 
@@ -33,6 +33,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# ROWS=step,layer measures these again; else only the rows that the file lacks
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py docs/results/speed.json $(if $(ROWS),--rows $(ROWS))
 
 clean:
 	rm -rf .venv demo-out dist
