@@ -59,6 +59,11 @@ def select_rows(
     device, counts = counts.device, counts.cpu()
     read = counts.nonzero().flatten()
     scores = _scores(counts, read, background, rule, gradient_norms, generator)
+    if len(read) > top_t:
+        # Only the best scores are sorted. NaN is among them, as in sort().
+        worst = scores.topk(top_t).values[-1]
+        best = (~(scores < worst)).nonzero().flatten()
+        read, scores = read[best], scores[best]
     # The sort is stable and `read` ascends. So among equal scores the lowest slot comes first, on all
     # processes.
     order = scores.sort(descending=True, stable=True).indices
