@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo ui test check fast lint docs soak clean
+.PHONY: setup demo ui test check fast lint docs soak bench clean
 
 setup: $(READY)
 
@@ -45,6 +45,10 @@ docs: $(READY)
 SIZE ?= full
 soak: $(READY)
 	$(BIN)/python benchmarks/soak.py $(if $(filter full,$(SIZE)),docs/results/soak.json,soak-$(SIZE).json) --size $(SIZE)
+
+# ROWS=step,layer measures these again; else only the rows that the file lacks
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py docs/results/speed.json $(if $(ROWS),--rows $(ROWS))
 
 clean:
 	rm -rf .venv demo-out dist site

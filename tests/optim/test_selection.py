@@ -61,3 +61,17 @@ def test_grad_takes_the_largest_norms():
 def test_bad_input_is_named(options, words):
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         select_rows(torch.tensor([1, 2]), **options)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 10))
+def test_the_best_are_those_of_a_stable_sort_of_all(counts, top_t):
+    counts = torch.tensor(counts)
+    by_sort = sorted((i for i in range(len(counts)) if counts[i]), key=lambda i: -counts[i])
+    assert select_rows(counts, top_t=top_t, rule="tf").tolist() == by_sort[:top_t]
+
+
+def test_an_undefined_norm_counts_as_the_largest():
+    norms = torch.tensor([3.0, math.nan, 5.0, math.inf, 1.0])
+    for top_t in (1, 3):
+        rows = select_rows(torch.ones(5, dtype=torch.int64), top_t=top_t, rule="grad", gradient_norms=norms)
+        assert rows.tolist() == [1, 3, 2][:top_t]

@@ -6,10 +6,13 @@ not write `values.grad`. It stores the reads and the gradient of the output in t
 
 Choices: rows are not gathered to a [tokens, reads, d] tensor, and nothing waits for the device. The only
 exception is a bfloat16 table with few reads, whose rows are gathered in chunks. The read is PyTorch's
-`embedding_bag`. The gradients come from the backward pass of `embedding_bag`, or from one matrix product if
-each token reads at least 1 / _PRODUCT of all slots (measured, dev/LOG.md section 13).
+`embedding_bag`. Gradients come from one matrix product if each token reads at least 1 / _PRODUCT of all
+slots. Else the gradient of rows is an `embedding_bag` too: reads are sorted by row, and each row sums the
+output gradients of its reads. The gradient of weights is a sampled matrix product on CPUs, and the backward
+pass of `embedding_bag` elsewhere (measured, dev/LOG.md sections 13 and 16).
 """
 
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Gradients are computed by a matrix product if num_slots / reads is at most this.
-_PRODUCT = 8
+_PRODUCT = 4
 # Maximum number of elements in the temporary tensor of such a product: 16 MB of float32.
 _SPREAD = 2**22
 # Maximum number of rows of a bfloat16 table that are gathered at once.
@@ -101,10 +104,20 @@ def weight_gradients(values: Tensor, slots: Tensor, grad_out: Tensor) -> Tensor:
         step = max(1, _SPREAD // len(values))
         parts = zip(slots.split(step), grad_out.split(step), strict=True)
         return torch.cat([(g @ values.T).gather(1, s) for s, g in parts])
+    if values.is_cpu:
+        return _sampled_product(values, slots, grad_out)
     with torch.enable_grad():
         weights = grad_out.new_zeros(slots.shape, requires_grad=True)
         out = F.embedding_bag(slots, values.detach(), per_sample_weights=weights, mode="sum")
         return torch.autograd.grad(out, weights, grad_out)[0]
+
+
+def _sampled_product(values: Tensor, slots: Tensor, grad_out: Tensor) -> Tensor:
+    """The entries at `slots` of grad_out @ values.T: the kernel of sparse matrices in CSR form."""
+    starts = torch.arange(0, slots.numel() + 1, slots.shape[1])
+    entries = (starts, slots.flatten(), grad_out.new_zeros(slots.numel()))
+    at = torch.sparse_csr_tensor(*entries, (len(slots), len(values)), check_invariants=False)
+    return torch.sparse.sampled_addmm(at, grad_out, values.T, beta=0.0).values().view_as(slots)
 
 
 def row_gradients(slots: Tensor, weights: Tensor, grad_out: Tensor, rows: Tensor, num_slots: int) -> Tensor:
@@ -119,37 +132,42 @@ def row_gradients(slots: Tensor, weights: Tensor, grad_out: Tensor, rows: Tensor
     Returns:
         [t, d] float32.
     """
-    place = rows.new_full((num_slots,), len(rows))
-    place[rows] = torch.arange(len(rows), device=rows.device)
-    # one extra row collects the reads of all other rows
-    product = _by_product(num_slots, slots.shape[1])
-    return _table_gradient(place[slots], weights, grad_out, len(rows) + 1, product, others=len(rows))[:-1]
+    place = rows.new_full((num_slots,), len(rows), dtype=torch.int32)
+    place[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+    return _table_gradient(place[slots], weights, grad_out, len(rows), _by_product(num_slots, slots.shape[1]))
 
 
 def _by_product(num_slots: int, reads: int) -> bool:
     return num_slots <= _PRODUCT * reads
 
 
-def _table_gradient(
-    slots: Tensor,
-    weights: Tensor,
-    grad_out: Tensor,
-    num_rows: int,
-    product: bool,
-    others: int | None = None,
-) -> Tensor:
-    """Gradient [num_rows, d] float32 of a table. The gradient of row `others` is not used."""
-    gradient = grad_out.new_zeros(num_rows, grad_out.shape[1])
+def _table_gradient(slots: Tensor, weights: Tensor, grad_out: Tensor, num_rows: int, product: bool) -> Tensor:
+    """Gradient [num_rows, d] float32 of a table. Reads of slot `num_rows` belong to no row of it."""
     if product:
-        step = max(1, _SPREAD // num_rows)
+        # one extra row collects the reads of no row
+        gradient = grad_out.new_zeros(num_rows + 1, grad_out.shape[1])
+        step = max(1, _SPREAD // len(gradient))
         for s, w, g in zip(slots.split(step), weights.split(step), grad_out.split(step), strict=True):
-            spread = w.new_zeros(len(s), num_rows).scatter_add_(1, s, w)
+            spread = w.new_zeros(len(s), len(gradient)).scatter_add_(1, s.long(), w)
             gradient.addmm_(spread.T, g)
-        return gradient
-    with torch.enable_grad():
-        table = gradient.requires_grad_()
-        out = F.embedding_bag(slots, table, per_sample_weights=weights, mode="sum", padding_idx=others)
-        return torch.autograd.grad(out, table, grad_out)[0]
+        return gradient[:-1]
+    place, reads = slots.flatten(), slots.shape[1]
+    order = None
+    if place.is_cpu:
+        # on another device this would wait for it
+        order = (place < num_rows).nonzero().squeeze(1)
+        place = place[order]
+    place, within = place.sort(stable=True)
+    order = within if order is None else order[within]
+    starts = torch.searchsorted(place, torch.arange(num_rows + 1, dtype=place.dtype, device=place.device))
+    return F.embedding_bag(
+        order // reads,
+        grad_out,
+        starts,
+        per_sample_weights=weights.flatten()[order],
+        mode="sum",
+        include_last_offset=True,
+    )
 
 
 @dataclass
@@ -231,3 +249,9 @@ class ReadLog:
     def __reduce__(self):
         # a copied model has no optimizer, so its memory gets no log
         return type(None), ()
+
+
+# Making the first CSR tensor of a process warns that they are new.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    _sampled_product(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1))

@@ -57,11 +57,16 @@ def select_rows(
     """
     check_selection(top_t, rule)
     device, counts = counts.device, counts.cpu()
-    scores = _scores(counts, background, rule, gradient_norms, generator)
     read = counts.nonzero().flatten()
+    scores = _scores(counts, read, background, rule, gradient_norms, generator)
+    if len(read) > top_t:
+        # Only the best scores are sorted. NaN is among them, as in sort().
+        worst = scores.topk(top_t).values[-1]
+        best = (~(scores < worst)).nonzero().flatten()
+        read, scores = read[best], scores[best]
     # The sort is stable and `read` ascends. So among equal scores the lowest slot comes first, on all
     # processes.
-    order = scores[read].sort(descending=True, stable=True).indices
+    order = scores.sort(descending=True, stable=True).indices
     return read[order[:top_t]].to(device)
 
 
@@ -79,7 +84,8 @@ def check_selection(top_t: int, rule: Rule) -> None:
         raise ValueError(f"rule={rule!r} must be one of {', '.join(map(repr, RULES))}, or a callable")
 
 
-def _scores(counts, background, rule, gradient_norms, generator) -> Tensor:
+def _scores(counts, read, background, rule, gradient_norms, generator) -> Tensor:
+    """Scores of the read slots. Only these are computed, because a table may have a million slots."""
     if rule in NEEDS_BACKGROUND:
         if background is None:
             raise ValueError(f"rule={rule!r} needs background=; make one with calibrate or count_accesses")
@@ -88,26 +94,27 @@ def _scores(counts, background, rule, gradient_norms, generator) -> Tensor:
                 f"background: has {len(background.counts)} slots, counts has {len(counts)}; "
                 "give the background of this layer"
             )
-    c = counts.double()
+    c = counts[read].double()
     p = c / c.sum().clamp_min(1)
     if rule == "tfidf":
-        df = background.df.cpu()
+        df = background.df.cpu()[read]
         return p * ((background.num_batches + 1) / (df + 1)).log()
     if rule == "kl":
-        bg = background.counts.cpu() + 1
-        return p * ((p + 1e-8) / (bg / bg.sum() + 1e-8)).log()
+        bg = background.counts.cpu()
+        q = (bg[read] + 1) / (bg.sum() + len(bg))
+        return p * ((p + 1e-8) / (q + 1e-8)).log()
     if rule == "tf":
         return c
     if rule == "grad":
         if gradient_norms is None:
             raise ValueError("rule='grad' needs gradient_norms=, the norm of every read row's gradient")
-        return gradient_norms.cpu()
+        return gradient_norms.cpu()[read]
     if rule == "random":
-        return torch.rand(len(c), generator=generator)
+        return torch.rand(len(counts), generator=generator)[read]
     scores = rule(counts, background).cpu()
     if scores.shape != counts.shape:
         raise ValueError(
             f"rule: the callable returned shape {tuple(scores.shape)}; it must return one score per slot, "
             f"{tuple(counts.shape)}"
         )
-    return scores
+    return scores[read]
