@@ -26,10 +26,10 @@ from typing import Any
 import torch
 import variants
 
-from sparsemem.files import write_json
 from sparsemem.layer.memory import ProductKeyMemory
 from sparsemem.layer.values import ReadLog
 from sparsemem.provenance import environment
+from sparsemem.writing import write_json
 
 BATCH, LENGTH, NEW_TOKENS = 16, 64, 16
 TOKENS = BATCH * LENGTH

@@ -92,7 +92,10 @@ def commands(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_of_the_docs_parses(page):
+def test_every_command_of_the_docs_parses(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # what `sparsemem config train > train.yaml` on the same page would write
+    Path("train.yaml").write_text("model: smollm2\ndata: facts.jsonl\nout: taught\n")
     for arguments in commands(page):
         group, rest = main, arguments
         while isinstance(group, click.Group):

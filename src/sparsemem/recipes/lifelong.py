@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison.compare import BASE, PARTIAL, Recipe
-from ..files import read_json, write_json
+from ..writing import read_json, write_json
 from .editors import Edit, Editor, editor_of
 from .forgetting import read_prose
 from .lifelong_figure import draw

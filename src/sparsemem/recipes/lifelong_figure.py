@@ -4,7 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_atomically
+from ..writing import read_json, write_atomically
 
 _PANELS = (
     ("reliability", "taught wording, right"),

@@ -112,6 +112,7 @@ def teach(
 
     general = background(seed, tokenizer, settings.background_tokens, settings.piece_tokens)
     data: list[dict[str, Any]] = records
+    options: dict[str, Any]
     known_as = {OWN: "smf", **LONG}.get(method, method)
     if method in ARMS:
         model, options = _arm(settings, ARMS[method], tokenizer, folder.parents[1])

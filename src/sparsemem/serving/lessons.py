@@ -17,9 +17,9 @@ from transformers import TrainerCallback
 
 from ..adapter.model import memory_layers
 from ..background.background import Background
-from ..files import write_json
 from ..patches.patch import RowPatch
 from ..training.finetune import finetune
+from ..writing import write_json
 from .answering import answer_all, gates
 from .changes import changes
 from .memories import add_memory

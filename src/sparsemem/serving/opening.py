@@ -13,11 +13,11 @@ from ..background.calibration import calibrate
 from ..data.general import general_background
 from ..data.models import load
 from ..data.records import batches, encode
-from ..files import read_json
 from ..folders.contents import ADAPTER_FILE, BACKGROUND_FILE
 from ..folders.names import is_local, public_model
 from ..patches.patch import RowPatch
 from ..training.methods import memory_config
+from ..writing import read_json
 from .lessons import LESSONS_FILE, MEMORY, Lesson, Lessons, Progress, made_lesson
 from .memories import add_memory, check_writes_last, empty_snapshot
 
