@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from .described import show_described
 from .options import as_json
 
 patch_file = click.argument("patch_file", metavar="PATCH", type=click.Path(path_type=Path))
@@ -86,7 +87,6 @@ def show_patch(
     """Show what PATCH changes, and with --adapter the tokens in context that read the most-changed rows."""
     from ..folders.contents import describe_patch
     from ..patches.patch import RowPatch
-    from .patches import show_described
 
     if adapter is None and (text or html):
         raise click.UsageError(

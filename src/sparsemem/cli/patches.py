@@ -1,12 +1,11 @@
 """Commands for row patches: show, diff, apply, revert, merge, dial, subset."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import click
 
 from .algebra import dial_patch, merge_patches, show_patch, subset_patch
+from .described import show_described
 from .options import as_json
 
 
@@ -61,23 +60,6 @@ def revert_patch(adapter: Path, patch_file: Path, out: Path | None, as_json: boo
     from ..folders.patching import move_patch
 
     show_described(move_patch(adapter, patch_file, out, forward=False), as_json)
-
-
-def show_described(described: dict[str, Any], as_json: bool) -> None:
-    """Print what `describe_patch` found."""
-    if as_json:
-        click.echo(json.dumps(described))
-        return
-    for name, layer in described["layers"].items():
-        change = f"{layer['rows']} rows, largest change {layer['largest_change']:.3g}"
-        click.echo(f"{name}: {change}, {layer['centres']} scope centres")
-    for name, change in described["tensors"].items():
-        click.echo(f"{name}: replaced as a whole, largest change {change:.3g}")
-    for key, value in described["info"].items():
-        click.echo(f"{key}: {value}")
-    for key in ("base", "out"):
-        if key in described:
-            click.echo(f"{key}: {described[key]}")
 
 
 for command in (show_patch, merge_patches, dial_patch, subset_patch):
