@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from .described import show_described
 from .options import as_json
 
 patch_file = click.argument("patch_file", metavar="PATCH", type=click.Path(path_type=Path))
@@ -117,20 +118,3 @@ def _refuse(path: Path) -> None:
     from ..folders.staging import refuse_existing
 
     refuse_existing(path)
-
-
-def show_described(described: dict[str, Any], as_json: bool) -> None:
-    """Print what `describe_patch` found."""
-    if as_json:
-        click.echo(json.dumps(described))
-        return
-    for name, layer in described["layers"].items():
-        change = f"{layer['rows']} rows, largest change {layer['largest_change']:.3g}"
-        click.echo(f"{name}: {change}, {layer['centres']} scope centres")
-    for name, change in described["tensors"].items():
-        click.echo(f"{name}: replaced as a whole, largest change {change:.3g}")
-    for key, value in described["info"].items():
-        click.echo(f"{key}: {value}")
-    for key in ("base", "out"):
-        if key in described:
-            click.echo(f"{key}: {described[key]}")

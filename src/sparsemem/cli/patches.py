@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from .algebra import dial_patch, merge_patches, show_described, show_patch, subset_patch
+from .algebra import dial_patch, merge_patches, show_patch, subset_patch
+from .described import show_described
 from .options import as_json
 
 
