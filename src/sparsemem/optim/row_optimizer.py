@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 
-from ..adapter.layer import freeze
 from ..adapter.model import memory_layers
 from ..background.background import Background
 from ..layer.memory import ProductKeyMemory
@@ -109,7 +108,9 @@ class RowOptimizer(Optimizer):
         first = next(iter(self.layers.values()))
         self._anchor = first if self._rest is None and several_expected() else None
         if self._anchor is not None:
-            freeze(self._anchor, "values+scale")
+            scale = self._anchor.scale.detach()
+            del self._anchor.scale
+            self._anchor.scale = nn.Parameter(scale)
 
     # Whether the logs keep the micro-batches of a step apart.
     _apart = False
@@ -121,7 +122,9 @@ class RowOptimizer(Optimizer):
         for name, memory in self.layers.items():
             let_go(weakref.ref(memory), self.read_logs[name])
         if self._anchor is not None:
-            freeze(self._anchor, "values")
+            scale = self._anchor.scale.detach()
+            del self._anchor.scale
+            self._anchor.register_buffer("scale", scale)
             self._anchor = None
 
     @torch.no_grad()
