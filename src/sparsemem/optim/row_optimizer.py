@@ -100,6 +100,7 @@ class RowOptimizer(Optimizer):
         self.selected: dict[str, Tensor] = {}
         self.last_grad_norm: Tensor | None = None
         self.skipped = SkippedSteps()
+        self._bad = False
         super().__init__(groups, defaults)
         self.read_logs: dict[str, ReadLog] = {
             name: ReadLog(apart=self._apart, probe=self._probe) for name in self.layers
@@ -147,8 +148,7 @@ class RowOptimizer(Optimizer):
         if self._overflowed():
             self._clear_logs()
             return loss
-        # with a GradScaler the probe shows what was scaled, and the scaler decides
-        bad = not hasattr(self, "found_inf") and self._is_bad()
+        self._bad = False
         chosen = {
             name: self._choose(name, memory, self._log(name, memory)) for name, memory in self.layers.items()
         }
@@ -160,7 +160,8 @@ class RowOptimizer(Optimizer):
                 gradient.div_(self.grad_scale.to(gradient.device))  # type: ignore[attr-defined]
             averaged(gradient)
         norm = self._clip([gradient for _, gradient in chosen.values()], others)
-        bad = bad or not bool(norm.isfinite())
+        # on an accelerator a look at the norm would wait for it; there the probe has to do
+        bad = self._bad or (norm.device.type == "cpu" and not bool(norm.isfinite()))
         if bad:
             self._clear_logs()
         self.skipped.add(bad)
@@ -213,7 +214,12 @@ class RowOptimizer(Optimizer):
             rows [t] int64 on the CPU, ascending; gradient [t, d_out] float32 on the device of the table.
         """
         values = memory.values
-        counts = summed(log.counts(memory.num_slots, values.device)).cpu()
+        counts = log.counts(memory.num_slots, values.device)
+        # whether a gradient is not finite travels with the counts: to all processes, and to the CPU
+        counts = summed(torch.cat([counts, self._not_finite().to(values.device)])).cpu()
+        # with a GradScaler, the scaler decides
+        self._bad |= bool(counts[-1]) and not hasattr(self, "found_inf")
+        counts = counts[:-1]
         background = self.background[name] if self.background is not None else None
         options: dict[str, Any] = {"top_t": self.top_t, "rule": self.rule, "generator": self.generator}
         if self.rule != "grad":
@@ -245,11 +251,11 @@ class RowOptimizer(Optimizer):
         found = torch.as_tensor(self.found_inf, dtype=torch.float32).clone()  # type: ignore[attr-defined]
         return bool(summed(found) > 0)
 
-    def _is_bad(self) -> bool:
-        """Whether a gradient of this step is NaN or infinite in any process."""
+    def _not_finite(self) -> Tensor:
+        """[1] int64 on the probe's device: 1 if a gradient of this process is NaN or infinite."""
         seen = self._probe.grad
-        bad = torch.zeros_like(self._probe) if seen is None else (~seen.isfinite()).float()
-        return bool(summed(bad.detach()) > 0)
+        bad = torch.zeros_like(self._probe) if seen is None else ~seen.isfinite()
+        return bad.detach().long()
 
     def _log(self, name: str, memory: ProductKeyMemory) -> ReadLog:
         if memory.log is not self.read_logs[name]:
