@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from conftest import CHAT_TEMPLATE, make_tokenizer
 from sparsemem import RowAdamW, SparseMemoryConfig, calibrate, finetune, memory_layers, processes
 from sparsemem.data.records import batches, collate, encode
 from sparsemem.folders.staging import checkpoints_of, new_folder
+from sparsemem.training.checkpoints import last_checkpoint
 from tiny import SMALL, tiny_model
 
 FACTS = [{"prompt": f"Capital {n}?", "completion": f"City{n * 7}"} for n in range(8)]
@@ -26,7 +28,7 @@ TWELVE = [{"prompt": f"Capital {n}?", "completion": f"City{n * 7}"} for n in ran
 OPTIONS = {"lr": 0.3, "epochs": 3, "batch_size": 4, "top_t": 6}
 
 
-def run(method, rank, out, **options):
+def run(method, rank, out, data=FACTS, **options):
     """Teach as one process of those that the environment names; its tables and figures go to a file.
 
     Each process has a background of its own, which moves the addresses and the scope.
@@ -37,11 +39,24 @@ def run(method, rank, out, **options):
         scale = {"trainable": "values+scale"} if method == "smf" else {}
         model = get_peft_model(model, SparseMemoryConfig(**SMALL, **scale))
         options["background"] = GENERAL[rank:]
-    done = finetune(model, FACTS, method, tokenizer=make_tokenizer(CHAT_TEMPLATE), **OPTIONS, **options)
+    done = finetune(model, data, method, tokenizer=make_tokenizer(CHAT_TEMPLATE), **OPTIONS, **options)
     state = {name: tensor.clone() for name, tensor in done.model.state_dict().items()}
     slots = {} if done.patch is None else {n: layer.slots for n, layer in done.patch.layers.items()}
     torch.save({"state": state, "slots": slots, "steps": done.steps, "loss": done.loss}, f"{out}.{rank}")
     return done
+
+
+def run_twelve(method, rank, out, **options):
+    return run(method, rank, out, data=TWELVE, **options)
+
+
+def run_long(method, rank, out, **options):
+    return run(method, rank, out, max_steps=5000, **options)
+
+
+def run_rest(method, rank, out, **options):
+    step = int(last_checkpoint(options["output_dir"]).rpartition("-")[2])
+    return run(method, rank, out, max_steps=step + 2, resume=True, **options)
 
 
 def plain(rule, rank, out, **options):
@@ -100,27 +115,28 @@ dist.destroy_process_group()
 """
 
 
-def several_processes(method, tmp_path, number=2, call="run"):
+def start(script, tmp_path, number):
+    """Start processes as torchrun does, with a script as their program."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    script, out, folder = tmp_path / "worker.py", str(tmp_path / "two"), str(tmp_path / "run")
-    script.write_text(
-        _WORKER.format(path=[str(Path(__file__).parent)], method=method, out=out, folder=folder, call=call)
-    )
-    world = {
-        "WORLD_SIZE": str(number),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "ACCELERATE_USE_CPU": "1",
-    }
-    workers = [
+    path = tmp_path / "worker.py"
+    path.write_text(script)
+    world = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world["ACCELERATE_USE_CPU"] = "1"
+    return [
         subprocess.Popen(
-            [sys.executable, str(script)],
+            [sys.executable, str(path)],
             env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(number)
     ]
+
+
+def several_processes(method, tmp_path, number=2, call="run"):
+    out, folder = str(tmp_path / "two"), str(tmp_path / "run")
+    held = {"method": method, "out": out, "folder": folder, "path": [str(Path(__file__).parent)]}
+    workers = start(_WORKER.format(call=call, **held), tmp_path, number)
     assert [worker.wait(240) for worker in workers] == [0] * number
     return [torch.load(f"{out}.{rank}") for rank in range(number)], Path(folder)
 
@@ -147,6 +163,17 @@ def test_two_processes_are_one_that_takes_twice_as_much(method, tmp_path):
 
 
 @pytest.mark.slow
+def test_three_processes_are_one_that_takes_three_times_as_much(tmp_path):
+    found, _ = several_processes("smf", tmp_path, 3, call="run_twelve")
+    run_twelve("smf", 0, str(tmp_path / "one"), gradient_accumulation_steps=3)
+    one = torch.load(tmp_path / "one.0")
+    assert [each["steps"] for each in found] == [one["steps"]] * 3 == [3] * 3
+    for name, tensor in one["state"].items():
+        assert all(torch.equal(found[0]["state"][name], each["state"][name]) for each in found)
+        torch.testing.assert_close(found[0]["state"][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "rule"), [(2, "kl"), (3, "kl"), (2, "grad")])
 def test_plain_trainer_on_several_processes_trains_the_rows_of_one(number, rule, tmp_path):
     found, _ = several_processes(rule, tmp_path, number, call="plain")
@@ -161,11 +188,27 @@ def test_plain_trainer_on_several_processes_trains_the_rows_of_one(number, rule,
             assert table.any()
             assert torch.equal(found[rank]["state"][name], found[0]["state"][name])
             torch.testing.assert_close(found[rank]["state"][name], table, rtol=1e-3, atol=1e-4, msg=name)
-    # counts are int64; rows float32; ids int64; one flag
+    # counts and a flag are int64; rows float32; ids int64
     num_slots, top_t, d = SMALL["num_keys"] ** 2, 6, 16
     rows = num_slots if rule == "grad" else top_t
-    most = len(one["state"]) * (8 * num_slots + 4 * rows * d + 8 * top_t) + 4
+    most = len(one["state"]) * (8 * (num_slots + 1) + 4 * rows * d + 8 * top_t)
     assert all(0 < size <= most for size in found[0]["bytes"])
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(tmp_path):
+    folder, held = tmp_path / "run", {"method": "lora", "out": str(tmp_path / "x")}
+    held |= {"path": [str(Path(__file__).parent)], "folder": str(tmp_path / "run")}
+    workers = start(_WORKER.format(call="run_long", **held), tmp_path, 2)
+    deadline = time.monotonic() + 240
+    while not any(folder.glob("checkpoint-*/files.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers[1].kill()
+    assert workers[0].wait(240) != 0
+    step = int(last_checkpoint(folder).rpartition("-")[2])
+    workers = start(_WORKER.format(call="run_rest", **held), tmp_path, 2)
+    assert [worker.wait(240) for worker in workers] == [0, 0]
+    assert torch.load(tmp_path / "x.0")["steps"] == step + 2
 
 
 def test_the_first_process_makes_folders(tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def fingerprint_base(model: nn.Module) -> str:
 
 
 def fits_base(model: nn.Module, fingerprint: str) -> bool:
-    """Whether the model's base has this fingerprint, of `fingerprint_base` or of files from before 0.2.
+    """Whether the model's base has this fingerprint, of `fingerprint_base` or an earlier form of it.
 
     Those are the SHA-256 of all elements.
     """

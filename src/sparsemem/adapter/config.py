@@ -237,7 +237,7 @@ class SparseMemoryConfig(PeftConfig):
 
 def config_digest(content: Mapping[str, Any]) -> str:
     """SHA-256 of the fields in _BOUND; `content` is that of adapter_config.json, or `to_dict()`."""
-    bound = {key: content.get(key) for key in _BOUND}
+    bound: dict[str, Any] = {key: content.get(key) for key in _BOUND}
     bound |= {key: sorted(value, key=str) for key, value in bound.items() if isinstance(value, set)}
     for key in ("target_modules", "exclude_modules"):
         if isinstance(bound[key], list | tuple):

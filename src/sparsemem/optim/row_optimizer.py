@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 
-from ..adapter.layer import freeze
 from ..adapter.model import memory_layers
 from ..background.background import Background
 from ..layer.memory import ProductKeyMemory
@@ -101,6 +100,7 @@ class RowOptimizer(Optimizer):
         self.selected: dict[str, Tensor] = {}
         self.last_grad_norm: Tensor | None = None
         self.skipped = SkippedSteps()
+        self._bad = False
         super().__init__(groups, defaults)
         self.read_logs: dict[str, ReadLog] = {
             name: ReadLog(apart=self._apart, probe=self._probe) for name in self.layers
@@ -109,7 +109,9 @@ class RowOptimizer(Optimizer):
         first = next(iter(self.layers.values()))
         self._anchor = first if self._rest is None and several_expected() else None
         if self._anchor is not None:
-            freeze(self._anchor, "values+scale")
+            scale = self._anchor.scale.detach()
+            del self._anchor.scale
+            self._anchor.scale = nn.Parameter(scale)
 
     # Whether the logs keep the micro-batches of a step apart.
     _apart = False
@@ -121,7 +123,9 @@ class RowOptimizer(Optimizer):
         for name, memory in self.layers.items():
             let_go(weakref.ref(memory), self.read_logs[name])
         if self._anchor is not None:
-            freeze(self._anchor, "values")
+            scale = self._anchor.scale.detach()
+            del self._anchor.scale
+            self._anchor.register_buffer("scale", scale)
             self._anchor = None
 
     @torch.no_grad()
@@ -144,8 +148,7 @@ class RowOptimizer(Optimizer):
         if self._overflowed():
             self._clear_logs()
             return loss
-        # with a GradScaler the probe shows what was scaled, and the scaler decides
-        bad = not hasattr(self, "found_inf") and self._is_bad()
+        self._bad = False
         chosen = {
             name: self._choose(name, memory, self._log(name, memory)) for name, memory in self.layers.items()
         }
@@ -157,7 +160,8 @@ class RowOptimizer(Optimizer):
                 gradient.div_(self.grad_scale.to(gradient.device))  # type: ignore[attr-defined]
             averaged(gradient)
         norm = self._clip([gradient for _, gradient in chosen.values()], others)
-        bad = bad or not bool(norm.isfinite())
+        # on an accelerator a look at the norm would wait for it; there the probe has to do
+        bad = self._bad or (norm.device.type == "cpu" and not bool(norm.isfinite()))
         if bad:
             self._clear_logs()
         self.skipped.add(bad)
@@ -210,7 +214,12 @@ class RowOptimizer(Optimizer):
             rows [t] int64 on the CPU, ascending; gradient [t, d_out] float32 on the device of the table.
         """
         values = memory.values
-        counts = summed(log.counts(memory.num_slots, values.device)).cpu()
+        counts = log.counts(memory.num_slots, values.device)
+        # whether a gradient is not finite travels with the counts: to all processes, and to the CPU
+        counts = summed(torch.cat([counts, self._not_finite().to(values.device)])).cpu()
+        # with a GradScaler, the scaler decides
+        self._bad |= bool(counts[-1]) and not hasattr(self, "found_inf")
+        counts = counts[:-1]
         background = self.background[name] if self.background is not None else None
         options: dict[str, Any] = {"top_t": self.top_t, "rule": self.rule, "generator": self.generator}
         if self.rule != "grad":
@@ -242,11 +251,11 @@ class RowOptimizer(Optimizer):
         found = torch.as_tensor(self.found_inf, dtype=torch.float32).clone()  # type: ignore[attr-defined]
         return bool(summed(found) > 0)
 
-    def _is_bad(self) -> bool:
-        """Whether a gradient of this step is NaN or infinite in any process."""
+    def _not_finite(self) -> Tensor:
+        """[1] int64 on the probe's device: 1 if a gradient of this process is NaN or infinite."""
         seen = self._probe.grad
-        bad = torch.zeros_like(self._probe) if seen is None else (~seen.isfinite()).float()
-        return bool(summed(bad.detach()) > 0)
+        bad = torch.zeros_like(self._probe) if seen is None else ~seen.isfinite()
+        return bad.detach().long()
 
     def _log(self, name: str, memory: ProductKeyMemory) -> ReadLog:
         if memory.log is not self.read_logs[name]:

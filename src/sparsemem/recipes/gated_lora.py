@@ -45,6 +45,7 @@ def teach_gated_lora(
     from transformers import set_seed
 
     from ..data.records import batches
+    from ..optim.rows import RowOptimizer
     from ..training.cached import train_states
     from ..training.finetune import CACHE_BYTES
     from ..training.footprint import peak_memory
@@ -70,6 +71,7 @@ def teach_gated_lora(
             states=lambda ready: train_states(ready, loaded.examples, loaded.pad, CACHE_BYTES, folder),
         )
         assert prepared.states is not None
+        assert isinstance(prepared.optimizer, RowOptimizer)
         prepared.optimizer.release()
         trained = _put_low_rank(prepared.model, rank)
         loss = _train(*prepared.states, trained, lr, steps, batch_size, seed)
@@ -95,7 +97,7 @@ def _put_low_rank(model: Any, rank: int) -> list[Any]:
         down, up = nn.Linear(memory.d_in, rank, bias=False), nn.Linear(rank, memory.d_out, bias=False)
         nn.init.zeros_(up.weight)
         memory.low_rank = nn.Sequential(down, up).to(memory.values.device)
-        memory.read = partial(_read, memory.low_rank)
+        memory.read = partial(_read, memory.low_rank)  # type: ignore[method-assign]
         trained += memory.low_rank.parameters()
     return trained
 
