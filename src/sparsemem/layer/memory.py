@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .product_keys import sub_key_scores, top_k_slots
 from .scope import Scope
+from .tables import zero_table
 from .values import ReadLog, read_rows
 
 SCOPE_TENSORS = tuple(f"scope_{field.name}" for field in fields(Scope))
@@ -61,7 +62,7 @@ class ProductKeyMemory(nn.Module):
         self.d_in, self.d_out, self.mode, self.write = d_in, d_out, mode, write
         self.num_keys, self.num_heads, self.top_k, self.key_dim = num_keys, num_heads, top_k, key_dim
         self.query_norm, self.scale_init, self.init_weights = query_norm, scale_init, init_weights
-        self.values = nn.Parameter(torch.empty(num_keys**2, d_out))
+        self.values = nn.Parameter(zero_table(num_keys**2, d_out))
         self.query = nn.Parameter(torch.empty(num_heads * key_dim, d_in))
         self.query_bias = nn.Parameter(torch.empty(num_heads * key_dim))
         self.keys = nn.Parameter(torch.empty(num_heads, 2, num_keys, key_dim // 2))
@@ -92,7 +93,9 @@ class ProductKeyMemory(nn.Module):
         nn.init.zeros_(self.query_bias)
         nn.init.zeros_(self.key_bias)
         nn.init.uniform_(self.keys, -(self.key_dim**-0.5), self.key_dim**-0.5)
-        nn.init.zeros_(self.values)
+        # rows that are zero already are not written, because then they would take memory
+        if self.values.is_meta or self.values.any():
+            nn.init.zeros_(self.values)
         self.scale.fill_(0.01 if self.init_weights == "paper" else self.scale_init)
         if self.init_weights == "paper":
             nn.init.normal_(self.values, std=self.d_out**-0.5)
