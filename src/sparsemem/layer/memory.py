@@ -118,7 +118,7 @@ class ProductKeyMemory(nn.Module):
         """Queries [tokens, num_heads, 2, key_dim / 2] of states [tokens, d_in]."""
         with torch.autocast(x.device.type, enabled=False):
             q = F.linear(x.float(), self.query.float(), self.query_bias.float())
-        q = q.view(len(x), self.num_heads, 2, self.key_dim // 2)
+        q = q.view(x.shape[0], self.num_heads, 2, self.key_dim // 2)
         return F.normalize(q, dim=-1) if self.query_norm else q
 
     def address(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,7 @@ class ProductKeyMemory(nn.Module):
         """Gate g [tokens] float32 of states [tokens, d_in]. All ones if there is no scope."""
         scope = self.scope
         if scope is None:
-            return x.new_ones(len(x), dtype=torch.float32)
+            return x.new_ones(x.shape[0], dtype=torch.float32)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return scope.gate(x.detach())
 
@@ -195,6 +195,11 @@ class ProductKeyMemory(nn.Module):
             y = self.read(flat, counted).to(base.dtype)
             return (y if self.mode == "replacement" else out + y).view_as(base)
         g = self.relevance(flat)
+        if torch.compiler.is_compiling():
+            # the number of tokens in scope would be unknown in a graph, so all tokens read
+            y = self.read(flat, counted)
+            y = y - out.float() if self.mode == "replacement" else y
+            return torch.where(g[:, None] > 0, out + (g[:, None] * y).to(base.dtype), out).view_as(base)
         inside = g.nonzero().squeeze(1)
         # In training, keep the rows in the graph. Without them, backward() fails if no token is in scope.
         if len(inside) == 0 and not torch.is_grad_enabled():
