@@ -17,7 +17,7 @@ from sparsemem.data.models import load_base
 from sparsemem.evaluation.probes import recall
 from sparsemem.provenance import environment
 from sparsemem.recipes import questions
-from sparsemem.recipes.demo import DemoSettings, teach
+from sparsemem.recipes.demo_methods import DemoSettings, teach
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "docs" / "results" / "choosing.jsonl"

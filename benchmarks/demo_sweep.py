@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from sparsemem.comparison.compare import compare
-from sparsemem.recipes.demo import DemoSettings, recipe
+from sparsemem.recipes.demo import recipe
+from sparsemem.recipes.demo_methods import DemoSettings
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "demo-sweep"
 

@@ -5,16 +5,9 @@ import json
 import pytest
 
 from sparsemem.comparison.compare import compare
-from sparsemem.recipes.demo import (
-    METHODS,
-    DemoSettings,
-    Memory,
-    Probing,
-    Teaching,
-    examples,
-    method_settings,
-    recipe,
-)
+from sparsemem.recipes.demo import examples, recipe
+from sparsemem.recipes.demo_methods import USUAL as METHODS
+from sparsemem.recipes.demo_methods import DemoSettings, Memory, Probing, Teaching, method_settings
 
 SETTINGS = DemoSettings(
     teaching=Teaching(max_epochs=1, memory_steps=15),

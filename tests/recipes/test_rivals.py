@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparsemem.recipes import demo, medical, medical_methods
+from sparsemem.adapter.model import memory_layers
+from sparsemem.recipes import demo, demo_methods, medical, medical_methods
+from sparsemem.recipes.gated_lora import teach_gated_lora
 from sparsemem.recipes.rivals import RIVALS, keep_near_base, rival_examples, rival_model, rival_settings
 from sparsemem.training.finetune import finetune
 
@@ -80,12 +82,32 @@ def test_divergence_is_zero_at_first_and_raises_the_loss_later(loaded):
 
 
 def test_settings_of_a_rival_are_its_own():
-    chosen = demo.DemoSettings()
-    held = demo.method_settings(chosen, "lora-kl")
+    chosen = demo_methods.DemoSettings()
+    held = demo_methods.method_settings(chosen, "lora-kl")
     assert held["rival"] == rival_settings("lora-kl")["rival"]
     assert "lr" not in held["teaching"]
     assert json.loads(json.dumps(held)) == held
     assert medical_methods.method_settings(medical.SETTINGS, "osf")["rival"]["adapter"]["peft_type"] == "OSF"
     for recipe in (demo.recipe(model="x"), medical.recipe(model="x")):
-        assert set(RIVALS) <= set(recipe.methods)
+        assert set(RIVALS) <= set(recipe.others)
+        assert recipe.methods == ("base", "smf", "lora", "full")
         assert all(recipe.stages(method)["teach"] for method in RIVALS)
+
+
+def test_gated_lora_trains_maps_behind_the_gate_and_nothing_else(loaded):
+    model, tokenizer = loaded
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    taught, costs = teach_gated_lora(
+        model, RECORDS, tokenizer=tokenizer, background=GENERAL, batch_size=4, seed=0, rank=2, steps=3
+    )
+    memories = memory_layers(taught)
+    assert costs["trained_params"] == sum(2 * (m.d_in + m.d_out) for m in memories.values())
+    assert costs["samples"] == 12
+    assert any(memory.low_rank[1].weight.any() for memory in memories.values())
+    assert not any(memory.values.any() for memory in memories.values())
+    held = {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): t
+        for name, t in taught.state_dict().items()
+    }
+    assert all(torch.equal(tensor, held[name]) for name, tensor in base.items() if name in held)
+    assert sum(name in held for name in base) > len(base) / 2

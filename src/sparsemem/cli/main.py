@@ -92,7 +92,7 @@ def demo(out: Path, methods: list[str], seed: int, as_json: bool) -> None:
     "--methods",
     callback=comma_names,
     metavar="NAME,NAME,...",
-    help="Methods to compare, separated by commas. Default: all methods of the recipe.",
+    help="Methods to compare, separated by commas. Default: the recipe's usual methods; it may know more.",
 )
 @click.option(
     "--seeds",

@@ -38,7 +38,7 @@ class Recipe:
 
     Attributes:
         name, model, about: for the report.
-        methods: the methods that a comparison runs by default.
+        methods: the methods that a comparison runs by default; others: those that run only if they are named.
         settings: `settings(method, seed)` returns all settings that decide a run's result, as plain JSON
             values.
         run: `run(method, seed, base, stage, folder)` does one run and returns `{"row": {...},
@@ -52,7 +52,7 @@ class Recipe:
         stages: `stages(method)` returns the stages with their expected seconds, to estimate the time left.
         learnt: keys of the row that measure what was learnt; the report draws the first one that exists.
         lost: keys of the row whose loss relative to the base model is drawn, one panel each.
-        order: order of the methods in the report; empty: as in `methods`.
+        order: order of the methods in the report; empty: as in `methods` and `others`.
         seeds: the seeds that a comparison uses by default.
         precision: number format of the computation during a run; it is one of the run's settings. None: the
             faster one on this machine.
@@ -68,6 +68,7 @@ class Recipe:
     stages: Callable[[str], dict[str, float]]
     learnt: tuple[str, ...] = LEARNT
     lost: tuple[str, ...] = LOST
+    others: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     precision: str | None = None
@@ -165,11 +166,13 @@ def dry_run(
 
 def _planned(recipe: Recipe, methods: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Run]:
     wanted = list(recipe.methods if methods is None else methods)
+    known = dict.fromkeys((BASE, *recipe.methods, *recipe.others))
     seeds = recipe.seeds if seeds is None else seeds
     for method in wanted:
-        if method != BASE and method not in recipe.methods:
-            allowed = ", ".join(dict.fromkeys((BASE, *recipe.methods)))
-            raise ValueError(f"method {method!r} is unknown in recipe {recipe.name!r}; use one of {allowed}")
+        if method not in known:
+            raise ValueError(
+                f"method {method!r} is unknown in recipe {recipe.name!r}; use one of {', '.join(known)}"
+            )
     if not wanted or len(set(wanted)) < len(wanted) or not seeds or len(set(seeds)) < len(seeds):
         got = f"methods are {wanted} and seeds {list(seeds)}"
         raise ValueError(f"give at least one method and one seed, and none of them twice; got: {got}")
@@ -214,7 +217,7 @@ def _run(recipe: Recipe, run: Run, base: dict[str, Any] | None, stage: Stage, fo
     with computing_in(recipe.precision):
         result = recipe.run(*run, base, stage, folder)
     result["row"] = {key: _finite(value) for key, value in result["row"].items()}
-    order = recipe.order or recipe.methods
+    order = recipe.order or (*recipe.methods, *recipe.others)
     about = {"about": recipe.about, "order": order, "learnt": recipe.learnt, "lost": recipe.lost}
     write_json(folder / "result.json", {**config, **about, **result, **environment()})
 

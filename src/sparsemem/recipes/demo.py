@@ -6,82 +6,27 @@ Choices:
 - `seconds` and `peak_bytes` are those of `finetune`: preparation and training, without evaluation.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ..comparison.compare import BASE, Recipe
-from ..data.mentions import PROBE_FORMS, mention_texts, prose_texts
-from .forgetting import background, read_prose
-from .questions import general_items, handbook, recall_items, training_records
-from .rivals import RIVALS, keep_near_base, rival_examples, rival_model, rival_settings
-from .runs import MEMORY_METHODS, UNTRAINED, costs, precision_setting, refuse_data_dir, spread, stages, told
-
-
-@dataclass(frozen=True)
-class Teaching:
-    """How each method is trained.
-
-    LoRA and full finetuning stop at a given loss; their learning rates are those that forget least at recall
-    0.95. Sparse memory trains for a fixed number of steps on cached states, with a decaying rate.
-    """
-
-    stop_loss: float = 0.05
-    max_epochs: int = 20
-    batch_size: int = 8
-    memory_steps: int = 200
-    # of a rival whose loss holds more than the handbook's: as many as plain LoRA took
-    rival_epochs: int = 8
-    lr: Mapping[str, float] = field(
-        default_factory=lambda: {"smf": 0.4, "smf-open": 0.4, "lora": 2e-4, "full": 2e-5}
-    )
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The sparse memory and the prose in its background; `layers=None` means three late layers."""
-
-    layers: tuple[int, ...] | None = None
-    num_keys: int = 64
-    num_heads: int = 16
-    top_k: int = 64
-    key_dim: int = 64
-    top_t: int = 1024
-    rule: str = "grad"
-    prose_tokens: int = 2048
-    prose_piece_tokens: int = 256
-
-
-@dataclass(frozen=True)
-class Probing:
-    """The evaluation: tokens of prose, length of answers, and number of subjects in mention questions."""
-
-    prose_tokens: int = 2048
-    max_new_tokens: int = 12
-    mention_subjects: int = 16
-    mention_forms: int = 2
-    mention_tokens: int = 24
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """All settings of the demo. A finished run is rejected if a setting that it depends on has changed."""
-
-    model: str = "smollm2"
-    # "float32", "bfloat16", or "auto": the faster one on this machine
-    precision: str = "auto"
-    teaching: Teaching = Teaching()
-    # PEFT's default; on a CPU, the paper's dropout would take a third of each training step
-    lora_dropout: float = 0.0
-    memory: Memory = Memory()
-    probing: Probing = Probing()
-
+from ..data.mentions import PROBE_FORMS
+from .demo_methods import (
+    METHODS,
+    USUAL,
+    DemoSettings,
+    Probing,
+    mention_subjects_of,
+    method_settings,
+    teach,
+)
+from .forgetting import read_prose
+from .questions import general_items, recall_items, training_records
+from .runs import UNTRAINED, precision_setting, refuse_data_dir, spread, stages, told
 
 SETTINGS = DemoSettings()
-METHODS = (BASE, "smf", "lora", "full")
 _ABOUT = (
     "A language model was taught an invented handbook: 40 facts (capitals, people, dates, remedies and "
     "others), each in three wordings. Then each model was asked for the facts in the same wordings and in "
@@ -109,33 +54,13 @@ def recipe(
         model=chosen.model,
         precision=precision_setting(chosen.precision),
         about=_ABOUT,
-        methods=(*METHODS, "smf-open", *RIVALS),
+        methods=USUAL,
+        others=tuple(method for method in METHODS if method not in USUAL),
         settings=lambda method, _seed: method_settings(chosen, method),
         run=lambda method, seed, base, stage, _folder: run(chosen, method, seed, base, stage),
         stages=lambda method: stages(method, _PROBES, _TEACHING_SECONDS),
-        order=(BASE, "smf", "smf-open", "lora", "full", *RIVALS),
+        order=METHODS,
     )
-
-
-def method_settings(settings: DemoSettings, method: str) -> dict[str, Any]:
-    """The settings that decide this method's result; changing one method keeps the others' runs valid."""
-    kept: dict[str, Any] = {"probing": asdict(settings.probing)}
-    if method != BASE:
-        teaching = asdict(settings.teaching)
-        rate, epochs = teaching.pop("lr"), teaching.pop("rival_epochs")
-        kept["teaching"] = teaching
-        if method in RIVALS:
-            kept |= {**rival_settings(method), "general": asdict(settings.memory)["prose_tokens"]}
-            kept["epochs"] = epochs
-        else:
-            kept["teaching"] = {**teaching, "lr": rate[method]}
-    if method == "lora":
-        kept["lora_dropout"] = settings.lora_dropout
-    if method in MEMORY_METHODS:
-        kept["memory"] = asdict(settings.memory)
-    asked: list[Any] = [recall_items("train"), recall_items("heldout"), general_items()]
-    asked.append(_mention_texts(settings.probing))
-    return {**kept, "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]}
 
 
 def run(
@@ -199,73 +124,6 @@ def run(
     }
 
 
-def teach(
-    settings: DemoSettings,
-    method: str,
-    seed: int,
-    model: Any,
-    tokenizer: Any,
-    records: list[dict[str, Any]],
-) -> tuple[Any, dict[str, Any]]:
-    """Train the model on these records; returns the model and the costs of training."""
-    from ..training.finetune import finetune
-
-    teaching, options = settings.teaching, {}
-    if method in MEMORY_METHODS:
-        memory = settings.memory
-        model = _with_memory(memory, model)
-        general = background(seed, tokenizer, memory.prose_tokens, memory.prose_piece_tokens)
-        options = {"background": general, "top_t": memory.top_t, "rule": memory.rule}
-        options["max_steps"] = teaching.memory_steps
-    elif method == "lora":
-        model = _with_lora(settings.lora_dropout, model)
-    if method not in MEMORY_METHODS:
-        options = {"epochs": teaching.max_epochs, "stop_loss": teaching.stop_loss}
-    if method in RIVALS:
-        return _teach_rival(settings, method, seed, model, tokenizer, records, options)
-    done = finetune(
-        model,
-        records,
-        method,
-        tokenizer=tokenizer,
-        lr=teaching.lr[method],
-        batch_size=teaching.batch_size,
-        seed=seed,
-        **options,
-    )
-    return done.model, costs(done, teaching.batch_size)
-
-
-def _teach_rival(
-    settings: DemoSettings,
-    method: str,
-    seed: int,
-    model: Any,
-    tokenizer: Any,
-    records: list[dict[str, Any]],
-    options: dict[str, Any],
-) -> tuple[Any, dict[str, Any]]:
-    from ..training.finetune import finetune
-
-    rival, teaching = RIVALS[method], settings.teaching
-    general = background(seed, tokenizer, settings.memory.prose_tokens, settings.memory.prose_piece_tokens)
-    model = rival_model(method, model, seed)
-    keep_near_base(method, model, general, tokenizer, seed)
-    if rival.has_own_loss:
-        options = {"epochs": teaching.rival_epochs}
-    done = finetune(
-        model,
-        rival_examples(method, records, general, tokenizer, seed),
-        "peft" if rival.adapter else "full",
-        tokenizer=tokenizer,
-        lr=rival.lr,
-        batch_size=teaching.batch_size,
-        seed=seed,
-        **options,
-    )
-    return done.model, costs(done, teaching.batch_size)
-
-
 def ask_mentions(
     probing: Probing, model: Any, tokenizer: Any, base: dict[str, Any] | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
@@ -273,7 +131,7 @@ def ask_mentions(
     from ..evaluation.mentions import BaseMentions, base_mentions, mentions
 
     asked = {
-        "subjects": _mention_subjects(probing),
+        "subjects": mention_subjects_of(probing),
         "forms": PROBE_FORMS[: probing.mention_forms],
         "max_new_tokens": probing.mention_tokens,
     }
@@ -292,46 +150,11 @@ def ask_mentions(
     return figures, asdict(untouched)
 
 
-def _mention_subjects(probing: Probing) -> list[str]:
-    return spread([fact["subject"] for fact in handbook()], probing.mention_subjects)
-
-
-def _mention_texts(probing: Probing) -> list[str]:
-    forms = PROBE_FORMS[: probing.mention_forms]
-    subjects = _mention_subjects(probing)
-    return [*prose_texts(subjects), *(text for subject in subjects for text in mention_texts(subject, forms))]
-
-
 def examples(shown: dict[str, list[dict[str, Any]]], known: list[bool]) -> list[dict[str, Any]]:
     """Example questions: reworded taught ones and general ones that the base model knows, in turn."""
     general = [answer for answer, was in zip(shown["general"], known, strict=True) if was]
     pairs = zip(spread(shown["heldout"]), spread(general or shown["general"]), strict=True)
     return [answer for pair in pairs for answer in pair]
-
-
-def _with_memory(memory: Memory, model: Any) -> Any:
-    from peft import get_peft_model
-
-    from ..training.methods import memory_config
-
-    config = memory_config(
-        layers_to_transform=None if memory.layers is None else list(memory.layers),
-        num_keys=memory.num_keys,
-        num_heads=memory.num_heads,
-        top_k=memory.top_k,
-        key_dim=memory.key_dim,
-    )
-    return get_peft_model(model, config)
-
-
-def _with_lora(dropout: float, model: Any) -> Any:
-    from peft import get_peft_model
-
-    from ..training.methods import lora_config
-
-    config = lora_config()
-    config.lora_dropout = dropout
-    return get_peft_model(model, config)
 
 
 def _share(right: Iterable[bool]) -> float:

@@ -14,7 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+GATED = "lora-gated"
 RANK, LEARNING_RATE, STEPS = 64, 3e-3, 600
+
+
+def gated_settings() -> dict[str, Any]:
+    """The settings that decide the method's result."""
+    return {"gated": {"rank": RANK, "lr": LEARNING_RATE, "steps": STEPS}}
 
 
 def teach_gated_lora(

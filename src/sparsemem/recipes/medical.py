@@ -11,12 +11,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..comparison.compare import BASE, PARTIAL, Recipe
+from ..comparison.compare import BASE, Recipe
 from .chapters import chapter_items
 from .forgetting import read_prose
-from .medical_methods import METHODS, MedicalSettings, method_settings, num_steps, teaching
+from .medical_methods import METHODS, USUAL, MedicalSettings, method_settings, num_steps, teach
 from .questions import capital_items
-from .runs import UNTRAINED, costs, keep_metrics, precision_setting, refuse_data_dir, spread, stages, told
+from .runs import UNTRAINED, precision_setting, refuse_data_dir, spread, stages, told
 
 SETTINGS = MedicalSettings()
 _ABOUT = (
@@ -46,7 +46,9 @@ def recipe(
         model=chosen.model,
         precision=precision_setting(chosen.precision),
         about=_ABOUT.format(**asdict(chosen)),
-        methods=METHODS,
+        methods=USUAL,
+        others=tuple(method for method in METHODS if method not in USUAL),
+        order=METHODS,
         settings=lambda method, _seed: method_settings(chosen, method),
         run=lambda method, seed, _base, stage, folder: run(chosen, method, seed, stage, folder),
         stages=lambda method: stages(method, _PROBES, _TEACHING_SECONDS),
@@ -71,7 +73,6 @@ def run(
     from ..data.models import load_base
     from ..evaluation.probes import multiple_choice, recall
     from ..precision import precision_of
-    from ..training.finetune import finetune
 
     stage("load the model")
     model, tokenizer = load_base(settings.model)
@@ -80,21 +81,7 @@ def run(
     if method != BASE:
         stage("teach")
         records = [_record(item) for item in taught]
-        taught_by = teaching(settings, method, seed or 0, tokenizer, records, folder.parents[1])
-        done = finetune(
-            taught_by.model,
-            taught_by.data,
-            taught_by.method,
-            tokenizer=tokenizer,
-            max_steps=num_steps(settings, method),
-            batch_size=settings.batch_size,
-            seed=seed or 0,
-            output_dir=folder / PARTIAL,
-            resume=True,
-            **taught_by.options,
-        )
-        keep_metrics(folder)
-        model, cost = done.model, costs(done, settings.batch_size)
+        model, cost = teach(settings, method, seed or 0, tokenizer, records, folder)
     stage("ask for chapters")
     chapters = multiple_choice(model, tokenizer, asked, tokens=_tokens)
     stage("ask for capitals")

@@ -7,6 +7,7 @@
 | the paper's ARMS           | its memory in three blocks, dense or calibrated, KL or TF-IDF, without a gate |
 | lora, full                 | as in the paper                                                               |
 | lora-long, full-long       | the same for as many samples as sparse memory sees                            |
+| lora-gated                 | low-rank maps behind the memory's gate, see `gated_lora`                      |
 | RIVALS                     | see `rivals`                                                                  |
 
 Deviations from 2605.03229: the dense retrofit reads prose that every Python ships, for few steps, and arms
@@ -14,22 +15,24 @@ have a rate of their own, chosen by training loss: the paper's is for a hundred 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..comparison.compare import BASE
+from ..comparison.compare import BASE, PARTIAL
 from ..files import write_atomically
 from .forgetting import background, tokens
+from .gated_lora import GATED, gated_settings, teach_gated_lora
 from .paper.run import arm_options, grafted
-from .paper.settings import ARMS
+from .paper.settings import ARMS, Arm
 from .rivals import RIVALS, keep_near_base, rival_examples, rival_model, rival_settings
-from .runs import MEMORY_METHODS
+from .runs import MEMORY_METHODS, costs, keep_metrics
 
 OWN = "smf-own"
 LONG = {"lora-long": "lora", "full-long": "full"}
-METHODS = (BASE, "smf", "smf-open", OWN, *ARMS, "lora", "full", *LONG, *RIVALS)
+USUAL = (BASE, "smf", "lora", "full")
+METHODS = (BASE, "smf", "smf-open", OWN, *ARMS, "lora", "full", *LONG, GATED, *RIVALS)
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,6 @@ class MedicalSettings:
     piece_tokens: int = 256
 
 
-class Teaching(NamedTuple):
-    """What `finetune` gets: the model, the data, the method's name there, and options."""
-
-    model: Any
-    data: Sequence[dict[str, Any]]
-    method: str
-    options: dict[str, Any]
-
-
 def num_steps(settings: MedicalSettings, method: str) -> int:
     return settings.memory_steps if method in (*MEMORY_METHODS, *LONG) else settings.max_steps
 
@@ -88,6 +82,8 @@ def method_settings(settings: MedicalSettings, method: str) -> dict[str, Any]:
     kept["max_steps"] = num_steps(settings, method)
     if method == BASE:
         return kept
+    if method == GATED:
+        return kept | gated_settings()
     if method in RIVALS:
         return kept | rival_settings(method)
     if method in ARMS:
@@ -95,50 +91,69 @@ def method_settings(settings: MedicalSettings, method: str) -> dict[str, Any]:
     return kept | {"lr": rates[LONG.get(method, method)]}
 
 
-def teaching(
+def teach(
     settings: MedicalSettings,
     method: str,
     seed: int,
     tokenizer: Any,
-    records: Sequence[dict[str, Any]],
-    out: Path,
-) -> Teaching:
-    """The untaught model of a method, and how to teach it the records.
+    records: list[dict[str, Any]],
+    folder: Path,
+) -> tuple[Any, dict[str, Any]]:
+    """Train the method's model on the records; returns it and the costs. An interrupted training continues.
 
     Args:
-        out: the comparison's folder, where arms share their dense retrofit.
+        folder: of the run, in the comparison's folder, where arms share their dense retrofit.
     """
     from peft import get_peft_model
 
     from ..data.models import load_base
+    from ..training.finetune import finetune
     from ..training.methods import memory_config
 
-    if method in ARMS:
-        return _arm(settings, method, tokenizer, records, out)
-    model = load_base(settings.model)[0]
     general = background(seed, tokenizer, settings.background_tokens, settings.piece_tokens)
+    data: list[dict[str, Any]] = records
+    known_as = {OWN: "smf", **LONG}.get(method, method)
+    if method in ARMS:
+        model, options = _arm(settings, ARMS[method], tokenizer, folder.parents[1])
+        known_as = "smf-open"
+    else:
+        model = load_base(settings.model)[0]
+        options = {"lr": settings.lr.get(LONG.get(method, method))}
+    if method == GATED:
+        options = {"background": general, "batch_size": settings.batch_size, "seed": seed}
+        return teach_gated_lora(model, records, tokenizer=tokenizer, **options)
     if method in RIVALS:
         rival = RIVALS[method]
-        model = rival_model(method, model, seed)
+        model, options = rival_model(method, model, seed), {"lr": rival.lr}
         keep_near_base(method, model, general, tokenizer, seed)
         data = rival_examples(method, records, general, tokenizer, seed)
-        return Teaching(model, data, "peft" if rival.adapter else "full", {"lr": rival.lr})
-    options: dict[str, Any] = {"lr": settings.lr[LONG.get(method, method)]}
+        known_as = "peft" if rival.adapter else "full"
     if method == OWN:
         model = get_peft_model(model, memory_config(write="own"))
     if method in (*MEMORY_METHODS, OWN):
         options["background"] = general
-    known = {OWN: "smf", **LONG}
-    return Teaching(model, records, known.get(method, method), options)
+    done = finetune(
+        model,
+        data,
+        known_as,
+        tokenizer=tokenizer,
+        max_steps=num_steps(settings, method),
+        batch_size=settings.batch_size,
+        seed=seed,
+        output_dir=folder / PARTIAL,
+        resume=True,
+        **options,
+    )
+    keep_metrics(folder)
+    return done.model, costs(done, settings.batch_size)
 
 
-def _arm(
-    settings: MedicalSettings, method: str, tokenizer: Any, records: Sequence[dict[str, Any]], out: Path
-) -> Teaching:
+def _arm(settings: MedicalSettings, arm: Arm, tokenizer: Any, out: Path) -> tuple[Any, dict[str, Any]]:
+    """The grafted model of one of the paper's arms, and `finetune`'s options for it."""
     from ..data.general import prose
     from ..data.models import load
 
-    arm, chosen = ARMS[method], settings.arms
+    chosen = settings.arms
     ids = tokens(tokenizer, prose()[0], chosen.stage1_tokens)
     pieces = map(tokenizer.decode, ids.split(chosen.stage1_piece_tokens))
     source = out / "stage1" / "prose.jsonl"
@@ -148,5 +163,8 @@ def _arm(
     stage1 = {"lr": 5e-4, "max_steps": chosen.stage1_steps, "batch_size": chosen.stage1_batch_size}
     start = grafted(settings.model, str(source), arm, out, 2 * chosen.stage1_piece_tokens, stage1)
     model = load(str(start))[0]
-    options = arm_options(model, arm, start) | {"lr": chosen.lr, "rest_lr": chosen.lr, "top_t": chosen.top_t}
-    return Teaching(model, records, "smf-open", options)
+    return model, arm_options(model, arm, start) | {
+        "lr": chosen.lr,
+        "rest_lr": chosen.lr,
+        "top_t": chosen.top_t,
+    }
