@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .product_keys import sub_key_scores, top_k_slots
 from .scope import Scope
+from .tables import zero_table
 from .values import ReadLog, read_rows
 
 SCOPE_TENSORS = tuple(f"scope_{field.name}" for field in fields(Scope))
@@ -61,7 +62,7 @@ class ProductKeyMemory(nn.Module):
         self.d_in, self.d_out, self.mode, self.write = d_in, d_out, mode, write
         self.num_keys, self.num_heads, self.top_k, self.key_dim = num_keys, num_heads, top_k, key_dim
         self.query_norm, self.scale_init, self.init_weights = query_norm, scale_init, init_weights
-        self.values = nn.Parameter(torch.empty(num_keys**2, d_out))
+        self.values = nn.Parameter(zero_table(num_keys**2, d_out))
         self.query = nn.Parameter(torch.empty(num_heads * key_dim, d_in))
         self.query_bias = nn.Parameter(torch.empty(num_heads * key_dim))
         self.keys = nn.Parameter(torch.empty(num_heads, 2, num_keys, key_dim // 2))
@@ -92,7 +93,9 @@ class ProductKeyMemory(nn.Module):
         nn.init.zeros_(self.query_bias)
         nn.init.zeros_(self.key_bias)
         nn.init.uniform_(self.keys, -(self.key_dim**-0.5), self.key_dim**-0.5)
-        nn.init.zeros_(self.values)
+        # rows that are zero already are not written, because then they would take memory
+        if self.values.is_meta or self.values.any():
+            nn.init.zeros_(self.values)
         self.scale.fill_(0.01 if self.init_weights == "paper" else self.scale_init)
         if self.init_weights == "paper":
             nn.init.normal_(self.values, std=self.d_out**-0.5)
@@ -115,7 +118,7 @@ class ProductKeyMemory(nn.Module):
         """Queries [tokens, num_heads, 2, key_dim / 2] of states [tokens, d_in]."""
         with torch.autocast(x.device.type, enabled=False):
             q = F.linear(x.float(), self.query.float(), self.query_bias.float())
-        q = q.view(len(x), self.num_heads, 2, self.key_dim // 2)
+        q = q.view(x.shape[0], self.num_heads, 2, self.key_dim // 2)
         return F.normalize(q, dim=-1) if self.query_norm else q
 
     def address(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +160,7 @@ class ProductKeyMemory(nn.Module):
         """Gate g [tokens] float32 of states [tokens, d_in]. All ones if there is no scope."""
         scope = self.scope
         if scope is None:
-            return x.new_ones(len(x), dtype=torch.float32)
+            return x.new_ones(x.shape[0], dtype=torch.float32)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return scope.gate(x.detach())
 
@@ -194,6 +197,11 @@ class ProductKeyMemory(nn.Module):
             y = self.read(flat, counted).to(base.dtype)
             return (y if self.mode == "replacement" else out + y).view_as(base)
         g = self.relevance(flat)
+        if torch.compiler.is_compiling():
+            # the number of tokens in scope would be unknown in a graph, so all tokens read
+            y = self.read(flat, counted)
+            y = y - out.float() if self.mode == "replacement" else y
+            return torch.where(g[:, None] > 0, out + (g[:, None] * y).to(base.dtype), out).view_as(base)
         inside = g.nonzero().squeeze(1)
         # In training, keep the rows in the graph. Without them, backward() fails if no token is in scope.
         if len(inside) == 0 and not torch.is_grad_enabled():

@@ -41,7 +41,9 @@ def top_k_slots(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """
     num_keys = scores.shape[-1]
     best, sub_keys = scores.topk(min(top_k, num_keys), dim=-1)
-    first, second = _candidates(top_k, best.shape[-1], scores.device)
+    # a compiler traces the function, and would warn of its cache
+    candidates = _candidates.__wrapped__ if torch.compiler.is_compiling() else _candidates
+    first, second = candidates(top_k, best.shape[-1], scores.device)
     sums = best[..., 0, :][..., first] + best[..., 1, :][..., second]
     top, chosen = sums.topk(top_k, dim=-1)
     slots = sub_keys[..., 0, :].gather(-1, first[chosen]) * num_keys + sub_keys[..., 1, :].gather(

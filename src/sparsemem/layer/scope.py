@@ -147,4 +147,4 @@ def whiten(states: Tensor, mean: Tensor, whitener: Tensor) -> Tensor:
 
 def nearest_known(z: Tensor, known: Tensor) -> Tensor:
     """Largest cosine of each state z [tokens, d] to a known state, at least 0: [tokens]."""
-    return (z @ known.T).amax(-1).clamp_min(0) if len(known) else z.new_zeros(len(z))
+    return (z @ known.T).amax(-1).clamp_min(0) if len(known) else z.new_zeros(z.shape[0])

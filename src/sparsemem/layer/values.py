@@ -9,7 +9,7 @@ exception is a bfloat16 table with few reads, whose rows are gathered in chunks.
 `embedding_bag`. Gradients come from one matrix product if each token reads at least 1 / _PRODUCT of all
 slots. Else the gradient of rows is an `embedding_bag` too: reads are sorted by row, and each row sums the
 output gradients of its reads. The gradient of weights is a sampled matrix product on CPUs, and the backward
-pass of `embedding_bag` elsewhere (measured, dev/LOG.md sections 13 and 16).
+pass of `embedding_bag` elsewhere (measured, dev/LOG.md sections 13 and 17).
 """
 
 import warnings

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapter.model import memory_layers
 from ..files import ArtifactError, fingerprint_base, fits_base, load_artifact, save_artifact
 from ..layer.scope import Scope
+from ..layer.tables import copy_table
 from .layers import (
     LayerPatch,
     checked_scope,
@@ -69,7 +70,11 @@ class RowPatch:
             for key, tensor in memory.state_dict().items()
             if key == "values" or key.startswith("scope_")
         }
-        return {name: t.detach().cpu().clone() for name, t in (held | other_tensors(model)).items()}
+        copies = {
+            name: copy_table(t) if name.endswith(".values") else t.detach().cpu().clone()
+            for name, t in held.items()
+        }
+        return copies | {name: t.detach().cpu().clone() for name, t in other_tensors(model).items()}
 
     @classmethod
     @torch.no_grad()
