@@ -83,7 +83,7 @@ class Streamed(Plain):
         self.stream.select(names)
         self.model = self.stream.model
         entries = [entry for entry in self.stream.ledger.active() if entry["task"] in set(names)]
-        self.seconds = sum(entry["seconds"] for entry in entries)
+        self.seconds = float(sum(entry["seconds"] for entry in entries))
         self.bytes = sum(entry["bytes"] for entry in entries)
 
 

@@ -46,7 +46,7 @@ class StopAtSignal(TrainerCallback):
 
         def note(number: int, frame: Any) -> None:
             self.received = number
-            signal.signal(number, before[number])
+            signal.signal(number, before[signal.Signals(number)])
 
         try:
             for number in before:
