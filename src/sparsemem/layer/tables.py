@@ -30,7 +30,7 @@ def copy_table(table: Tensor) -> Tensor:
     table = table.detach().cpu()
     if not hasattr(mmap, "MAP_PRIVATE") or table.numel() == 0:
         return table.clone()
-    copy = _mapped(*table.shape, table.dtype)
+    copy = _mapped(table.shape[0], table.shape[1], table.dtype)
     step = max(1, _PIECE // table.shape[1])
     for there, here in zip(table.split(step), copy.split(step), strict=True):
         # bytes, so that -0.0 is copied too
