@@ -200,7 +200,7 @@ def finetune(
             chosen |= {"warmup_steps": warmup_steps, "quirks": list(quirks), "mentions": mentions}
             chosen |= {"precision": used}
             general = loaded.general
-            taught = {"data": loaded.examples, "keep": loaded.kept}
+            taught: dict[str, Any] = {"data": loaded.examples, "keep": loaded.kept}
             if isinstance(general, Background):
                 chosen["background"] = general.corpus
             else:
