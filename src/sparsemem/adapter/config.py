@@ -238,9 +238,8 @@ class SparseMemoryConfig(PeftConfig):
 def config_digest(content: Mapping[str, Any]) -> str:
     """SHA-256 of the fields in _BOUND; `content` is that of adapter_config.json, or `to_dict()`."""
     bound: dict[str, Any] = {key: content.get(key) for key in _BOUND}
-    bound |= {key: sorted(value, key=str) for key, value in bound.items() if isinstance(value, set)}
     for key in ("target_modules", "exclude_modules"):
-        if isinstance(bound[key], list | tuple):
+        if isinstance(bound[key], set | list | tuple):
             bound[key] = sorted(bound[key], key=str)
     return hashlib.sha256(json.dumps(bound, sort_keys=True, default=str).encode()).hexdigest()
 
