@@ -33,6 +33,20 @@ def test_the_example_teaches_keeps_and_takes_back(tmp_path, monkeypatch):
     assert (tmp_path / "taught" / "patch.safetensors").is_file()
 
 
-def test_the_results_table_is_the_results_files():
-    results = json.loads((ROOT / "docs/results/demo/results.json").read_text(encoding="utf-8"))
-    assert text_table(results) in README
+@pytest.mark.parametrize(
+    ("name", "folder", "method"),
+    [
+        ("**smf (sparse memory)**", "demo", "smf"),
+        ("lora", "demo-one-layer", "lora"),
+        ("full finetuning", "demo-one-layer", "full"),
+        ("lora with KL to the base (one seed)", "demo", "lora-kl"),
+    ],
+)
+def test_the_results_table_is_the_results_files(name, folder, method):
+    results = json.loads((ROOT / "docs/results" / folder / "results.json").read_text(encoding="utf-8"))
+    headings, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text_table(results).splitlines()
+    ]
+    row = next(dict(zip(headings, row, strict=True)) for row in rows if row[0] == method)
+    shown = ("recall", "recall, reworded", "knowledge kept", "perplexity", "drift")
+    assert " | ".join(["| " + name, *(row[heading] for heading in shown)]) + " |" in README

@@ -119,7 +119,9 @@ def comparable_base(model: nn.Module) -> bool:
     """
     kinds = {p.dtype for _, p in _base_parameters(model)}
     loaded = not any(p.is_meta for _, p in _base_parameters(model))
-    return loaded and kinds <= {torch.float32, torch.bfloat16, torch.float64}
+    return loaded and all(
+        kind.is_floating_point and (kind.itemsize > 2 or kind == torch.bfloat16) for kind in kinds
+    )
 
 
 def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -138,7 +140,7 @@ def _sampled(parameter: Tensor) -> Tensor:
     if len(flat) <= WHOLE:
         return flat
     run = SAMPLED // RUNS
-    starts = torch.linspace(0, len(flat) - run, RUNS, dtype=torch.float64).long()
+    starts = torch.arange(RUNS) * (len(flat) - run) // (RUNS - 1)
     return flat[(starts[:, None] + torch.arange(run)).flatten().to(flat.device)]
 
 

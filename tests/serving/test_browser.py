@@ -33,11 +33,17 @@ def browser():
 
 @pytest.fixture
 def page(browser):
-    """A page that asks nothing of other hosts and logs no error."""
+    """A page that asks nothing of other hosts and logs no error but that of a refused request."""
     context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme="dark")
     context.set_default_timeout(SECONDS * 1000)
     page, wrong = context.new_page(), []
-    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    refused = "status of 400"
+    page.on(
+        "console",
+        lambda message: (
+            wrong.append(message.text) if message.type == "error" and refused not in message.text else None
+        ),
+    )
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("request", lambda asked: None if "//127.0.0.1:" in asked.url else wrong.append(asked.url))
     yield page
