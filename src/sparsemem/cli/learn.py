@@ -9,7 +9,7 @@ import click
 from .options import as_json, say, seed_option
 
 
-@click.command()
+@click.command(short_help="Teach tasks one after another; undo any.")
 @click.argument("model", required=False)
 @click.option(
     "--stream", metavar="FILE|hub:NAME", help="What to teach: records, with a `task` name or without."
@@ -18,7 +18,9 @@ from .options import as_json, say, seed_option
 @click.option("--every", type=click.IntRange(1), default=1, show_default=True,
               help="Records in a task, where they have no `task` name.")  # fmt: skip
 @click.option(
-    "--background", metavar="FILE|hub:NAME", help="General text for a new folder. It has a default."
+    "--background",
+    metavar="FILE|hub:NAME",
+    help="General text for a new folder. Default: a text that is part of sparsemem.",
 )
 @click.option("--resume", is_flag=True, help="Continue the folder; tasks in it are not taught again.")
 @click.option("--undo", metavar="TASK", help="Take a task back, exactly.")
