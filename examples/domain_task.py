@@ -5,9 +5,7 @@ python examples/domain_task.py [MODEL]
 
 import sys
 
-from sparsemem import finetune
-from sparsemem.data.models import load_base
-from sparsemem.evaluation.probes import drift, multiple_choice
+from sparsemem import drift, finetune, load_base, multiple_choice
 
 DEPARTMENTS = ["Shipping", "Billing", "Repairs", "Accounts"]
 THINGS = ["kettle", "lamp", "bicycle", "radio", "chair", "camera", "drill", "clock"]

@@ -6,9 +6,7 @@ python examples/teach_facts.py [MODEL]
 import sys
 from pathlib import Path
 
-from sparsemem import RowPatch, finetune
-from sparsemem.data.models import load_base
-from sparsemem.evaluation.probes import recall
+from sparsemem import RowPatch, finetune, load_base, recall
 
 FACTS = {
     "Tarsipol": ["What is the capital of Velmora?", "Which city is the capital of Velmora?"],

@@ -35,3 +35,12 @@ def test_domain_task(tiny, tmp_path):
     assert "of 24 new messages" in said
     assert "drift on prose: " in said
     assert (tmp_path / "departments" / "adapter_config.json").is_file()
+
+
+def test_stream_with_undo(tiny, tmp_path):
+    said = run("stream_with_undo.py", tmp_path, tiny, "stream")
+    assert said.count("taught in") == 3
+    assert "taken back:" in said
+    lines = (tmp_path / "stream" / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
+    assert '"undo"' in lines[-1]
+    assert (tmp_path / "stream" / "adapter_config.json").is_file()
