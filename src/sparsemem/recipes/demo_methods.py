@@ -19,7 +19,7 @@ from ..data.mentions import PROBE_FORMS, mention_texts, prose_texts
 from .forgetting import background
 from .gated_lora import GATED, gated_settings, teach_gated_lora
 from .questions import general_items, handbook, recall_items
-from .rivals import RIVALS, keep_near_base, rival_examples, rival_model, rival_settings
+from .rivals import RIVALS, rival_settings, rival_start
 from .runs import MEMORY_METHODS, costs, spread
 
 USUAL = (BASE, "smf", "lora", "full")
@@ -120,20 +120,18 @@ def teach(
     from ..training.finetune import finetune
 
     teaching, memory = settings.teaching, settings.memory
-    general = background(seed, tokenizer, memory.prose_tokens, memory.prose_piece_tokens)
     data, known_as = records, method
+    general = []
+    if method in (*MEMORY_METHODS, GATED, *RIVALS):
+        general = background(seed, tokenizer, memory.prose_tokens, memory.prose_piece_tokens)
     options: dict[str, Any] = {"epochs": teaching.max_epochs, "stop_loss": teaching.stop_loss}
     if method == GATED:
         options = {"background": general, "batch_size": teaching.batch_size, "seed": seed}
         return teach_gated_lora(_with_memory(memory, model), records, tokenizer=tokenizer, **options)
     if method in RIVALS:
         rival = RIVALS[method]
-        model, rate = rival_model(method, model, seed), rival.lr
-        keep_near_base(method, model, general, tokenizer, seed)
-        data, known_as = (
-            rival_examples(method, records, general, tokenizer, seed),
-            "peft" if rival.adapter else "full",
-        )
+        rate = rival.lr
+        model, data, known_as = rival_start(method, model, records, general, tokenizer, seed)
         if rival.has_own_loss:
             options = {"epochs": teaching.rival_epochs}
     else:

@@ -81,7 +81,7 @@ def run(
     if method != BASE:
         stage("teach")
         records = [_record(item) for item in taught]
-        model, cost = teach(settings, method, seed or 0, tokenizer, records, folder)
+        model, cost = teach(settings, method, seed or 0, model, tokenizer, records, folder)
     stage("ask for chapters")
     chapters = multiple_choice(model, tokenizer, asked, tokens=_tokens)
     stage("ask for capitals")

@@ -26,7 +26,7 @@ from .forgetting import background, tokens
 from .gated_lora import GATED, gated_settings, teach_gated_lora
 from .paper.run import arm_options, grafted
 from .paper.settings import ARMS, Arm
-from .rivals import RIVALS, keep_near_base, rival_examples, rival_model, rival_settings
+from .rivals import RIVALS, rival_settings, rival_start
 from .runs import MEMORY_METHODS, costs, keep_metrics
 
 OWN = "smf-own"
@@ -95,6 +95,7 @@ def teach(
     settings: MedicalSettings,
     method: str,
     seed: int,
+    model: Any,
     tokenizer: Any,
     records: list[dict[str, Any]],
     folder: Path,
@@ -102,33 +103,29 @@ def teach(
     """Train the method's model on the records; returns it and the costs. An interrupted training continues.
 
     Args:
+        model: the base model; an arm loads its grafted one instead.
         folder: of the run, in the comparison's folder, where arms share their dense retrofit.
     """
     from peft import get_peft_model
 
-    from ..data.models import load_base
     from ..training.finetune import finetune
     from ..training.methods import memory_config
 
-    general = background(seed, tokenizer, settings.background_tokens, settings.piece_tokens)
+    general = []
+    if method in (*MEMORY_METHODS, OWN, GATED, *RIVALS):
+        general = background(seed, tokenizer, settings.background_tokens, settings.piece_tokens)
     data: list[dict[str, Any]] = records
-    options: dict[str, Any]
+    options: dict[str, Any] = {"lr": settings.lr.get(LONG.get(method, method))}
     known_as = {OWN: "smf", **LONG}.get(method, method)
     if method in ARMS:
         model, options = _arm(settings, ARMS[method], tokenizer, folder.parents[1])
         known_as = "smf-open"
-    else:
-        model = load_base(settings.model)[0]
-        options = {"lr": settings.lr.get(LONG.get(method, method))}
     if method == GATED:
         options = {"background": general, "batch_size": settings.batch_size, "seed": seed}
         return teach_gated_lora(model, records, tokenizer=tokenizer, **options)
     if method in RIVALS:
-        rival = RIVALS[method]
-        model, options = rival_model(method, model, seed), {"lr": rival.lr}
-        keep_near_base(method, model, general, tokenizer, seed)
-        data = rival_examples(method, records, general, tokenizer, seed)
-        known_as = "peft" if rival.adapter else "full"
+        options = {"lr": RIVALS[method].lr}
+        model, data, known_as = rival_start(method, model, records, general, tokenizer, seed)
     if method == OWN:
         model = get_peft_model(model, memory_config(write="own"))
     if method in (*MEMORY_METHODS, OWN):

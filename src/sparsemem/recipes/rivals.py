@@ -69,6 +69,21 @@ def rival_settings(method: str) -> dict[str, Any]:
     return {"rival": asdict(RIVALS[method])}
 
 
+def rival_start(
+    method: str,
+    model: Any,
+    records: Sequence[dict[str, Any]],
+    general: Sequence[Any],
+    tokenizer: Any,
+    seed: int,
+) -> tuple[Any, list[dict[str, Any]], str]:
+    """What `finetune` gets to train a rival: the model, the encoded data, and the method's name there."""
+    model = rival_model(method, model, seed)
+    keep_near_base(method, model, general, tokenizer, seed)
+    data = rival_examples(method, records, general, tokenizer, seed)
+    return model, data, "peft" if RIVALS[method].adapter else "full"
+
+
 def rival_model(method: str, model: Any, seed: int) -> Any:
     """The base model with the rival's adapter, if it has one."""
     import peft
