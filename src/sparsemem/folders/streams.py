@@ -15,7 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..data.models import packaged_name
+from ..data.gguf import packaged_name
 from ..data.reading import read_records
 from ..data.tasks import Task, tasks_of
 from ..files import ArtifactError
