@@ -11,7 +11,6 @@ takes. The ledger decides what was taught: whenever a process is killed, the fol
 
 import hashlib
 import json
-import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -40,8 +39,6 @@ from .cached import TailHead
 from .own_patch import Place, own_patch
 from .stream_folder import PATCHES, SPACE_FILE, begin_stream, context_length, write_to
 
-logger = logging.getLogger(__name__)
-
 
 class Stream:
     """A base model and a folder of what it was taught.
@@ -50,6 +47,7 @@ class Stream:
         folder: where the ledger lies.
         ledger: what was taught and taken back.
         tokenizer: the base model's.
+        layer: name of the memory layer that holds all tasks.
     """
 
     def __init__(
@@ -86,13 +84,13 @@ class Stream:
         else:
             self._model = begin_stream(self.folder, model, self.tokenizer, background, seed)
             self.ledger = Ledger(self.folder / FILE)
-        ((self._name, memory),) = memory_layers(self._model).items()
+        ((self.layer, memory),) = memory_layers(self._model).items()
         spaces, header = load_spaces(self.folder / SPACE_FILE)
-        if space_digest(spaces[self._name]) != self.ledger.about["space"]:
+        if space_digest(spaces[self.layer]) != self.ledger.about["space"]:
             raise ArtifactError(f"{self.folder / SPACE_FILE}: is not the ledger's; get an undamaged copy")
-        self._space = spaces[self._name]
+        self._space = spaces[self.layer]
         self._place = Place(
-            self._name,
+            self.layer,
             addressing_fingerprint(memory),
             self._space,
             KindThresholds(*header["thresholds"]),
@@ -116,8 +114,8 @@ class Stream:
         if self._stale:
             active = [e for e in self.ledger.active() if self._only is None or e["task"] in self._only]
             patches = [self.patch(entry) for entry in active]
-            memory_layers(self._model)[self._name].scope = composed(self._name, patches, self._space)
-            self._spoken_by = [active[place]["task"] for place in owners(self._name, patches)]
+            memory_layers(self._model)[self.layer].scope = composed(self.layer, patches, self._space)
+            self._spoken_by = [active[place]["task"] for place in owners(self.layer, patches)]
             self._stale = False
         return self._model
 
@@ -134,7 +132,7 @@ class Stream:
 
     def speaking(self, states: Tensor) -> list[str | None]:
         """The task whose row each of the states [tokens, d_in] of the read layer reads; None: no task's."""
-        scope = memory_layers(self.model)[self._name].scope
+        scope = memory_layers(self.model)[self.layer].scope
         if scope is None:
             return [None] * len(states)
         places = scope.nearest_open(states).tolist()
