@@ -26,8 +26,8 @@ from typing import Any
 import torch
 import variants
 
+from sparsemem.layer.log import ReadLog
 from sparsemem.layer.memory import ProductKeyMemory
-from sparsemem.layer.values import ReadLog
 from sparsemem.provenance import environment
 from sparsemem.writing import write_json
 

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .log import ReadLog
 from .product_keys import sub_key_scores, top_k_slots
 from .scope import Scope
 from .tables import zero_table
-from .values import ReadLog, read_rows
+from .values import read_rows
 
 SCOPE_TENSORS = tuple(f"scope_{field.name}" for field in fields(Scope))
 
