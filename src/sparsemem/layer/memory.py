@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .log import ReadLog
-from .product_keys import sub_key_scores, top_k_slots
+from .product_keys import best_pairs, best_sub_keys
 from .scope import Scope
 from .tables import zero_table
 from .values import read_rows
@@ -128,8 +128,9 @@ class ProductKeyMemory(nn.Module):
         The weights of one head sum to 1.
         """
         with torch.autocast(x.device.type, enabled=False):
-            scores = sub_key_scores(self.queries(x), self.keys.float(), self.key_bias.float())
-            slots, top = top_k_slots(scores, self.top_k)
+            addressing = (self.queries(x), self.keys.float(), self.key_bias.float())
+            best = best_sub_keys(*addressing, min(self.top_k, self.num_keys))
+            slots, top = best_pairs(*best, self.num_keys, self.top_k)
             return slots.flatten(1), top.softmax(-1).flatten(1)
 
     @property
