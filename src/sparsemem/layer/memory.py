@@ -216,7 +216,7 @@ class ProductKeyMemory(nn.Module):
     def counted(self, x: Tensor) -> Tensor | None:
         """Which tokens of x [..., d_in] count as reads: [tokens] bool. None: all of them."""
         mask, tokens = self.token_mask, x[..., 0].numel()
-        if self.log is None or mask is None or tokens % len(mask):
+        if self.log is None or mask is None or not torch.is_grad_enabled() or tokens % len(mask):
             return None
         # With a KV cache the mask covers more tokens than x. OPT flattens batch and sequence before its MLP.
         seq = tokens // len(mask)
