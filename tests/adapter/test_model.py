@@ -490,3 +490,33 @@ def test_masks_are_moved_to_the_device_of_each_memory():
 
 def test_memories_are_product_key_memories():
     assert all(isinstance(m, ProductKeyMemory) for m in memory_layers(with_memory()).values())
+
+
+def test_own_runs_nothing_below_the_lowest_memory_in_its_backward_pass():
+    """Layers 1 and 3 of 4 have a memory, so the backward pass ends at the read of layer 1."""
+    model = with_memory(write="own", layers_to_transform=[1, 3], trainable="values").train()
+    ran, outputs = set(), {}
+
+    def watch(name):
+        def forward(_module, _args, out):
+            out = out[0] if isinstance(out, tuple) else out
+            outputs[name] = out.requires_grad
+            if out.requires_grad:
+                out.register_hook(lambda _: ran.add(name))
+
+        return forward
+
+    for name, module in model.get_base_model().named_modules():
+        if name.startswith(("model.layers.", "model.embed_tokens")) and "sparse_memory" not in name:
+            module.register_forward_hook(watch(name))
+    model(**tiny_batch(), labels=tiny_batch()["input_ids"]).loss.backward()
+    below = (
+        "model.embed_tokens",
+        "model.layers.0",
+        "model.layers.1.self_attn",
+        "model.layers.1.mlp.base_layer",
+    )
+    lower = [name for name in outputs if name.startswith(below)]
+    assert len(lower) > 10
+    assert not [name for name in lower if outputs[name] or name in ran]
+    assert {"model.layers.1.mlp", "model.layers.2.mlp", "model.layers.3.mlp"} <= ran

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .log import ReadLog
 from .product_keys import best_pairs, best_sub_keys
+from .quantized import QuantizedRows
 from .scope import Scope
 from .tables import zero_table
 from .values import read_rows
@@ -30,7 +31,7 @@ class ProductKeyMemory(nn.Module):
     """Product-key memory from d_in to d_out.
 
     Attributes:
-        values: the value table [num_slots, d_out].
+        values: the value table [num_slots, d_out], or `QuantizedRows` after `quantize_rows`.
         query [num_heads * key_dim, d_in], query_bias, keys [num_heads, 2, num_keys, key_dim / 2], key_bias:
             the addressing, which maps a state to slots.
         scale: the scalar alpha.
@@ -176,7 +177,10 @@ class ProductKeyMemory(nn.Module):
         """
         slots, weights = self.address(x)
         with torch.autocast(x.device.type, enabled=False):
-            y = read_rows(self.values, slots, weights, self.log, counted, reached=self.write == "last")
+            if isinstance(self.values, QuantizedRows):
+                y = self.values.read(slots, weights)
+            else:
+                y = read_rows(self.values, slots, weights, self.log, counted, reached=self.write == "last")
             if self.gate_in is not None and self.gate_out is not None:
                 y = F.linear(y * F.silu(F.linear(x.float(), self.gate_in.float())), self.gate_out.float())
             y = self.scale.float() * y

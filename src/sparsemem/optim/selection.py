@@ -109,6 +109,7 @@ def read_scores(
     norms: Tensor | None = None,
     generator: torch.Generator | None = None,
     background_reads: Tensor | None = None,
+    num_reads: Tensor | None = None,
 ) -> Tensor:
     """Scores [n] of the read slots. Only these are computed, because a table may have a million slots.
 
@@ -119,6 +120,7 @@ def read_scores(
         background, rule, generator: as in `select_rows`.
         norms: [n], the norm of each of these rows' gradient.
         background_reads: the sum of the background's counts, if it is known.
+        num_reads: the sum of the counts over all processes, if `read` is only a part of the read slots.
 
     Raises:
         ValueError: something that the rule needs is missing or has the wrong size.
@@ -126,7 +128,7 @@ def read_scores(
     if rule in NEEDS_BACKGROUND and background is None:
         raise ValueError(f"rule={rule!r} needs background=; make one with calibrate or count_accesses")
     c = counts.double()
-    p = c / c.sum().clamp_min(1)
+    p = c / (c.sum() if num_reads is None else num_reads.double()).clamp_min(1)
     if rule == "tfidf":
         assert background is not None
         df = background.df.cpu().index_select(0, read)
