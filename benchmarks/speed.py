@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import variants
+from speed_report import compare, table
 
 from sparsemem.layer.log import ReadLog
 from sparsemem.layer.memory import ProductKeyMemory
@@ -199,45 +200,6 @@ ROWS = {
 }
 
 
-def table(found: dict[str, Any]) -> str:
-    """The ratios and medians of all rows as Markdown."""
-    lines = [
-        "# Speed",
-        "",
-        "Made by `make bench` (benchmarks/speed.py). CPU seconds, medians. See speed.json.",
-        "",
-    ]
-    for name, row in found.items():
-        where = f"commit {str(row['commit'])[:10]}, {row['machine']}, load {row['load']:.0f}"
-        lines += [
-            f"## {name}",
-            "",
-            f"{ROWS[name].__doc__} {where}.",
-            "",
-            "| figure | value |",
-            "| --- | --- |",
-        ]
-        figures = {
-            **row["ratios"],
-            **{f"{k} (s)": v for k, v in row["seconds"].items()},
-            **row.get("speed", {}),
-            **{f"{k} (GiB)": v for k, v in row.get("gigabytes", {}).items()},
-        }
-        lines += [*(f"| {key} | {value:.4g} |" for key, value in figures.items()), ""]
-    return "\n".join(lines)
-
-
-def compare(now: dict[str, Any], before: dict[str, Any]) -> str:
-    """Each median of one file divided by that of another, one line each."""
-    lines = [
-        f"{name} {key}: {seconds / before[name]['seconds'][key]:.3f}"
-        for name, row in now.items()
-        for key, seconds in row["seconds"].items()
-        if key in before.get(name, {}).get("seconds", {})
-    ]
-    return "".join(f"{line}\n" for line in lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("out", type=Path, nargs="?")
@@ -261,9 +223,11 @@ def main() -> None:
         row = ROWS[name]()
         found[name] = {**row, "load": os.getloadavg()[0], **environment()}
         write_json(options.out, found)
-        options.out.with_suffix(".md").write_text(table(found))
         sys.stdout.write(f"{name} {json.dumps(row['ratios'])}\n")
         sys.stdout.flush()
+    options.out.with_suffix(".md").write_text(
+        table(found, {name: row.__doc__ or "" for name, row in ROWS.items()})
+    )
     if options.against is not None:
         sys.stdout.write(compare(found, json.loads(options.against.read_text())))
 

@@ -143,7 +143,8 @@ class SortedReads:
     def row_gradients(self, rows: Tensor) -> Tensor:
         """Gradient [t, d] float32 of the rows [t] int64 on the CPU. `fetch` was called before."""
         entries = self._entries
-        weights, grad_out = (_joined([entry[part] for entry in entries]) for part in (1, 2))
+        weights = _joined([weights for _, weights, _, _ in entries])
+        grad_out = _joined([grad_out for _, _, grad_out, _ in entries])
         # where the reads of each row start and end
         starts, ends = (torch.searchsorted(self._keys, (rows * 2 + more).to(self._keys)) for more in (0, 2))
         bags = torch.cat([starts.new_zeros(1), (ends - starts).cumsum(0)])
