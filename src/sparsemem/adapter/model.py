@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
@@ -92,10 +93,11 @@ class SparseMemoryModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
-        names, tail = kwargs.get("adapter_names"), tail_of(self.model)
+        names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
+        tail = tail_of(self.model)
         self._check_row_adapters(names)
         assert tail is not None
         before = tail.row_adapters
@@ -263,6 +265,8 @@ class _MaskHooks:
 
 def _take_back_mask(model: nn.Module, *_: Any) -> None:
     """After each call: remove the mask, so that a later call of only a part of the model does not use it."""
+    if not torch.is_grad_enabled():
+        return
     modules = list(model.modules())
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in modules):
         # the backward pass may run the layers again, and their reads are counted then
@@ -273,7 +277,10 @@ def _take_back_mask(model: nn.Module, *_: Any) -> None:
 
 
 def _hand_out_mask(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Before each call: give every memory layer the 2-D attention mask of the call, or None."""
+    """Before each call with gradients: give every memory layer the call's 2-D attention mask, or None."""
+    if not torch.is_grad_enabled():
+        # nothing is counted, and in generation a search for the layers would cost as much as a read
+        return
     mask = kwargs.get("attention_mask")
     if (
         mask is None
