@@ -44,6 +44,7 @@ from ..patches.patch import RowPatch
 from ..patches.space import load_spaces, memory_digest, save_spaces, space_digest
 from ..precision import autocast, device_of, precise
 from ..provenance import environment
+from ..writing import save_into
 from .cached import TailHead, answer_starts
 from .own_rows import own_rows
 
@@ -192,10 +193,14 @@ class Stream:
         """
         self.select(None)
         model = self.model
-        with tempfile.TemporaryDirectory(dir=self.folder) as part:
-            _write(Path(part), model.save_pretrained)
-            for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
-                (Path(part) / file).replace(self.folder / file)
+
+        def write(part: Path) -> None:
+            _write(part, model.save_pretrained)
+            for path in part.iterdir():
+                if path.name not in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+                    path.unlink()
+
+        save_into(self.folder, write)
 
     def _begun(self, model: PreTrainedModel, background: Any, seed: int) -> PeftModel:
         """A model with a memory that holds nothing, and its folder, whole or not at all."""
