@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,11 @@ def killed(
     for attempt in range(tries):
         if attempt:
             again()
-        if not (child := os.fork()):
+        with warnings.catch_warnings():
+            # newer Python warns of what is said above
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if not child:
             _work_alone(work)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
