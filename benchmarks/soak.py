@@ -1,10 +1,11 @@
 """Break things on purpose and count what is lost: kills, resumes, damaged files, several processes.
 
     python benchmarks/soak.py docs/results/soak.json --size full     (make soak)
-    python benchmarks/soak.py OUT.json --size small                  (make soak SIZE=small: three minutes)
+    python benchmarks/soak.py OUT.json --size small                  (make soak SIZE=small: a minute)
 
 Tiny random models, so that a run takes milliseconds and the moments of the kills fall everywhere. What was
-done is kept in OUT.json after each part; the same command continues it. The table is written as OUT.md.
+done is kept in OUT.json after each part; the same command at the same commit continues what is unfinished.
+The table is written as OUT.md.
 
 | part | what is done | what must hold |
 | --- | --- | --- |
@@ -307,7 +308,9 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     done = read_json(chosen.out) if chosen.out.exists() else {}
-    if done.get("size") != chosen.size:
+    wanted = [name for name in PARTS if SIZES[chosen.size][name]]
+    about = {"size": chosen.size, "commit": environment()["commit"]}
+    if any(done.get(key) != value for key, value in about.items()) or set(wanted) <= done["parts"].keys():
         done = {"size": chosen.size, "parts": {}, "seconds": {}}
     for name, part in PARTS.items():
         number = SIZES[chosen.size][name]

@@ -40,7 +40,7 @@ def run(method, rank, out, data=FACTS, **options):
     if method.startswith("smf"):
         scale = {"trainable": "values+scale"} if method == "smf" else {}
         model = get_peft_model(model, SparseMemoryConfig(**SMALL, **scale))
-        options["background"] = GENERAL[rank:]
+        options = {"background": GENERAL[rank:]} | options
     options = OPTIONS | options
     if method == "lora":
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -211,7 +211,7 @@ def test_three_processes_train_a_last_batch_that_is_too_small_once(method, tmp_p
             torch.testing.assert_close(each[0]["state"][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
-LONG = {"batch_size": 1, "epochs": 12}
+LONG = {"batch_size": 1, "epochs": 12, "background": GENERAL}
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(tmp_path, uninter
     """An epoch is four steps and ends in a checkpoint; the kill comes after the tenth step."""
     script, _, folder = worker("smf", tmp_path, **LONG)
     (tmp_path / "worker.py").write_text(f"{_NOTE_PID.format(tmp_path=str(tmp_path))}{script}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
     log, end = Path(folder) / "metrics.jsonl", time.monotonic() + 240
     with subprocess.Popen([*command, str(tmp_path / "worker.py")], env=environment) as run:
@@ -237,7 +237,8 @@ def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(tmp_path, uninter
             os.kill(int((tmp_path / f"pid.{rank}").read_text()), signal.SIGKILL)
             assert run.wait(120) != 0
         finally:
-            run.kill()
+            # torchrun ends its processes
+            run.terminate()
     for other in range(2):
         assert not psutil.pid_exists(int((tmp_path / f"pid.{other}").read_text()))
     reached = last_checkpoint(folder)
