@@ -24,6 +24,7 @@ from ..patches.composing import composed, silenced
 from ..patches.ledger import FILE, LEARN, Ledger, checked_patch
 from ..patches.space import load_spaces, memory_digest, space_digest
 from ..writing import finish_save
+from .names import public_model
 from .staging import refuse_existing
 
 
@@ -120,7 +121,7 @@ def status(out: Path) -> dict[str, Any]:
     undone = [e["task"] for e in ledger.entries[1:] if e["op"] != LEARN and e["task"] not in held]
     return {
         "out": str(out),
-        "model": ledger.about["model"],
+        "model": public_model(ledger.about["model"]),
         "tasks": [{key: entry[key] for key in keys} for entry in active],
         "undone": list(dict.fromkeys(undone)),
         "bytes": sum(entry["bytes"] for entry in active),

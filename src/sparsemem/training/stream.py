@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..adapter.model import memory_layers
 from ..background.background import addressing_fingerprint
 from ..background.own_space import KindThresholds
+from ..data.gguf import packaged_name
 from ..data.models import load_base, tokenizer_of
 from ..data.records import encode
 from ..data.tasks import fact_of
@@ -216,8 +217,10 @@ class Stream:
 
     def _continued(self, model: PreTrainedModel) -> PeftModel:
         if fingerprint_base(model) != self.ledger.about["base"]:
+            named = self.ledger.about["model"]
             raise ArtifactError(
-                f"{self.folder}: belongs to another base model; give {self.ledger.about['model']!r}"
+                f"{self.folder}: belongs to another base model; give "
+                f"{packaged_name(Path(named).name) or named!r}"
             )
         damaged = f"{self.folder / SAFETENSORS_WEIGHTS_NAME}: is damaged; get an undamaged copy"
         try:
