@@ -98,7 +98,7 @@ def test_status_undo_and_verify_need_no_model(paths, whole, tmp_path):
     subprocess.run(["cp", "-r", whole, out], check=True)
     shown = run("--status", "--out", out)
     assert shown.exit_code == 0
-    assert f"{NUM_TASKS} tasks" in shown.stdout
+    assert f"tasks: {NUM_TASKS}" in shown.stdout
     undone = run("--undo", "t3", "--out", out)
     assert undone.exit_code == 0, undone.output
     assert "took back t3" in undone.stdout

@@ -126,9 +126,10 @@ class RowAdamW(RowOptimizer):
             square = gradient.square() if kind == "element" else gradient.square().mean(1, keepdim=True)
             state["exp_avg_sq"][place] = torch.lerp(state["exp_avg_sq"][place], square, 1 - beta2)
             second_moment = state["exp_avg_sq"][place] / (1 - beta2**steps)
-        step = first_moment / (1 - beta1**steps) / (second_moment.sqrt() + group["eps"])
+        # in place, because new tensors of this size cost more than the arithmetic
+        step = (first_moment / (1 - beta1**steps)).div_(second_moment.sqrt() + group["eps"]).mul_(group["lr"])
         where = rows.to(table.device)
         current = table[where].float()
-        table[where] = (current * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * step).to(
-            table.dtype
-        )
+        if group["weight_decay"]:
+            current.mul_(1 - group["lr"] * group["weight_decay"])
+        table[where] = current.sub_(step).to(table.dtype)

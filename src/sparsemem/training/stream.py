@@ -208,7 +208,7 @@ class Stream:
 
         def write(part: Path) -> None:
             # the page may have another adapter beside the stream's
-            write_to(part, partial(model.save_pretrained, selected_adapters=[model.active_adapter]))
+            write_to(part, partial(model.save_pretrained, selected_adapters=["default"]))
             for path in part.iterdir():
                 if path.name not in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
                     path.unlink()
