@@ -15,6 +15,8 @@ the memory has the shape of issue 23 (`SHAPE`). Rule "kl", no scope: the gate is
 import argparse
 import json
 import os
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,9 +27,10 @@ from typing import Any
 
 import torch
 import variants
+from speed_report import compare, table
 
+from sparsemem.layer.log import ReadLog
 from sparsemem.layer.memory import ProductKeyMemory
-from sparsemem.layer.values import ReadLog
 from sparsemem.provenance import environment
 from sparsemem.writing import write_json
 
@@ -111,9 +114,9 @@ def optimizer() -> dict[str, Any]:
     """The row optimizer's step alone, against dense AdamW on the table, by number of slots."""
     seconds: dict[str, float] = {}
     ratios: dict[str, float] = {}
-    for num_keys in (128, 1024):
-        ways, reread = variants.optimizers(num_keys, TOKENS, NARROW)
-        slots = num_keys**2
+    for num_keys, d in ((128, NARROW), (1024, NARROW), (1024, variants.WIDTH)):
+        ways, reread = variants.optimizers(num_keys, TOKENS, d)
+        slots = f"{num_keys**2}_d{d}"
         times: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(4):
             for name, way in ways.items():
@@ -123,15 +126,48 @@ def optimizer() -> dict[str, Any]:
                 times[name].append(time.process_time() - start)
         seconds |= {f"{name}_{slots}": median(several[1:]) for name, several in times.items()}
         ratios[f"rows_to_dense_{slots}"] = seconds[f"rows_{slots}"] / seconds[f"dense_{slots}"]
-    return {"seconds": seconds, "ratios": ratios, "d": NARROW, "top_t": variants.TOP_T}
+    return {"seconds": seconds, "ratios": ratios, "top_t": variants.TOP_T}
 
 
 def growth() -> dict[str, Any]:
-    """One layer's forward, backward and optimizer step as the number of slots grows."""
+    """One layer's forward, backward and optimizer step, and a model's whole step, by number of slots."""
     ways = {str(n**2): variants.layer_step("own", n, TOKENS, NARROW) for n in GROWTH}
     seconds = in_turn(ways, 5)
-    first, *_, last = seconds
-    return {"seconds": seconds, "ratios": {f"{last}_to_{first}": seconds[last] / seconds[first]}, "d": NARROW}
+    ways = {f"whole_step_{n**2}": variants.own_step(BATCH, LENGTH, n) for n in (GROWTH[0], GROWTH[-1])}
+    seconds |= in_turn(ways, 5)
+    first, last = GROWTH[0] ** 2, GROWTH[-1] ** 2
+    pairs = {f"{kind}{last}_to_{first}": (f"{kind}{last}", f"{kind}{first}") for kind in ("", "whole_step_")}
+    return {"seconds": seconds, "ratios": _ratios(seconds, pairs), "d": NARROW}
+
+
+def calibration() -> dict[str, Any]:
+    """Calibration on 16 batches of 16 x 64 tokens, against the base's forward passes over them."""
+    seconds = in_turn(variants.calibrations(16, BATCH, LENGTH), 1)
+    return {
+        "seconds": seconds,
+        "ratios": _ratios(seconds, {"to_base_forward": ("calibrate", "base_forward")}),
+    }
+
+
+def peak_memory() -> dict[str, Any]:
+    """Largest resident memory of a process of its own that makes two steps; bytes of a table in memory."""
+    gigabytes = {}
+    for name in variants.STEPS:
+        done = subprocess.run([sys.executable, __file__, "--peak", name], check=True, stdout=subprocess.PIPE)
+        gigabytes[name] = int(done.stdout) / 2**30
+    ratios = {f"{name}_to_lora": gigabytes[name] / gigabytes["lora"] for name in gigabytes if name != "lora"}
+    big = variants.big_table(8, 896)
+    ratios["resident_to_written_rows_1048576_d896"] = big["resident"] / big["written"]
+    return {"seconds": {}, "ratios": ratios, "gigabytes": gigabytes, "big_table_bytes": big}
+
+
+def peak(name: str) -> int:
+    """Bytes of the largest resident memory of this process after two steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        step = variants.STEPS[name](BATCH, LENGTH, Path(folder))
+        for _ in range(2):
+            step()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def reading() -> dict[str, Any]:
@@ -158,57 +194,28 @@ def _ratios(seconds: dict[str, float], pairs: dict[str, tuple[str, str]]) -> dic
     return {name: seconds[one] / seconds[other] for name, (one, other) in pairs.items()}
 
 
-ROWS = {one.__name__: one for one in (layer, step, dense_mask, optimizer, growth, reading)}
-
-
-def table(found: dict[str, Any]) -> str:
-    """The ratios and medians of all rows as Markdown."""
-    lines = [
-        "# Speed",
-        "",
-        "Made by `make bench` (benchmarks/speed.py). CPU seconds, medians. See speed.json.",
-        "",
-    ]
-    for name, row in found.items():
-        where = f"commit {str(row['commit'])[:10]}, {row['machine']}, load {row['load']:.0f}"
-        lines += [
-            f"## {name}",
-            "",
-            f"{ROWS[name].__doc__} {where}.",
-            "",
-            "| figure | value |",
-            "| --- | --- |",
-        ]
-        figures = {
-            **row["ratios"],
-            **{f"{k} (s)": v for k, v in row["seconds"].items()},
-            **row.get("speed", {}),
-        }
-        lines += [*(f"| {key} | {value:.4g} |" for key, value in figures.items()), ""]
-    return "\n".join(lines)
-
-
-def compare(now: dict[str, Any], before: dict[str, Any]) -> str:
-    """Each median of one file divided by that of another, one line each."""
-    lines = [
-        f"{name} {key}: {seconds / before[name]['seconds'][key]:.3f}"
-        for name, row in now.items()
-        for key, seconds in row["seconds"].items()
-        if key in before.get(name, {}).get("seconds", {})
-    ]
-    return "".join(f"{line}\n" for line in lines)
+ROWS = {
+    one.__name__: one
+    for one in (layer, step, dense_mask, optimizer, growth, reading, calibration, peak_memory)
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--peak", choices=variants.STEPS, help="print the peak memory of this step alone")
     parser.add_argument("--rows", help=f"comma-separated, measured again: {','.join(ROWS)}")
     parser.add_argument("--against", type=Path, help="an older file to compare with")
     options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if options.peak:
+        sys.stdout.write(str(peak(options.peak)))
+        return
+    if options.out is None:
+        parser.error("out: give the file to write")
     unknown = [name for name in (options.rows or "").split(",") if name and name not in ROWS]
     if unknown:
         parser.error(f"--rows {unknown[0]}: unknown; allowed are {', '.join(ROWS)}")
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     chosen = options.rows.split(",") if options.rows else [name for name in ROWS if name not in found]
     for name in chosen:
@@ -216,9 +223,11 @@ def main() -> None:
         row = ROWS[name]()
         found[name] = {**row, "load": os.getloadavg()[0], **environment()}
         write_json(options.out, found)
-        options.out.with_suffix(".md").write_text(table(found))
         sys.stdout.write(f"{name} {json.dumps(row['ratios'])}\n")
         sys.stdout.flush()
+    options.out.with_suffix(".md").write_text(
+        table(found, {name: row.__doc__ or "" for name, row in ROWS.items()})
+    )
     if options.against is not None:
         sys.stdout.write(compare(found, json.loads(options.against.read_text())))
 

@@ -11,10 +11,10 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sparsemem import Background, SparseMemoryConfig, memory_layers
+from sparsemem import Background, SparseMemoryConfig, calibrate, memory_layers
 from sparsemem.background.background import LayerBackground
+from sparsemem.layer.log import ReadLog
 from sparsemem.layer.memory import ProductKeyMemory
-from sparsemem.layer.values import ReadLog
 from sparsemem.optim.rows import RowAdamW
 from sparsemem.optim.selection import select_rows
 from sparsemem.precision import autocast
@@ -47,8 +47,9 @@ def base() -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-def with_memory(write: str) -> Any:
-    config = SparseMemoryConfig(write=write, layers_to_transform=READ_LAYERS, task_type="CAUSAL_LM", **SHAPE)
+def with_memory(write: str, num_keys: int = SHAPE["num_keys"]) -> Any:
+    shape = {**SHAPE, "num_keys": num_keys}
+    config = SparseMemoryConfig(write=write, layers_to_transform=READ_LAYERS, task_type="CAUSAL_LM", **shape)
     return get_peft_model(base(), config)
 
 
@@ -101,7 +102,11 @@ def _model_step(model: Any, optimizer: Any, data: dict[str, Tensor]) -> Way:
 
 
 def _own(rows: int, length: int, _folder: Path) -> Way:
-    model = with_memory("own")
+    return own_step(rows, length, SHAPE["num_keys"])
+
+
+def own_step(rows: int, length: int, num_keys: int) -> Way:
+    model = with_memory("own", num_keys)
     return _model_step(model, row_adamw(model), kept_logits(batch(rows, length)))
 
 
@@ -300,6 +305,52 @@ def bound(memory: ProductKeyMemory, tokens: int) -> dict[str, float]:
         "flops_per_second": rates[0],
         "bytes_per_second": rates[1],
         "seconds": flops / rates[0] + num_bytes / rates[1],
+    }
+
+
+def calibrations(num_batches: int, rows: int, length: int) -> dict[str, Way]:
+    """Calibration of a memory, and the base's forward passes over the same text."""
+    model = with_memory("last").eval()
+    one = torch.ones(rows, length, dtype=torch.int64)
+    ids = torch.randint(0, VOCABULARY, (num_batches, rows, length))
+    batches = [{"input_ids": part, "attention_mask": one} for part in ids]
+
+    @torch.no_grad()
+    def forward() -> None:
+        with model.disable_adapter(), autocast(model):
+            for data in batches:
+                model.base_model.model.model(**data)
+
+    return {"calibrate": lambda: calibrate(model, batches), "base_forward": forward}
+
+
+def resident(table: Tensor) -> int:
+    """Bytes of a mapped table that are in memory (Linux)."""
+    inside, address = False, table.data_ptr()
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(part, 16) for part in first.split("-"))
+            inside = start <= address < end
+        elif inside and first == "Anonymous:":
+            return 1024 * int(rest.split()[0])
+    raise ValueError("the table is no mapping of this process")
+
+
+def big_table(num_steps: int, d: int) -> dict[str, float]:
+    """A table of 1,048,576 rows: bytes of its written rows and bytes in memory, after some steps."""
+    model = alone(1024, d)
+    (memory,) = memory_layers(model).values()
+    optimizer, written = row_adamw(model), torch.zeros(0, dtype=torch.int64)
+    for _ in range(num_steps):
+        model(torch.randn(256, d)).backward(torch.randn(256, d))
+        optimizer.step()
+        written = torch.cat([written, *optimizer.selected.values()]).unique()
+        optimizer.zero_grad()
+    return {
+        "table": 4.0 * d * 1024**2,
+        "written": 4.0 * d * len(written),
+        "resident": resident(memory.values),
     }
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .adapter.config import SparseMemoryConfig
     from .adapter.model import memory_layers, set_trainable
+    from .adapter.quantizing import quantize_rows
     from .background.background import Background
     from .background.calibration import calibrate, observe
     from .background.counting import count_accesses
@@ -53,6 +54,7 @@ _ROOM = {
     "multiple_choice": "evaluation.probes",
     "observe": "background.calibration",
     "perplexity": "evaluation.probes",
+    "quantize_rows": "adapter.quantizing",
     "read_items": "evaluation.items",
     "recall": "evaluation.probes",
     "scope_gate": "evaluation.probes",
@@ -65,7 +67,8 @@ __all__ = [
     "ArtifactError", "Background", "ProductKeyMemory", "RowAdamW", "RowPatch", "RowSGD",
     "SparseMemoryConfig", "Stream", "calibrate", "clear_scope", "count_accesses", "drift", "evaluate",
     "exposure", "finetune", "load", "load_base", "log_probs", "memory_layers", "multiple_choice", "observe",
-    "perplexity", "read_items", "recall", "scope_gate", "select_rows", "set_scope", "set_trainable",
+    "perplexity", "quantize_rows", "read_items", "recall", "scope_gate", "select_rows", "set_scope",
+    "set_trainable",
 ]  # fmt: skip
 
 

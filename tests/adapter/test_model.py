@@ -398,7 +398,7 @@ def test_a_copy_is_complete_and_independent(duplicate):
         memory.values.data.zero_()
     assert torch.equal(logits(model), before)
     seen = masks_of_calls(twin)
-    logits(twin, tiny_batch(length=5))
+    twin(**tiny_batch(length=5))
     assert [mask.shape[1] for mask in seen[-1]] == [5, 5]
     assert torch.equal(logits(twin.unload()), logits(tiny_model()))
     assert torch.equal(logits(model), before)
@@ -459,12 +459,13 @@ def test_a_forward_in_inference_mode_does_not_break_training():
 def test_memories_get_the_mask_of_each_call():
     model = with_memory()
     seen, batch = masks_of_calls(model), tiny_batch()
+    model(**batch)
+    model(input_ids=batch["input_ids"])
+    model.base_model.model(batch["input_ids"], batch["attention_mask"])
+    model.base_model.model(batch["input_ids"], torch.zeros(2, 1, 7, 7))
+    # without gradients nothing is counted
     logits(model, batch)
-    logits(model, {"input_ids": batch["input_ids"]})
-    with torch.no_grad():
-        model.base_model.model(batch["input_ids"], batch["attention_mask"])
-        model.base_model.model(batch["input_ids"], torch.zeros(2, 1, 7, 7))
-    for masks, known in zip(seen, (True, False, True, False), strict=True):
+    for masks, known in zip(seen, (True, False, True, False, False), strict=True):
         for mask in masks:
             assert torch.equal(mask, batch["attention_mask"].bool()) if known else mask is None
 
@@ -476,7 +477,7 @@ def test_a_later_call_of_a_part_of_the_model_uses_no_old_mask(fails):
         with pytest.raises(IndexError):
             model(input_ids=batch["input_ids"] + 1000, attention_mask=batch["attention_mask"])
     else:
-        logits(model, batch)
+        model(**batch)
     assert all(memory.token_mask is None for memory in memory_layers(model).values())
 
 
@@ -490,3 +491,33 @@ def test_masks_are_moved_to_the_device_of_each_memory():
 
 def test_memories_are_product_key_memories():
     assert all(isinstance(m, ProductKeyMemory) for m in memory_layers(with_memory()).values())
+
+
+def test_own_runs_nothing_below_the_lowest_memory_in_its_backward_pass():
+    """Layers 1 and 3 of 4 have a memory, so the backward pass ends at the read of layer 1."""
+    model = with_memory(write="own", layers_to_transform=[1, 3], trainable="values").train()
+    ran, outputs = set(), {}
+
+    def watch(name):
+        def forward(_module, _args, out):
+            out = out[0] if isinstance(out, tuple) else out
+            outputs[name] = out.requires_grad
+            if out.requires_grad:
+                out.register_hook(lambda _: ran.add(name))
+
+        return forward
+
+    for name, module in model.get_base_model().named_modules():
+        if name.startswith(("model.layers.", "model.embed_tokens")) and "sparse_memory" not in name:
+            module.register_forward_hook(watch(name))
+    model(**tiny_batch(), labels=tiny_batch()["input_ids"]).loss.backward()
+    below = (
+        "model.embed_tokens",
+        "model.layers.0",
+        "model.layers.1.self_attn",
+        "model.layers.1.mlp.base_layer",
+    )
+    lower = [name for name in outputs if name.startswith(below)]
+    assert len(lower) > 10
+    assert not [name for name in lower if outputs[name] or name in ran]
+    assert {"model.layers.1.mlp", "model.layers.2.mlp", "model.layers.3.mlp"} <= ran

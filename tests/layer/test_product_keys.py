@@ -3,7 +3,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemem.layer.product_keys import exhaustive_top_k_slots, sub_key_scores, top_k_slots
+from sparsemem.layer.product_keys import (
+    best_sub_keys,
+    exhaustive_top_k_slots,
+    sub_key_scores,
+    top_k_slots,
+)
 
 
 @settings(deadline=None, max_examples=80)
@@ -42,3 +47,26 @@ def test_sub_key_scores_are_inner_products_plus_bias(width):
     scores = sub_key_scores(queries, keys, bias)
     expected = queries[3, 1, 0] @ keys[1, 0, 4] + bias[1, 0, 4]
     torch.testing.assert_close(scores[3, 1, 0, 4], expected)
+
+
+@pytest.mark.parametrize("num_best", [1, 4, 9])
+def test_the_gradient_of_queries_from_the_best_sub_keys_is_that_from_all(num_best):
+    """Law 3: values bit for bit, gradients to 1e-6."""
+    keys, bias = torch.randn(3, 2, 9, 5), torch.randn(3, 2, 9)
+    ours, naive = (torch.randn(7, 3, 2, 5, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    best, sub_keys = best_sub_keys(ours.requires_grad_(), keys, bias, num_best)
+    expected, same = sub_key_scores(naive.requires_grad_(), keys, bias).topk(num_best, dim=-1)
+    assert torch.equal(best, expected)
+    assert torch.equal(sub_keys, same)
+    out = torch.randn_like(best)
+    best.backward(out)
+    expected.backward(out)
+    torch.testing.assert_close(ours.grad, naive.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_keys_that_train_get_a_gradient():
+    queries, keys = torch.randn(7, 3, 2, 5), torch.randn(3, 2, 9, 5, requires_grad=True)
+    best, _ = best_sub_keys(queries.requires_grad_(), keys, torch.zeros(3, 2, 9), 2)
+    best.sum().backward()
+    assert keys.grad.any()
+    assert queries.grad.any()

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from sparsemem.layer.values import ReadLog, naive_read_rows, read_rows
+from sparsemem.layer.log import ReadLog
+from sparsemem.layer.values import naive_read_rows, read_rows
 
 
 def _case(tokens=7, reads=6, num_slots=11, width=5, dtype=torch.float32, seed=0):
@@ -97,3 +98,34 @@ def test_row_gradients_of_unread_rows_are_zero():
     read_rows(values, slots, weights, log).sum().backward()
     unread = torch.tensor(sorted(set(range(50)) - set(slots.flatten().tolist()))[:4])
     assert not log.row_gradients(unread, values).any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_sorted_reads_give_the_counts_and_gradients_of_all_slots(masked, passes):
+    values, slots, weights = _case(tokens=20, num_slots=2000)
+    values.requires_grad_()
+    log, dense = ReadLog(), ReadLog()
+    counted = torch.arange(20) % 3 > 0 if masked else None
+    for number in range(passes):
+        for one in (log, dense):
+            read_rows(values, slots.roll(number, 0), weights, one, counted).square().sum().backward()
+    by_slot, counts = log.sorted_reads(2000), dense.counts(2000, values.device)
+    assert not by_slot.fetch(torch.tensor([0]))
+    assert by_slot.fetch(torch.tensor([1]))
+    assert torch.equal(by_slot.slots, counts.nonzero().flatten())
+    assert torch.equal(by_slot.counts, counts[by_slot.slots])
+    # rows that only padding reads, and rows that nothing reads, too
+    rows = torch.randperm(2000)
+    torch.testing.assert_close(log.row_gradients(rows, values), dense.row_gradients(rows, values))
+    assert log.row_gradients(rows[:0], values).shape == (0, 5)
+
+
+def test_reads_are_not_sorted_where_counts_of_all_slots_are_fewer():
+    values, slots, weights = _case(tokens=20, reads=6, num_slots=120)
+    values.requires_grad_()
+    log = ReadLog()
+    assert log.sorted_reads(120) is None
+    read_rows(values, slots, weights, log).sum().backward()
+    assert log.sorted_reads(120) is None
+    assert log.sorted_reads(121) is not None

@@ -16,8 +16,9 @@ from sparsemem import (
     SparseMemoryConfig,
     count_accesses,
     memory_layers,
+    select_rows,
 )
-from sparsemem.layer import values
+from sparsemem.layer import log
 
 OPTIMIZERS = [
     pytest.param(lambda m, **o: RowSGD(m, 0.1, momentum=0.9, weight_decay=0.01, **o), id="sgd"),
@@ -400,8 +401,38 @@ def test_the_gradient_rule_computes_each_gradient_once(model, monkeypatch):
         asked.append(slots)
         return original(slots, *others)
 
-    original = values.row_gradients
-    monkeypatch.setattr(values, "row_gradients", row_gradients)
+    original = log.row_gradients
+    monkeypatch.setattr(log, "row_gradients", row_gradients)
     optimizer = RowAdamW(model, 0.1, top_t=5, rule="grad")
     _step(model, optimizer)
     assert len(asked) == len(memory_layers(model))
+
+
+@pytest.mark.parametrize("rule", ["kl", "tfidf", "tf", "grad", "random", lambda counts, _: counts.double()])
+def test_a_large_table_trains_the_rows_that_select_rows_names(tiny_llama, rule, monkeypatch):
+    """Reads sorted by slot against counts of all slots: the same selection, gradients to rounding."""
+    config = SparseMemoryConfig(task_type="CAUSAL_LM", num_keys=64, num_heads=2, top_k=3, key_dim=8)
+    model = get_peft_model(tiny_llama(), config)
+    background = count_accesses(model, [_batch(9)])
+    twin = copy.deepcopy(model)
+    options = {"top_t": 5, "rule": rule, "background": background}
+    ours, naive = RowAdamW(model, 0.1, **options), RowAdamW(twin, 0.1, **options)
+    for seed in range(3):
+        for _ in range(2):
+            model(**_batch(seed)).loss.backward()
+            twin(**_batch(seed)).loss.backward()
+        for name, memory in memory_layers(twin).items():
+            counts = memory.log.counts(4096, memory.values.device)
+            if rule in ("kl", "tfidf", "tf"):
+                expected = select_rows(counts, background[name], top_t=5, rule=rule).sort().values
+                assert torch.equal(naive._choose(name, memory, memory.log)[0], expected)
+        ours.step()
+        with monkeypatch.context() as patched:
+            patched.setattr(log.ReadLog, "sorted_reads", lambda *_: None)
+            naive.step()
+        for name, rows in ours.selected.items():
+            assert torch.equal(rows, naive.selected[name])
+        ours.zero_grad()
+        naive.zero_grad()
+    for memory, other in zip(memory_layers(model).values(), memory_layers(twin).values(), strict=True):
+        torch.testing.assert_close(memory.values, other.values)

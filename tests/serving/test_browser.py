@@ -76,7 +76,7 @@ def test_a_fact_is_taught_switched_off_taken_back_and_kept(page, tmp_path):
         page.keyboard.press("Tab")
         page.keyboard.type(ANSWER)
         page.keyboard.press("Enter")
-        page.wait_for_selector("#job progress[value]")
+        page.wait_for_selector(".lessons .title")
         at_rest(page)
         assert page.locator(".lessons .title").all_inner_texts() == [QUESTION]
         taught, base = answers(page, QUESTION)
@@ -94,7 +94,7 @@ def test_a_fact_is_taught_switched_off_taken_back_and_kept(page, tmp_path):
         assert page.locator(".exchange .taught").first.inner_text() == ANSWER
         with page.expect_download() as download:
             page.click("text=Download")
-        assert download.value.suggested_filename == "lesson-1.safetensors"
+        assert download.value.suggested_filename == "what-is-the-capital-of-velmora.safetensors"
 
         page.click(".switch")
         page.wait_for_selector(".lessons .off")
@@ -103,8 +103,8 @@ def test_a_fact_is_taught_switched_off_taken_back_and_kept(page, tmp_path):
         page.wait_for_selector(".lessons li:not(.off)")
 
     # the same lesson, served to the official client
-    memory, lesson = tmp_path / "state" / "memory", tmp_path / "state" / "lesson-1.safetensors"
-    with server("serve", memory, "--patch", f"velmora={lesson}", seconds=SECONDS) as (address, _):
+    lesson = tmp_path / "state" / "patches" / "000001.safetensors"
+    with server("serve", tmp_path / "state", "--patch", f"velmora={lesson}", seconds=SECONDS) as (address, _):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=SECONDS)
         for name, expected in (("velmora", ANSWER), ("base", base)):
             turns = [{"role": "user", "content": QUESTION}]
@@ -124,4 +124,3 @@ def test_a_fact_is_taught_switched_off_taken_back_and_kept(page, tmp_path):
         )
         page.wait_for_selector("#error", state="visible")
         assert "bad.jsonl, line 1: must have the fields" in page.inner_text("#error-text")
-        assert not (tmp_path / "state" / "lesson-1.safetensors").exists()

@@ -7,12 +7,12 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from sparsemem import RowPatch, SparseMemoryConfig, calibrate, memory_layers
+from sparsemem import SparseMemoryConfig, calibrate, memory_layers
 from sparsemem.data.models import load_base
-from sparsemem.layer.scope import Scope
-from sparsemem.serving import changes, lessons, opening
-from sparsemem.serving.lessons import Lessons
+from sparsemem.folders import streams
+from sparsemem.serving import changes, lessons
 from sparsemem.serving.opening import open_lessons
+from sparsemem.training import stream_folder
 from tiny import SMALL, batch
 
 pytest.importorskip("fastapi")
@@ -29,9 +29,8 @@ def silent(*_progress):
 def _little_text(monkeypatch):
     turns = [(("user", f"What is {number}?"), ("assistant", str(number))) for number in range(40)]
     general = [{"messages": [{"role": role, "content": text} for role, text in pair]} for pair in turns]
-    monkeypatch.setattr(opening, "general_background", lambda: general)
-    monkeypatch.setattr(lessons, "LEAST_STEPS", 6)
-    monkeypatch.setattr(lessons, "MAX_TOKENS", 8)
+    monkeypatch.setattr(stream_folder, "general_background", lambda: general)
+    monkeypatch.setattr(lessons, "MAX_TOKENS", 12)
     monkeypatch.setattr(changes, "MAX_TOKENS", 4)
     monkeypatch.setattr(changes, "GENERAL_QUESTIONS", ("What is it?", "Who?"))
 
@@ -44,32 +43,17 @@ def two(tiny, tmp_path):
     return held
 
 
-def tensors(held: Lessons, name: str):
-    """An adapter's rows, and its scopes' tensors."""
-    held.model.set_adapter(name)
-    found = {key: memory.values.detach().clone() for key, memory in memory_layers(held.model).items()}
-    for key, memory in memory_layers(held.model).items():
-        if isinstance(memory.scope, Scope):
-            found |= {f"{key}.{part}": value.clone() for part, value in vars(memory.scope).items()}
-    held.model.set_adapter("default")
-    return found
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def test_a_lesson_speaks_until_it_is_off_and_the_base_is_as_it_was(two, tiny):
+def test_a_lesson_speaks_until_it_is_off_and_the_base_is_as_it_was(two):
     question = CITY[0]["prompt"]
     on = two.ask(question)
-    assert on["lesson"] == "lesson-1"
-    assert on["title"] == "city"
+    assert on["taught"] == CITY[0]["completion"]
+    assert (on["lesson"], on["title"]) == (two.lessons[0].name, "city")
     assert max(piece["gate"] for piece in on["pieces"]) > 0
     assert "".join(piece["text"] for piece in on["pieces"]).strip() == on["taught"]
     # it was cut off, and says so
     assert on["base"].endswith(" …")
-    two.set_on("lesson-1", False)
-    two.set_on("lesson-2", False)
+    for lesson in two.lessons:
+        two.set_on(lesson.name, False)
     off = two.ask(question)
     assert off["lesson"] is None
     assert off["taught"] == off["base"] == on["base"]
@@ -77,49 +61,86 @@ def test_a_lesson_speaks_until_it_is_off_and_the_base_is_as_it_was(two, tiny):
     assert [one["question"] for one in two.asked] == [question, question]
 
 
-def test_undo_leaves_the_other_lesson_as_if_it_were_alone(two):
-    beside = tensors(two, "lesson-2")
-    two.undo("lesson-1")
-    alone = tensors(two, "lesson-2")
-    # beside another lesson it knew that one's centres
-    assert not same(beside, alone)
-    patch = RowPatch.load(two.file_of("lesson-2"))
-    for name, layer in patch.layers.items():
-        table = torch.zeros_like(alone[name])
-        table[layer.slots] = layer.after
-        assert torch.equal(alone[name], table)
-        if layer.scope is not None:
-            assert all(
-                torch.equal(alone[f"{name}.{part}"], value) for part, value in vars(layer.scope).items()
-            )
-    assert not two.file_of("lesson-1").exists()
-    with pytest.raises(ValueError, match="there is no lesson 'lesson-1'"):
-        two.undo("lesson-1")
+def test_the_folder_is_a_stream_that_learn_reads(two, tiny):
+    folder = two.stream.folder
+    assert [task["task"] for task in streams.status(folder)["tasks"]] == ["city", "queen"]
+    assert streams.verify(folder)["ok"]
+    two.undo(two.lessons[0].name)
+    assert streams.verify(folder)["ok"]
+    assert streams.status(folder)["undone"] == ["city"]
+    with pytest.raises(ValueError, match="there is no lesson '000001'"):
+        two.undo("000001")
+
+
+def test_undo_leaves_what_would_be_there_had_the_other_been_taught_alone(two, tiny, tmp_path):
+    two.undo(two.lessons[0].name)
+    alone = open_lessons(str(tiny), tmp_path / "alone", silent)
+    alone.teach(QUEEN, "queen", silent)
+    (there,), (expected,) = (memory_layers(held.stream.model).values() for held in (two, alone))
+    assert there.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(tensor, there.state_dict()[key]) for key, tensor in expected.state_dict().items())
 
 
 def test_lessons_are_there_again_after_a_restart(two, tiny):
-    two.set_on("lesson-2", False)
+    two.set_on(two.lessons[1].name, False)
     asked = two.ask(CITY[0]["prompt"])
-    again = open_lessons(str(tiny), two.folder, silent)
-    assert again.lessons == two.lessons
-    assert again.asked == two.asked
-    assert all(same(tensors(again, name), tensors(two, name)) for name in ("lesson-1", "lesson-2"))
-    assert again.ask(CITY[0]["prompt"]) == asked
-    with pytest.raises(ValueError, match="holds lessons of tiny, not of other; give that model"):
-        open_lessons("other", two.folder, silent)
+    folder = two.stream.folder
+    # also by the folder's own name
+    for number, given in enumerate([(str(tiny), folder), (str(folder), None)], start=1):
+        again = open_lessons(*given, silent)
+        assert again.lessons == two.lessons
+        assert again.asked == [asked] * number
+        assert again.ask(CITY[0]["prompt"]) == asked
+    with pytest.raises(ValueError, match="holds lessons and is continued itself; leave --out out"):
+        open_lessons(str(folder), folder / "other", silent)
 
 
-def test_a_question_that_is_taught_again_replaces_the_earlier_lesson(two):
-    two.teach([{"prompt": "what is  the capital of Velmora?", "completion": "Other"}], "other", silent)
-    assert [lesson.on for lesson in two.lessons] == [False, True, True]
+def test_a_lesson_is_there_if_the_page_was_killed_after_teaching_it(two, tiny):
+    (two.stream.folder / "page.json").unlink()
+    again = open_lessons(str(tiny), two.stream.folder, silent)
+    assert [lesson.title for lesson in again.lessons] == ["city", "queen"]
+    assert again.lessons[0].records == [{"prompt": CITY[0]["prompt"], "completion": ""}]
+    assert again.ask(CITY[0]["prompt"])["taught"] == CITY[0]["completion"]
+
+
+def test_another_folder_and_another_model_are_refused(two, tiny_llama, tokenizer, tmp_path):
+    tiny_llama(seed=1).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"belongs to another base model; give '.*tiny'"):
+        open_lessons(str(tmp_path / "other"), two.stream.folder, silent)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="full exists and is not empty"):
+        open_lessons(str(tmp_path / "other"), tmp_path / "full", silent)
+
+
+def test_a_question_that_is_taught_again_is_answered_by_the_newer_lesson(two):
+    again = [{"prompt": "what is  the capital of Velmora?", "completion": "Other"}]
+    two.teach(again, "city", silent)
+    assert [lesson.title for lesson in two.lessons] == ["city", "queen", "city (2)"]
+    assert [lesson.replaced for lesson in two.lessons] == [True, False, False]
+    assert two.ask(CITY[0]["prompt"])["title"] != "city"
+    # without it, the earlier one answers
+    two.set_on(two.lessons[2].name, False)
+    assert two.ask(CITY[0]["prompt"])["taught"] == CITY[0]["completion"]
+    two.undo(two.lessons[2].name)
+    assert [lesson.replaced for lesson in two.lessons] == [False, False]
 
 
 def test_what_cannot_be_taught_leaves_nothing(two):
-    with pytest.raises(ValueError, match="max_length"):
+    with pytest.raises(ValueError, match="tokens, the model reads 2048"):
         two.teach([{"prompt": "x" * 3000, "completion": "y"}], "long", silent)
-    assert [lesson.name for lesson in two.lessons] == ["lesson-1", "lesson-2"]
-    assert sorted(two.model.peft_config) == ["default", "lesson-1", "lesson-2"]
+    assert [lesson.title for lesson in two.lessons] == ["city", "queen"]
+    assert streams.verify(two.stream.folder)["ok"]
     two.ask("Still there?")
+
+
+def test_progress_is_told_in_tokens(two):
+    said = []
+    many = [{"prompt": f"What is number {n}?", "completion": f"It is {n * 7}"} for n in range(20)]
+    lesson = two.teach(many, "numbers.jsonl", lambda *told: said.append(told))
+    assert said[-1][0] == "Learning"
+    assert 0 < said[-1][1] < said[-1][2] == lesson.rows
 
 
 def test_changes_are_looked_for(two):
@@ -128,25 +149,29 @@ def test_changes_are_looked_for(two):
     assert all(isinstance(pair["base"], str) for pair in found["mentions"])
     assert len(found["mentions"]) > 1
     assert found["prose"][0]["base"] > 1
-    assert found["lessons"] == ["lesson-1", "lesson-2"]
+    assert found["lessons"] == ["000001", "000002"]
 
 
-def test_what_an_adapter_was_taught_is_the_first_lesson(tiny, tmp_path):
+def test_an_adapter_is_a_lesson_that_cannot_be_taken_back(tiny, tmp_path):
     base, tokenizer = load_base(str(tiny))
     model = get_peft_model(base, SparseMemoryConfig(**SMALL))
-    background = calibrate(model, [batch(seed) for seed in range(8)])
+    calibrate(model, [batch(seed) for seed in range(8)])
     for memory in memory_layers(model).values():
-        memory.values.data[3] = 1.0
+        memory.values.data.normal_()
     model.save_pretrained(tmp_path / "taught")
     tokenizer.save_pretrained(tmp_path / "taught")
-    with pytest.raises(ValueError, match=r"has no background\.safetensors"):
-        open_lessons(str(tmp_path / "taught"), tmp_path / "state", silent)
-    background.save(tmp_path / "taught" / "background.safetensors")
-    held = open_lessons(str(tmp_path / "taught"), tmp_path / "state", silent)
-    assert [(lesson.title, lesson.rows) for lesson in held.lessons] == [("taught", len(memory_layers(model)))]
-    assert not any(table.any() for key, table in tensors(held, "default").items())
-    again = open_lessons(str(tmp_path / "taught"), tmp_path / "state", silent)
-    assert same(tensors(again, "lesson-1"), tensors(held, "lesson-1"))
+    for expected in (True, False):
+        held = open_lessons(str(tmp_path / "taught"), tmp_path / "state", silent)
+        (lesson,) = held.lessons
+        assert (lesson.title, lesson.given, lesson.on) == ("taught", True, expected)
+        answer = held.ask("Who?")
+        assert (answer["lesson"] == "given") == (answer["taught"] != answer["base"]) == expected
+        with pytest.raises(ValueError, match="start it with the base model instead"):
+            held.undo("given")
+        held.set_on("given", False)
+    held.teach(CITY, "city", silent)
+    held.set_on("given", True)
+    assert held.ask(CITY[0]["prompt"])["base"] != CITY[0]["completion"]
 
 
 @pytest.fixture
@@ -178,11 +203,12 @@ def test_the_page_teaches_switches_and_takes_back(client):
     assert (lesson["title"], len(lesson["records"]), lesson["on"]) == (body["question"], 2, True)
     file = client.get(f"/api/lessons/{lesson['name']}/file")
     assert len(file.content) == lesson["size"]
-    assert client.post("/api/lessons/lesson-1", json={"on": False}).json()["lessons"][0]["on"] is False
+    assert 'filename="what-is-the-capital-of-velmora.safetensors"' in file.headers["content-disposition"]
+    assert client.post("/api/lessons/000001", json={"on": False}).json()["lessons"][0]["on"] is False
     answer = client.post("/api/ask", json={"question": "Who?"}).json()
     assert answer["taught"] == answer["base"]
-    assert client.delete("/api/lessons/lesson-1").json()["lessons"] == []
-    assert client.delete("/api/lessons/lesson-1").status_code == 404
+    assert client.delete("/api/lessons/000001").json()["lessons"] == []
+    assert client.delete("/api/lessons/000001").status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -210,7 +236,7 @@ def test_other_pages_cannot_teach_and_nothing_is_loaded_from_elsewhere(client):
     assert foreign.status_code == 403
     plain = client.post("/api/teach", content=json.dumps(body), headers={"content-type": "text/plain"})
     assert plain.status_code == 403
-    assert client.delete("/api/lessons/lesson-1", headers={"origin": "null"}).status_code == 403
+    assert client.delete("/api/lessons/000001", headers={"origin": "null"}).status_code == 403
     for path in ("/", "/page.js", "/page.css", "/icon.svg"):
         answer = client.get(path)
         assert answer.headers["content-security-policy"].startswith("default-src 'self'")

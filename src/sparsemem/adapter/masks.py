@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..layer.memory import ProductKeyMemory
@@ -10,6 +11,8 @@ from ..layer.memory import ProductKeyMemory
 
 def take_back_mask(model: nn.Module, *_: Any) -> None:
     """After each call: remove the mask, so that a later call of only a part of the model does not use it."""
+    if not torch.is_grad_enabled():
+        return
     modules = list(model.modules())
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in modules):
         # the backward pass may run the layers again, and their reads are counted then
@@ -20,7 +23,10 @@ def take_back_mask(model: nn.Module, *_: Any) -> None:
 
 
 def hand_out_mask(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Before each call: give every memory layer the 2-D attention mask of the call, or None."""
+    """Before each call with gradients: give every memory layer the call's 2-D attention mask, or None."""
+    if not torch.is_grad_enabled():
+        # nothing is counted, and in generation a search for the layers would cost as much as a read
+        return
     mask = kwargs.get("attention_mask")
     if (
         mask is None

@@ -92,10 +92,11 @@ class SparseMemoryModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
-        names, tail = kwargs.get("adapter_names"), tail_of(self.model)
+        names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
+        tail = tail_of(self.model)
         self._check_row_adapters(names)
         assert tail is not None
         before = tail.row_adapters

@@ -75,12 +75,12 @@ def serve(
 
     check_installed(NEEDED, "fastapi", "uvicorn", "prometheus_client")
     from ..serving.api import Limits, build_app
-    from ..serving.listen import is_loopback, listen
+    from ..serving.listen import hosts_for, is_loopback, listen
     from ..serving.memories import load_served
 
     served = load_served(model, _named(patches), dtype=getattr(torch, dtype))
     limits = Limits(max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens, max_body=max_body)
-    app = build_app(served, api_key=api_key, limits=limits)
+    app = build_app(served, api_key=api_key, limits=limits, hosts=hosts_for(host))
     if not is_loopback(host) and api_key is None:
         say(f"warning: everyone who can reach {host} can use this server; set --api-key")
     names = ", ".join((served.base, *served.memories))

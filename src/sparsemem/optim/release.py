@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layer.log import ReadLog
 from ..layer.memory import ProductKeyMemory
-from ..layer.values import ReadLog
+from .row_state import rows_of
 from .rows import RowAdamW
 
 QUIRKS = ("micro-batch", "padding", "moments")
@@ -58,7 +59,7 @@ class ReleaseAdamW(RowAdamW):
 
     def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         if "moments" in self.quirks:
-            state, _ = self._rows_of(table, rows, self._shapes(table, group))
+            state, _ = rows_of(self.state[table], table, rows, self._shapes(table, group))
             # a dense AdamW has one step count for all rows
             state["steps"].fill_(state["steps"].max())
             ever = state["slots"]

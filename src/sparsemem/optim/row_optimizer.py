@@ -36,12 +36,14 @@ from torch.optim import AdamW, Optimizer
 
 from ..adapter.model import memory_layers
 from ..background.background import Background
+from ..layer.log import ReadLog
 from ..layer.memory import ProductKeyMemory
-from ..layer.values import ReadLog
-from ..processes import averaged, num_processes, of_first, several_expected, summed
+from ..processes import averaged, several_expected, summed
+from .options import check_positive
 from .ownership import let_go, take_rows
-from .selection import NEEDS_BACKGROUND, Rule, check_selection, select_rows
+from .selection import NEEDS_BACKGROUND, Rule, best_rows, check_selection, read_scores
 from .skipping import SkippedSteps
+from .step_reads import agreed, step_reads
 
 # Default learning rate of everything except rows: alpha, keys, modules_to_save.
 REST_LR = 1e-3
@@ -82,6 +84,9 @@ class RowOptimizer(Optimizer):
             raise ValueError(f"rule={rule!r} needs background=; make one with calibrate or count_accesses")
         if background is not None:
             background.check(self.layers)
+        # computed once, because it is a pass over all slots
+        known = {} if background is None else {name: background[name].counts for name in self.layers}
+        self._background_reads = {name: counts.sum().cpu() for name, counts in known.items()}
         frozen = [name for name, memory in self.layers.items() if not memory.values.requires_grad]
         if frozen:
             raise ValueError(
@@ -221,28 +226,23 @@ class RowOptimizer(Optimizer):
             rows [t] int64 on the CPU, ascending; gradient [t, d_out] float32 on the device of the table.
         """
         values = memory.values
-        counts = log.counts(memory.num_slots, values.device)
         # whether a gradient is not finite travels with the counts: to all processes, and to the CPU
-        counts = summed(torch.cat([counts, self._not_finite().to(values.device)])).cpu()
+        read, counts, bad = step_reads(log, memory.num_slots, self._not_finite().to(values.device))
         # with a GradScaler, the scaler decides
-        self._bad |= bool(counts[-1]) and not hasattr(self, "found_inf")
-        counts = counts[:-1]
+        self._bad |= bad and not hasattr(self, "found_inf")
+        gradients = self._gradients(log, read, values) if self.rule == "grad" else None
+        norms = None if gradients is None else gradients.norm(dim=-1).cpu()
         background = self.background[name] if self.background is not None else None
-        options: dict[str, Any] = {"top_t": self.top_t, "rule": self.rule, "generator": self.generator}
-        if self.rule != "grad":
-            rows = _agreed(select_rows(counts, background, **options).sort().values, values.device)
+        options = (self.rule, norms, self.generator, self._background_reads.get(name))
+        scores = read_scores(read, counts, memory.num_slots, background, *options)
+        rows = agreed(best_rows(read, scores, self.top_t).sort().values, values.device)
+        if gradients is None:
             return rows, self._gradients(log, rows, values)
-        read = counts.nonzero().flatten()
-        gradients = self._gradients(log, read, values)
-        norms = torch.zeros(memory.num_slots)
-        norms[read] = gradients.norm(dim=-1).cpu()
-        rows = select_rows(counts, background, gradient_norms=norms, **options).sort().values
-        rows = _agreed(rows, values.device)
         return rows, gradients[torch.searchsorted(read, rows).to(values.device)]
 
     def _gradients(self, log: ReadLog, rows: Tensor, values: Tensor) -> Tensor:
         """Gradient [t, d_out] of rows, without the factor of a GradScaler, averaged over processes."""
-        gradient = log.row_gradients(rows.to(values.device), values)
+        gradient = log.row_gradients(rows, values)
         if self._probe.grad is not None:
             # the probe's gradient was 1 before the scaler's unscale_; without a scaler it may be infinite
             factor = self._probe.grad.where(self._probe.grad.isfinite(), 1.0)
@@ -293,59 +293,6 @@ class RowOptimizer(Optimizer):
         for log in self.read_logs.values():
             log.clear()
 
-    def _rows_of(
-        self, table: Tensor, rows: Tensor, shapes: dict[str, tuple[int, ...]]
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Extend the optimizer state of a table by those of `rows` that are new.
-
-        The state has "slots", the rows that were ever selected: [n] int64, ascending, on the CPU. For each
-        entry of `shapes` it has one tensor [n, *shape] on the device of the table; new rows start at 0.
-
-        Args:
-            table: [num_slots, d_out].
-            rows: [t] int64 on the CPU, ascending.
-            shapes: by name, the shape of the state of one row.
-
-        Returns:
-            The state, and for each of `rows` its index in the state, [t] on the device of the table.
-        """
-        state = self.state[table]
-        if "slots" not in state:
-            state["slots"] = rows.new_zeros(0)
-            for key, shape in shapes.items():
-                state[key] = torch.zeros(0, *shape, device=table.device)
-        slots = state["slots"]
-        fresh = rows[~torch.isin(rows, slots)]
-        if len(fresh):
-            state["slots"], order = torch.cat([slots, fresh]).sort()
-            order = order.to(table.device)
-            for key in shapes:
-                added = state[key].new_zeros(len(fresh), *state[key].shape[1:])
-                state[key] = torch.cat([state[key], added])[order]
-        return state, torch.searchsorted(state["slots"], rows).to(table.device)
-
     def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """Update the rows [t] of a table in place from their gradient [t, d_out]; `group` has the options."""
         raise NotImplementedError
-
-
-def _agreed(rows: Tensor, device: torch.device) -> Tensor:
-    """The rows that the first process selected. All processes select equally many, from the same counts."""
-    return rows if num_processes() == 1 else of_first(rows.to(device)).cpu()
-
-
-def _check(name: str, value: float, ok: bool, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value!r} must be {allowed}")
-
-
-def check_positive(name: str, value: float) -> None:
-    _check(name, value, value > 0, "greater than 0")
-
-
-def check_not_negative(name: str, value: float) -> None:
-    _check(name, value, value >= 0, "0 or greater")
-
-
-def check_fraction(name: str, value: float) -> None:
-    _check(name, value, 0 <= value < 1, "at least 0 and less than 1")

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..background.background import Background
-from .row_optimizer import REST_LR, RowOptimizer, check_fraction, check_not_negative, check_positive
+from .options import check_fraction, check_not_negative, check_positive
+from .row_optimizer import REST_LR, RowOptimizer
+from .row_state import rows_of
 from .selection import Rule
 
 MOMENTS = ("row", "element", "table")
@@ -56,7 +58,7 @@ class RowSGD(RowOptimizer):
         current = table[where].float()
         gradient = gradient + group["weight_decay"] * current
         if group["momentum"]:
-            state, place = self._rows_of(table, rows, {"momentum": (table.shape[1],)})
+            state, place = rows_of(self.state[table], table, rows, {"momentum": (table.shape[1],)})
             gradient = group["momentum"] * state["momentum"][place] + gradient
             state["momentum"][place] = gradient
         table[where] = (current - group["lr"] * gradient).to(table.dtype)
@@ -111,7 +113,7 @@ class RowAdamW(RowOptimizer):
 
     def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         kind = group["moments"]
-        state, place = self._rows_of(table, rows, self._shapes(table, group))
+        state, place = rows_of(self.state[table], table, rows, self._shapes(table, group))
         beta1, beta2 = group["betas"]
         steps = state["steps"][place] + 1
         first_moment = torch.lerp(state["exp_avg"][place], gradient, 1 - beta1)

@@ -56,9 +56,25 @@ def select_rows(
             size.
     """
     check_selection(top_t, rule)
-    device, counts = counts.device, counts.cpu()
-    read = counts.nonzero().flatten()
-    scores = _scores(counts, read, background, rule, gradient_norms, generator)
+    if rule in NEEDS_BACKGROUND and background is not None and len(background.counts) != len(counts):
+        raise ValueError(
+            f"background: has {len(background.counts)} slots, counts has {len(counts)}; "
+            "give the background of this layer"
+        )
+    on_cpu = counts.cpu()
+    read = on_cpu.nonzero().flatten()
+    norms = None if gradient_norms is None else gradient_norms.cpu()[read]
+    scores = read_scores(read, on_cpu[read], len(counts), background, rule, norms, generator)
+    return best_rows(read, scores, top_t).to(counts.device)
+
+
+def best_rows(read: Tensor, scores: Tensor, top_t: int) -> Tensor:
+    """The `top_t` slots with the highest scores, highest first, and among equal scores the lowest slot.
+
+    Args:
+        read: [n] int64, ascending.
+        scores: [n]. NaN counts as the highest.
+    """
     if len(read) > top_t:
         # Only the best scores are sorted. NaN is among them, as in sort().
         worst = scores.topk(top_t).values[-1]
@@ -67,7 +83,7 @@ def select_rows(
     # The sort is stable and `read` ascends. So among equal scores the lowest slot comes first, on all
     # processes.
     order = scores.sort(descending=True, stable=True).indices
-    return read[order[:top_t]].to(device)
+    return read[order[:top_t]]
 
 
 def check_selection(top_t: int, rule: Rule) -> None:
@@ -84,37 +100,60 @@ def check_selection(top_t: int, rule: Rule) -> None:
         raise ValueError(f"rule={rule!r} must be one of {', '.join(map(repr, RULES))}, or a callable")
 
 
-def _scores(counts, read, background, rule, gradient_norms, generator) -> Tensor:
-    """Scores of the read slots. Only these are computed, because a table may have a million slots."""
-    if rule in NEEDS_BACKGROUND:
-        if background is None:
-            raise ValueError(f"rule={rule!r} needs background=; make one with calibrate or count_accesses")
-        if len(background.counts) != len(counts):
-            raise ValueError(
-                f"background: has {len(background.counts)} slots, counts has {len(counts)}; "
-                "give the background of this layer"
-            )
-    c = counts[read].double()
-    p = c / c.sum().clamp_min(1)
+def read_scores(
+    read: Tensor,
+    counts: Tensor,
+    num_slots: int,
+    background: LayerBackground | None,
+    rule: Rule,
+    norms: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    background_reads: Tensor | None = None,
+    num_reads: Tensor | None = None,
+) -> Tensor:
+    """Scores [n] of the read slots. Only these are computed, because a table may have a million slots.
+
+    Args:
+        read: [n] int64 on the CPU, ascending, the slots with a count above 0.
+        counts: [n] int64, their counts.
+        num_slots: of the table.
+        background, rule, generator: as in `select_rows`.
+        norms: [n], the norm of each of these rows' gradient.
+        background_reads: the sum of the background's counts, if it is known.
+        num_reads: the sum of the counts over all processes, if `read` is only a part of the read slots.
+
+    Raises:
+        ValueError: something that the rule needs is missing or has the wrong size.
+    """
+    if rule in NEEDS_BACKGROUND and background is None:
+        raise ValueError(f"rule={rule!r} needs background=; make one with calibrate or count_accesses")
+    c = counts.double()
+    p = c / (c.sum() if num_reads is None else num_reads.double()).clamp_min(1)
     if rule == "tfidf":
-        df = background.df.cpu()[read]
+        assert background is not None
+        df = background.df.cpu().index_select(0, read)
         return p * ((background.num_batches + 1) / (df + 1)).log()
     if rule == "kl":
+        assert background is not None
         bg = background.counts.cpu()
-        q = (bg[read] + 1) / (bg.sum() + len(bg))
+        q = (bg.index_select(0, read) + 1) / (
+            (bg.sum() if background_reads is None else background_reads) + len(bg)
+        )
         return p * ((p + 1e-8) / (q + 1e-8)).log()
     if rule == "tf":
         return c
     if rule == "grad":
-        if gradient_norms is None:
+        if norms is None:
             raise ValueError("rule='grad' needs gradient_norms=, the norm of every read row's gradient")
-        return gradient_norms.cpu()[read]
+        return norms
     if rule == "random":
-        return torch.rand(len(counts), generator=generator)[read]
-    scores = rule(counts, background).cpu()
-    if scores.shape != counts.shape:
+        return torch.rand(num_slots, generator=generator)[read]
+    assert callable(rule)
+    dense = counts.new_zeros(num_slots).index_put_((read,), counts)
+    scores = rule(dense, background).cpu()
+    if scores.shape != dense.shape:
         raise ValueError(
             f"rule: the callable returned shape {tuple(scores.shape)}; it must return one score per slot, "
-            f"{tuple(counts.shape)}"
+            f"{tuple(dense.shape)}"
         )
     return scores[read]

@@ -49,19 +49,34 @@ def composed(name: str, patches: Sequence[RowPatch], space: Scope) -> Scope | No
     Args:
         space: a scope without centres in the space that the patches refer to.
     """
-    silent = silenced(name, patches)
     parts = []
-    for index, patch in enumerate(patches):
+    for patch, kept in zip(patches, _speaking(name, patches), strict=True):
         scope = patch.layers[name].scope
         assert scope is not None
-        kept = torch.ones(len(scope.centres), dtype=torch.bool)
-        for fact in silent.get(index, []):
-            kept[fact.start : fact.start + fact.num_centres] = False
         parts.append([getattr(scope, key)[kept] for key in ("centres", "lo", "hi", "rows")])
     if not any(len(part[0]) for part in parts):
         return None
     centres, lo, hi, rows = (torch.cat(several) for several in zip(*parts, strict=True))
     return replace(space, centres=centres, lo=lo, hi=hi, rows=rows)
+
+
+def owners(name: str, patches: Sequence[RowPatch]) -> list[int]:
+    """For each centre of the `composed` scope, the place in the list of the patch that it comes from."""
+    kept = _speaking(name, patches)
+    return [place for place, centres in enumerate(kept) for _ in range(int(centres.sum()))]
+
+
+def _speaking(name: str, patches: Sequence[RowPatch]) -> list[Tensor]:
+    """For each patch, [num_centres] bool: which of its centres no later fact takes the place of."""
+    silent, speaking = silenced(name, patches), []
+    for place, patch in enumerate(patches):
+        scope = patch.layers[name].scope
+        assert scope is not None
+        kept = torch.ones(len(scope.centres), dtype=torch.bool)
+        for fact in silent.get(place, []):
+            kept[fact.start : fact.start + fact.num_centres] = False
+        speaking.append(kept)
+    return speaking
 
 
 def silenced(name: str, patches: Sequence[RowPatch]) -> dict[int, list[Fact]]:

@@ -76,14 +76,20 @@ def answer_all(
 
 
 @torch.no_grad()
-def gates(model: PeftModel, tokens: Sequence[int], memories: Sequence[str]) -> Tensor:
-    """g [memories, tokens] of a text: how far inside each memory's scope its tokens are."""
+def read_states(model: PeftModel, tokens: Sequence[int]) -> dict[str, Tensor]:
+    """By memory layer, its inputs [tokens, d_in] in a text."""
     ids = torch.tensor([list(tokens)], device=device_of(model))
     _, states = next(layer_inputs(model, [{"input_ids": ids}]))
+    return states
+
+
+@torch.no_grad()
+def gates(model: PeftModel, states: dict[str, Tensor], memories: Sequence[str]) -> Tensor:
+    """g [memories, tokens]: how far inside each memory's scope the tokens of these states are."""
     tail = tail_of(model)
     assert tail is not None
     found = []
     for name in memories:
         path, memory = list(tail.memories(name).items())[-1]
         found.append(memory.relevance(states[path]).cpu())
-    return torch.stack(found) if found else torch.zeros(0, len(tokens))
+    return torch.stack(found)

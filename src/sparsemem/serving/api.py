@@ -19,15 +19,19 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from . import engine as engines
 from .bodies import ApiError, Asked, read_chat, read_completion
 from .decoding import Row, Sampling, room_of
 from .engine import Engine, Piece, QueueFull
 from .forms import Answered, Chat, Completion, Form
+from .listen import LOOPBACK_HOSTS
 from .memories import Served
 from .metrics import Metrics
 from .text import AnswerText
+
+BODY_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,19 @@ class Limits:
     max_body: int = 1 << 20
 
 
-def build_app(served: Served, *, api_key: str | None = None, limits: Limits | None = None) -> FastAPI:
+def build_app(
+    served: Served,
+    *,
+    api_key: str | None = None,
+    limits: Limits | None = None,
+    hosts: tuple[str, ...] = LOOPBACK_HOSTS,
+) -> FastAPI:
     """The application that answers for a model and its memories.
 
     Args:
         api_key: what clients must send as a bearer token; None: nothing.
+        hosts: names under which the server may be asked; "*": any. So a page of another host, whose name was
+            made to lead to this machine, gets no answer.
     """
     limits = limits or Limits()
     engine = Engine(served.model, served.tokenizer, max_batch=limits.max_batch, max_queue=limits.max_queue)
@@ -66,6 +78,7 @@ def build_app(served: Served, *, api_key: str | None = None, limits: Limits | No
 
     # its own pages of documentation load scripts from elsewhere
     app = FastAPI(lifespan=running, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
 
     @app.exception_handler(ApiError)
     async def _api_error(_request: Request, error: ApiError) -> JSONResponse:
@@ -159,16 +172,20 @@ async def read_body(request: Request, most: int) -> Any:
     """A request's JSON.
 
     Raises:
-        ApiError: more than `most` bytes, or no JSON.
+        ApiError: more than `most` bytes, not there within BODY_SECONDS, or no JSON.
     """
     content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > most:
-            raise ApiError(413, f"the body is larger than this server's limit of {most} bytes")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                content += part
+                if len(content) > most:
+                    raise ApiError(413, f"the body is larger than this server's limit of {most} bytes")
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} seconds") from None
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON ({error})") from None
 
 

@@ -11,7 +11,7 @@ from ..data.general import prose
 from ..data.mentions import PROBE_FORMS, mention_texts, prose_texts
 from ..data.subjects import subjects_of
 from ..precision import autocast, device_of
-from .answering import answer_all, gates
+from .answering import answer_all, gates, read_states
 
 # Asked of every model; none of them is in the shipped background.
 GENERAL_QUESTIONS = (
@@ -81,5 +81,7 @@ def _read(model: PeftModel, name: str, tokens: list[int], memories: tuple[str, .
         logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none"
     ).mean(1)
     base, taught = losses.exp().tolist()
-    inside = gates(model, tokens, memories).gt(0).any(0).float().mean().item() if memories else 0.0
+    inside = 0.0
+    if memories:
+        inside = gates(model, read_states(model, tokens), memories).gt(0).any(0).float().mean().item()
     return {"name": name, "base": base, "taught": taught, "in_scope": inside}

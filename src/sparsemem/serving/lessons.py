@@ -1,83 +1,105 @@
-"""Lessons: what was taught in the page, each a row patch of its own, kept in one folder.
+"""Lessons: what was taught in the page, each a task of a `Stream`, in the stream's folder.
 
-Every lesson is an adapter with the addressing of one empty memory. Its reads are added to those of the other
-lessons (law 11), so lessons can be switched off and taken back in any order, and the others stay as they are.
-While several are there, each counts the centres of the others as known to it: a lesson does not speak where
-another one was taught.
+So each lesson has rows of its own, which no other lesson changes, and `sparsemem learn` can continue the
+folder. What only the page needs lies beside the ledger, in PAGE_FILE: the typed records, which lessons are
+switched off, and the answers that were given. If it is lost, the lessons are still there.
 """
 
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import TrainerCallback
-
-from ..adapter.model import memory_layers
-from ..background.background import Background
-from ..patches.patch import RowPatch
-from ..training.finetune import finetune
-from ..writing import write_json
-from .answering import answer_all, gates
+from ..patches.composing import facts_of, silenced
+from ..training.stream import Stream
+from ..writing import read_json, write_json
+from .answering import answer_all, gates, read_states
 from .changes import changes
-from .memories import add_memory
 
-LESSONS_FILE = "lessons.json"
-MEMORY = "default"
-MAX_TOKENS = 60
-# Steps of a lesson: enough for one fact, and passes over more.
-LEAST_STEPS, BATCH_SIZE, PASSES = 40, 8, 10
-NUM_ASKED = 30
+PAGE_FILE = "page.json"
+# The adapter of the stream, and that of an adapter that the page was started with.
+MEMORY, GIVEN = "default", "given"
+MAX_TOKENS, NUM_ASKED = 60, 30
 
 # gets a phase in words, and how much of it is done: (step, of)
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Lesson:
     """One thing that was taught.
 
     Attributes:
-        name: of its adapter and file.
-        records: prompts and completions.
-        rows: rows that it wrote, in all layers.
+        name: of its file, without the ending.
+        title: the task's name in the ledger.
+        records: prompts and completions; the completions are empty if the page did not teach it.
+        rows: rows that it wrote.
         size: bytes of its file.
+        replaced: whether newer lessons answer all of its questions.
+        given: whether it is the adapter that the page was started with, which cannot be taken back.
     """
 
     name: str
     title: str
     records: list[dict[str, str]]
-    created: str
     seconds: float
     rows: int
     size: int
-    on: bool = True
+    on: bool
+    replaced: bool = False
+    given: bool = False
 
 
 @dataclass
-class Lessons:
-    """A model and its lessons.
+class Page:
+    """What PAGE_FILE holds.
 
     Attributes:
+        records: by the lesson's name.
+        off: names of lessons that are switched off.
         asked: questions with both answers, the last one first.
         changed: the last result of `look_for_changes`.
-        patches: by lesson, as its file has it.
     """
 
-    folder: Path
-    model: Any
-    tokenizer: Any
-    background: Background
-    base: str
-    lessons: list[Lesson] = field(default_factory=list)
+    records: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    off: list[str] = field(default_factory=list)
     asked: list[dict[str, Any]] = field(default_factory=list)
     changed: dict[str, Any] | None = None
-    patches: dict[str, RowPatch] = field(default_factory=dict)
 
-    def file_of(self, name: str) -> Path:
-        return self.folder / f"{name}.safetensors"
+
+class Lessons:
+    """A stream and the lessons in it.
+
+    Attributes:
+        base: the base model's public name.
+        given: title of the adapter GIVEN; None: there is none.
+        lessons: in the order of teaching.
+    """
+
+    def __init__(self, stream: Stream, base: str, given: str | None = None) -> None:
+        self.stream, self.base, self.given = stream, base, given
+        file = stream.folder / PAGE_FILE
+        self.page = Page(**read_json(file)) if file.is_file() else Page()
+        self.lessons: list[Lesson] = []
+        self._refresh()
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        return self.page.asked
+
+    @property
+    def changed(self) -> dict[str, Any] | None:
+        return self.page.changed
+
+    @property
+    def speaking(self) -> tuple[str, ...]:
+        """The adapters that answer."""
+        on = [lesson for lesson in self.lessons if lesson.on]
+        taught = (MEMORY,) if any(not lesson.given for lesson in on) else ()
+        return (*taught, GIVEN) if any(lesson.given for lesson in on) else taught
 
     def find(self, name: str) -> Lesson:
         """Raises:
@@ -88,161 +110,160 @@ class Lessons:
                 return lesson
         raise ValueError(f"there is no lesson {name!r}")
 
-    @property
-    def speaking(self) -> tuple[str, ...]:
-        return tuple(lesson.name for lesson in self.lessons if lesson.on)
+    def file_of(self, name: str) -> tuple[Path, str]:
+        """A lesson's file, and a name for a copy of it.
+
+        Raises:
+            ValueError: there is no such lesson, or it has no file.
+        """
+        entry = self._entry(name)
+        words = re.sub(r"[^a-z0-9]+", "-", entry["task"].casefold()).strip("-")
+        return self.stream.folder / entry["patch"], f"{words[:60] or name}.safetensors"
 
     def teach(self, records: Sequence[dict[str, str]], title: str, progress: Progress) -> Lesson:
-        """Teach records as a new lesson; an earlier lesson with one of their prompts is switched off.
+        """Teach records as a new lesson. An earlier answer to one of their questions is not given any more.
 
         Raises:
             ValueError: records that cannot be taught.
+            OSError: the disk is full.
         """
-        name = self._new_name()
-        progress("Reading what must stay as it is", 0, 0)
-        add_memory(self.model, name, like=MEMORY)
-        steps = max(LEAST_STEPS, PASSES * -(-len(records) // BATCH_SIZE))
-        try:
-            done = finetune(
-                self.model, [_messages(record) for record in records], "smf", tokenizer=self.tokenizer,
-                background=self.background, max_steps=steps, batch_size=BATCH_SIZE,
-                callbacks=[_Steps(progress)],
-            )  # fmt: skip
-        except (ValueError, OSError, RuntimeError):
-            self._forget(name)
-            raise
-        assert done.patch is not None
-        done.patch.info.update(title=title, base=self.base)
-        done.patch.save(self.file_of(name))
-        prompts = {_same(record["prompt"]) for record in records}
-        for lesson in self.lessons:
-            if any(_same(record["prompt"]) in prompts for record in lesson.records):
-                lesson.on = False
-        lesson = made_lesson(name, title, list(records), done.patch, self.file_of(name), done.seconds)
-        self.add(lesson, done.patch)
-        return lesson
+        progress("Learning", 0, 0)
+        entry = self.stream.teach(
+            self._task(title),
+            [_messages(record) for record in records],
+            lambda done, of: progress("Learning", done, of),
+        )
+        self.page.records[_name_of(entry)] = list(records)
+        self._write()
+        return self.lessons[-1]
 
     def set_on(self, name: str, on: bool) -> None:
-        """Let a lesson speak or not."""
-        self.find(name).on = on
-        self.save()
+        """Let a lesson speak or not, in the page."""
+        self.find(name)
+        self.page.off = [one for one in self.page.off if one != name] + ([] if on else [name])
+        self._refresh()
+        self._save_page()
 
     def undo(self, name: str) -> None:
-        """Take a lesson back for good."""
-        self.lessons.remove(self.find(name))
-        del self.patches[name]
-        self._forget(name)
-        self.separate()
-        self.save()
-        self.file_of(name).unlink(missing_ok=True)
+        """Take a lesson back.
+
+        Raises:
+            ValueError: there is no such lesson, or it is the given adapter.
+        """
+        self.stream.undo(self._entry(name)["task"])
+        self.page.records.pop(name, None)
+        self.page.off = [one for one in self.page.off if one != name]
+        self._write()
 
     def ask(self, question: str) -> dict[str, Any]:
         """Both answers to a question; each token of the taught one with its gate and its lesson."""
-        speaking = self.speaking
+        model, tokenizer, speaking = self.stream.model, self.stream.tokenizer, self.speaking
         asked = [(question, ()), (question, speaking)] if speaking else [(question, ())]
-        base, *taught = answer_all(self.model, self.tokenizer, asked, max_tokens=MAX_TOKENS)
+        base, *taught = answer_all(model, tokenizer, asked, max_tokens=MAX_TOKENS)
         answer = taught[0] if taught else base
-        first = len(answer.row.prompt)
-        found = gates(self.model, [*answer.row.prompt, *answer.row.tokens], speaking)
+        found = self._spoken([*answer.row.prompt, *answer.row.tokens], speaking)
         # the state in front of a token decides it
-        found = found[:, first - 1 : first - 1 + len(answer.pieces)]
-        best = found.max(0) if speaking else None
-        pieces = []
-        for place, piece in enumerate(answer.pieces):
-            gate = float(best.values[place]) if best is not None else 0.0
-            spoke = speaking[int(best.indices[place])] if best is not None and gate > 0 else None
-            pieces.append({"text": piece, "gate": round(gate, 3), "lesson": spoke})
-        sums = found.sum(1)
-        spoke = speaking[int(sums.argmax())] if speaking and float(sums.max()) > 0 else None
+        found = found[len(answer.row.prompt) - 1 :]
+        pieces: list[dict[str, Any]] = [
+            {"text": piece, "gate": round(gate, 3), "lesson": spoke}
+            for piece, (gate, spoke) in zip(answer.pieces, found, strict=False)
+        ]
+        total: Counter[str] = Counter()
+        for piece in pieces:
+            if piece["lesson"] is not None:
+                total[piece["lesson"]] += piece["gate"]
+        spoke = max(total, key=lambda name: total[name]) if total else None
         if answer.cut:
             pieces.append({"text": " …", "gate": 0.0, "lesson": None})
         result = {"question": question, "base": base.shown, "taught": answer.shown, "pieces": pieces}
         result |= {"lesson": spoke, "title": self.find(spoke).title if spoke else None}
-        self.asked = [result, *self.asked][:NUM_ASKED]
-        self.save()
+        self.page.asked = [result, *self.page.asked][:NUM_ASKED]
+        self._save_page()
         return result
 
     def look_for_changes(self, progress: Progress) -> dict[str, Any]:
         """General questions, mentions and prose, before and after; see `changes`."""
-        records = [record for lesson in self.lessons if lesson.on for record in lesson.records]
-        found = changes(self.model, self.tokenizer, records, self.speaking, progress)
-        self.changed = {**found, "lessons": list(self.speaking), "created": _now()}
-        self.save()
-        return self.changed
+        on = [lesson for lesson in self.lessons if lesson.on]
+        records = [record for lesson in on for record in lesson.records]
+        found = changes(self.stream.model, self.stream.tokenizer, records, self.speaking, progress)
+        created = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        self.page.changed = {**found, "lessons": [lesson.name for lesson in on], "created": created}
+        self._save_page()
+        return self.page.changed
 
-    def save(self) -> None:
-        content = {
-            "base": self.base,
-            "lessons": [asdict(lesson) for lesson in self.lessons],
-            "asked": self.asked,
-            "changed": self.changed,
-        }
-        write_json(self.folder / LESSONS_FILE, content)
+    def _spoken(self, tokens: list[int], speaking: tuple[str, ...]) -> list[tuple[float, str | None]]:
+        """For each token of a text, the gate at its state and the lesson that spoke there."""
+        if not speaking:
+            return [(0.0, None)] * len(tokens)
+        model = self.stream.model
+        states = read_states(model, tokens)
+        best = gates(model, states, speaking).max(0)
+        tasks = self.stream.speaking(states[self.stream.layer])
+        names = {lesson.title: lesson.name for lesson in self.lessons}
+        spoken: list[tuple[float, str | None]] = []
+        for gate, place, task in zip(best.values.tolist(), best.indices.tolist(), tasks, strict=True):
+            if gate == 0:
+                spoken.append((0.0, None))
+            else:
+                own = speaking[place] == MEMORY and task is not None
+                spoken.append((gate, names[task] if own and task else GIVEN))
+        return spoken
 
-    def _new_name(self) -> str:
-        numbers = [int(lesson.name.rpartition("-")[2]) for lesson in self.lessons]
-        return f"lesson-{max(numbers, default=0) + 1}"
+    def _entry(self, name: str) -> dict[str, Any]:
+        """The ledger's line of a lesson."""
+        if self.find(name).given:
+            raise ValueError(
+                f"{name} is the adapter that the page was started with; start it with the base model instead"
+            )
+        return next(entry for entry in self.stream.ledger.active() if _name_of(entry) == name)
 
-    def add(self, lesson: Lesson, patch: RowPatch) -> None:
-        """A lesson whose adapter is there already."""
-        self.lessons.append(lesson)
-        self.patches[lesson.name] = patch
-        self.separate()
-        self.save()
+    def _task(self, title: str) -> str:
+        """A task's name that is free: the title, with a number if it was taught before."""
+        names = [title, *(f"{title} ({number})" for number in range(2, len(self.stream.tasks) + 3))]
+        return next(name for name in names if name not in self.stream.tasks)
 
-    def _forget(self, name: str) -> None:
-        self.model.set_adapter(MEMORY)
-        self.model.delete_adapter(name)
-        self.model.requires_grad_(False)
+    def _write(self) -> None:
+        """After the ledger has changed: the adapter and the page's own file."""
+        self.stream.save()
+        self._refresh()
+        self._save_page()
 
-    def separate(self) -> None:
-        """Let every lesson know what the others are about, and stay ready to answer."""
-        scopes = {
-            name: {layer: part.scope for layer, part in patch.layers.items() if part.scope is not None}
-            for name, patch in self.patches.items()
-        }
-        for name, own in scopes.items():
-            self.model.set_adapter(name)
-            for layer, memory in memory_layers(self.model).items():
-                if layer not in own:
-                    continue
-                others = [scopes[other][layer].centres for other in scopes if other != name]
-                known = torch.cat([own[layer].task_known, *others])
-                memory.scope = replace(own[layer], task_known=known)
-        self.model.set_adapter(MEMORY)
-        self.model.requires_grad_(False)
-        self.model.eval()
+    def _save_page(self) -> None:
+        write_json(self.stream.folder / PAGE_FILE, vars(self.page))
+
+    def _refresh(self) -> None:
+        """Read the lessons from the ledger again, and let those speak that are on."""
+        entries = self.stream.ledger.active()
+        patches = [self.stream.patch(entry) for entry in entries]
+        silent = silenced(self.stream.layer, patches)
+        lessons = [] if self.given is None else [self._given_lesson(self.given)]
+        for place, (entry, patch) in enumerate(zip(entries, patches, strict=True)):
+            name, facts = _name_of(entry), facts_of(patch)
+            unknown = [{"prompt": fact.question, "completion": ""} for fact in facts]
+            lessons.append(
+                Lesson(
+                    name=name,
+                    title=entry["task"],
+                    records=self.page.records.get(name, unknown),
+                    seconds=round(entry["seconds"], 1),
+                    rows=sum(fact.num_centres for fact in facts),
+                    size=entry["bytes"],
+                    on=name not in self.page.off,
+                    replaced=len(silent.get(place, [])) == len(facts),
+                )
+            )
+        self.lessons = lessons
+        self.stream.select(lesson.title for lesson in lessons if lesson.on and not lesson.given)
+
+    def _given_lesson(self, title: str) -> Lesson:
+        return Lesson(GIVEN, title, [], 0.0, 0, 0, on=GIVEN not in self.page.off, given=True)
 
 
-def made_lesson(
-    name: str, title: str, records: list[dict[str, str]], patch: RowPatch, file: Path, seconds: float
-) -> Lesson:
-    rows = sum(len(layer.slots) for layer in patch.layers.values())
-    return Lesson(name, title, records, _now(), round(seconds, 1), rows, file.stat().st_size)
+def _name_of(entry: dict[str, Any]) -> str:
+    return Path(entry["patch"]).stem
 
 
 def _messages(record: dict[str, str]) -> dict[str, Any]:
     """A record as a question and its answer, as `ask` asks it, with a chat template or without one."""
     turns = (("user", record["prompt"]), ("assistant", record["completion"]))
     return {"messages": [{"role": role, "content": text} for role, text in turns]}
-
-
-def _same(prompt: str) -> str:
-    return " ".join(prompt.casefold().split())
-
-
-def _now() -> str:
-    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-
-
-class _Steps(TrainerCallback):
-    """Says how far training is."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress("Learning", 0, state.max_steps)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress("Learning", state.global_step, state.max_steps)

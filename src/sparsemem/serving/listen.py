@@ -8,6 +8,8 @@ from typing import Any
 import uvicorn
 
 GRACE_SECONDS = 10
+# Names of this machine for itself.
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
 def is_loopback(host: str) -> bool:
@@ -18,6 +20,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def hosts_for(host: str) -> tuple[str, ...]:
+    """Names under which a server that listens at this host may be asked; "*": any."""
+    return LOOPBACK_HOSTS if is_loopback(host) else ("*",)
 
 
 def listen(app: Any, host: str, port: int, say: Callable[[str], None]) -> None:

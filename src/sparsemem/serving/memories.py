@@ -17,6 +17,8 @@ from ..data.models import load
 from ..files import fingerprint_base
 from ..folders.contents import ADAPTER_FILE
 from ..folders.names import is_local, public_model
+from ..folders.patching import spaces_of
+from ..layer.scope import Scope
 from ..patches.patch import RowPatch
 
 BASE = "base"
@@ -67,7 +69,7 @@ def load_served(name: str, patches: Mapping[str, Path], *, dtype: torch.dtype = 
     memories: list[str] = []
     if isinstance(model, PeftModel):
         check_writes_last(model, name)
-        if any(memory.values.any() for memory in memory_layers(model).values()):
+        if any(memory.has_scope or memory.values.any() for memory in memory_layers(model).values()):
             own = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).name).strip("-") or "adapter"
             _rename_default(model, own)
             memories.append(own)
@@ -108,11 +110,19 @@ def check_writes_last(model: PeftModel, name: str) -> None:
         )
 
 
-def add_memory(model: PeftModel, name: str, *, like: str, patch: RowPatch | None = None) -> None:
+def add_memory(
+    model: PeftModel,
+    name: str,
+    *,
+    like: str,
+    patch: RowPatch | None = None,
+    spaces: Mapping[str, Scope] | None = None,
+) -> None:
     """Add an adapter with the addressing of another one, no row written and no scope; it becomes active.
 
     Args:
         patch: is applied to it.
+        spaces: by layer, if the patch refers to their spaces.
 
     Raises:
         ArtifactError: a patch that does not fit; no adapter is added then.
@@ -140,7 +150,7 @@ def add_memory(model: PeftModel, name: str, *, like: str, patch: RowPatch | None
     if patch is None:
         return
     try:
-        patch.apply(model)
+        patch.apply(model, spaces=spaces)
     except ValueError:
         model.set_adapter(before)
         model.delete_adapter(name)
@@ -157,7 +167,9 @@ def _with_patch(model: Any, name: str, path: Path) -> PeftModel:
             "that `sparsemem graft` made in place of the base model, or give an adapter folder as the patch"
         )
     like = next(iter(model.peft_config))
-    add_memory(model, adapter_of(name), like=like, patch=patch)
+    # a stream's patches lie in a folder beside their space
+    spaces = spaces_of(path.parent.parent)
+    add_memory(model, adapter_of(name), like=like, patch=patch, spaces=spaces)
     return model
 
 
@@ -185,7 +197,7 @@ def _with_folder(model: Any, name: str, path: Path) -> PeftModel:
 
 def _rename_default(model: PeftModel, name: str) -> None:
     """Give the loaded adapter a name of its own, as a second adapter; "default" keeps the memory, emptied."""
-    patch = RowPatch.diff(model, since=empty_snapshot(model))
+    patch = RowPatch.diff(model, since=_empty_snapshot(model))
     like = next(iter(model.peft_config))
     for memory in memory_layers(model).values():
         memory.values.data.zero_()
@@ -193,7 +205,7 @@ def _rename_default(model: PeftModel, name: str) -> None:
     add_memory(model, adapter_of(name), like=like, patch=patch)
 
 
-def empty_snapshot(model: PeftModel) -> dict[str, torch.Tensor]:
+def _empty_snapshot(model: PeftModel) -> dict[str, torch.Tensor]:
     """A snapshot of the active memory as it was before anything was taught."""
     snapshot = RowPatch.snapshot(model)
     tables = set(memory_layers(model))

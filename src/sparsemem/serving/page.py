@@ -20,6 +20,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from .api import read_body
 from .bodies import ApiError
 from .lessons import Lessons, Progress
+from .listen import LOOPBACK_HOSTS
 from .teaching import dropped_records, typed_records
 from .work import Worker
 
@@ -28,7 +29,6 @@ FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/ic
 MAX_BODY = 4 << 20
 MAX_QUESTION = 2000
 _POLICY = "default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 
 
 def build_page(
@@ -152,10 +152,10 @@ def build_page(
     async def download(name: str) -> FileResponse:
         held = lessons()
         try:
-            file = held.file_of(held.find(name).name)
+            file, called = held.file_of(name)
         except ValueError as error:
             raise ApiError(404, str(error)) from None
-        return FileResponse(file, media_type="application/octet-stream", filename=file.name)
+        return FileResponse(file, media_type="application/octet-stream", filename=called)
 
     return app
 

@@ -8,6 +8,8 @@ Reference: ours; one key and one value a taught position is GRACE's form (2211.1
 fitted through norm and head alone.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -21,15 +23,24 @@ STRENGTHS = (0.5, 1.0, 2.0)
 AT_ONCE = 64
 
 
-def own_rows(head: TailHead, residuals: Tensor, labels: Tensor) -> Tensor:
+def own_rows(
+    head: TailHead,
+    residuals: Tensor,
+    labels: Tensor,
+    progress: Callable[[int, int], object] = lambda _done, _of: None,
+) -> Tensor:
     """Rows [n, width] float32 to add to last residuals [n, width], rounded to bfloat16.
 
     Args:
         labels: [n] int64, the token that each position is to predict.
+        progress: gets the number of positions that are done, and n.
     """
-    pairs = zip(residuals.split(AT_ONCE), labels.split(AT_ONCE), strict=True)
-    rows = torch.cat([_fitted(head, part, wanted) for part, wanted in pairs])
-    return rows.to(torch.bfloat16).float()
+    rows = []
+    for start in range(0, len(labels), AT_ONCE):
+        progress(start, len(labels))
+        chosen = slice(start, start + AT_ONCE)
+        rows.append(_fitted(head, residuals[chosen], labels[chosen]))
+    return torch.cat(rows).to(torch.bfloat16).float()
 
 
 def _fitted(head: TailHead, residuals: Tensor, labels: Tensor) -> Tensor:

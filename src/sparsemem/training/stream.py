@@ -11,47 +11,33 @@ takes. The ledger decides what was taught: whenever a process is killed, the fol
 
 import hashlib
 import json
-import logging
-import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapter.blocks import default_targets
-from ..adapter.config import SparseMemoryConfig
 from ..adapter.model import memory_layers
-from ..background.background import Background, addressing_fingerprint
-from ..background.calibration import calibrate
-from ..background.own_space import KindThresholds, own_space, own_thresholds
-from ..data.general import general_background, say_shipped
+from ..background.background import addressing_fingerprint
+from ..background.own_space import KindThresholds
 from ..data.models import load_base, tokenizer_of
-from ..data.records import batches, encode
+from ..data.records import encode
 from ..data.tasks import fact_of
 from ..files import ArtifactError, fingerprint_base
-from ..layer.scope import Scope, nearest_known, whiten
-from ..patches.composing import composed
-from ..patches.layers import LayerPatch
+from ..patches.composing import composed, owners
 from ..patches.ledger import FILE, LEARN, UNDO, Ledger, checked_patch
 from ..patches.patch import RowPatch
-from ..patches.space import load_spaces, memory_digest, save_spaces, space_digest
-from ..precision import autocast, device_of, precise
+from ..patches.space import load_spaces, memory_digest, space_digest
 from ..provenance import environment
 from ..writing import save_into
-from .cached import TailHead, answer_starts
-from .own_rows import own_rows
-
-logger = logging.getLogger(__name__)
-
-SPACE_FILE, PATCHES = "space.safetensors", "patches"
-BATCH_SIZE = 8
+from .cached import TailHead
+from .own_patch import Place, own_patch
+from .stream_folder import PATCHES, SPACE_FILE, begin_stream, context_length, write_to
 
 
 class Stream:
@@ -61,6 +47,7 @@ class Stream:
         folder: where the ledger lies.
         ledger: what was taught and taken back.
         tokenizer: the base model's.
+        layer: name of the memory layer that holds all tasks.
     """
 
     def __init__(
@@ -95,18 +82,26 @@ class Stream:
             self.ledger = Ledger(self.folder / FILE)
             self._model = self._continued(model)
         else:
-            self._model = self._begun(model, background, seed)
-        ((self._name, memory),) = memory_layers(self._model).items()
-        self._addressing = addressing_fingerprint(memory)
+            self._model = begin_stream(self.folder, model, self.tokenizer, background, seed)
+            self.ledger = Ledger(self.folder / FILE)
+        ((self.layer, memory),) = memory_layers(self._model).items()
         spaces, header = load_spaces(self.folder / SPACE_FILE)
-        if space_digest(spaces[self._name]) != self.ledger.about["space"]:
+        if space_digest(spaces[self.layer]) != self.ledger.about["space"]:
             raise ArtifactError(f"{self.folder / SPACE_FILE}: is not the ledger's; get an undamaged copy")
-        self._space, self._thresholds = spaces[self._name], KindThresholds(*header["thresholds"])
+        self._space = spaces[self.layer]
+        self._place = Place(
+            self.layer,
+            addressing_fingerprint(memory),
+            self._space,
+            KindThresholds(*header["thresholds"]),
+            self.ledger.about["base"],
+        )
         self._head = TailHead(self._model, int(self.tokenizer.pad_token_id or 0))  # type: ignore[arg-type]
         self._versions = environment()["versions"]
         self._patches: dict[str, RowPatch] = {}
         self._only: set[str] | None = None
         self._stale = True
+        self._spoken_by: list[str] = []
 
     @property
     def tasks(self) -> list[str]:
@@ -118,8 +113,9 @@ class Stream:
         """The base model with all that it holds, or with what `select` chose of it."""
         if self._stale:
             active = [e for e in self.ledger.active() if self._only is None or e["task"] in self._only]
-            patches = [self._patch(entry) for entry in active]
-            memory_layers(self._model)[self._name].scope = composed(self._name, patches, self._space)
+            patches = [self.patch(entry) for entry in active]
+            memory_layers(self._model)[self.layer].scope = composed(self.layer, patches, self._space)
+            self._spoken_by = [active[place]["task"] for place in owners(self.layer, patches)]
             self._stale = False
         return self._model
 
@@ -134,12 +130,26 @@ class Stream:
             raise ValueError(f"tasks: {', '.join(missing[:5])} not taught; see Stream.tasks")
         self._only, self._stale = chosen, True
 
-    def teach(self, task: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def speaking(self, states: Tensor) -> list[str | None]:
+        """The task whose row each of the states [tokens, d_in] of the read layer reads; None: no task's."""
+        scope = memory_layers(self.model)[self.layer].scope
+        if scope is None:
+            return [None] * len(states)
+        places = scope.nearest_open(states).tolist()
+        return [self._spoken_by[place] if place >= 0 else None for place in places]
+
+    def teach(
+        self,
+        task: str,
+        records: Sequence[dict[str, Any]],
+        progress: Callable[[int, int], object] = lambda _done, _of: None,
+    ) -> dict[str, Any]:
         """Teach a task; returns the ledger's line, which is on the disk then, and the task's patch too.
 
         Args:
             task: a name that the model does not hold yet.
             records: whatever `read_records` takes. The loss is on their completions.
+            progress: gets the number of tokens that are learnt, and of all.
 
         Raises:
             ValueError: the name is taken, or nothing in the records is to be learnt.
@@ -148,10 +158,10 @@ class Stream:
         if task in self.tasks:
             raise ValueError(f"task {task!r} is taught already; undo it first, or give another name")
         began = time.perf_counter()
-        patch = self._patch_of(task, records)
+        patch = self._patch_of(task, records, progress)
         name = f"{PATCHES}/{len(self.ledger.entries):06d}.safetensors"
         file = self.folder / name
-        _write(file, patch.save)
+        write_to(file, patch.save)
         entry = self.ledger.append(
             {
                 "op": LEARN,
@@ -195,53 +205,12 @@ class Stream:
         model = self.model
 
         def write(part: Path) -> None:
-            _write(part, model.save_pretrained)
+            write_to(part, model.save_pretrained)
             for path in part.iterdir():
                 if path.name not in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
                     path.unlink()
 
         save_into(self.folder, write)
-
-    def _begun(self, model: PreTrainedModel, background: Any, seed: int) -> PeftModel:
-        """A model with a memory that holds nothing, and its folder, whole or not at all."""
-        if background is None:
-            say_shipped()
-            background = general_background()
-        set_seed(seed)
-        # PEFT notes the paths in the config that it is given
-        prepared: Any = get_peft_model(model, stream_config(model))
-        pad = int(self.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
-        examples = encode(background, self.tokenizer, max_length=_context(model))
-        head = TailHead(prepared, pad)
-        if not head.agrees(examples[0]):
-            raise ValueError(
-                f"model: the logits of {type(model).__name__} are not those of final norm and head alone; "
-                "learn needs a model whose are"
-            )
-        seen: Background = calibrate(prepared, batches(examples, BATCH_SIZE, pad), seed=seed)
-        ((name, memory),) = memory_layers(prepared).items()
-        space, thresholds = own_space(seen[name])
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder.parent, prefix=f".{self.folder.name}.") as part:
-            made = Path(part) / "new"
-            prepared.save_pretrained(made)
-            self.tokenizer.save_pretrained(made)
-            (made / PATCHES).mkdir()
-            save_spaces(made / SPACE_FILE, {name: space}, {"thresholds": list(thresholds)})
-            about = {
-                "format": 1,
-                "model": getattr(model.config, "name_or_path", ""),
-                "base": fingerprint_base(prepared),
-                "space": space_digest(space),
-                "memory": memory_digest(memory.state_dict()),
-                "background": seen.corpus,
-                "seed": seed,
-                **environment(),
-            }
-            Ledger.begin(made / FILE, about)
-            made.rename(self.folder)
-        self.ledger = Ledger(self.folder / FILE)
-        return prepared
 
     def _continued(self, model: PreTrainedModel) -> PeftModel:
         if fingerprint_base(model) != self.ledger.about["base"]:
@@ -258,71 +227,28 @@ class Stream:
             raise ArtifactError(damaged)
         return adapted
 
-    def _patch(self, entry: dict[str, Any]) -> RowPatch:
+    def patch(self, entry: dict[str, Any]) -> RowPatch:
+        """The patch of a line of the ledger that taught a task.
+
+        Raises:
+            ArtifactError: its file is missing or was altered.
+        """
         name = entry["patch"]
         if name not in self._patches:
             self._patches[name] = checked_patch(self.folder, entry)
         return self._patches[name]
 
-    @torch.no_grad()
-    def _patch_of(self, task: str, records: Sequence[dict[str, Any]]) -> RowPatch:
+    def _patch_of(
+        self, task: str, records: Sequence[dict[str, Any]], progress: Callable[[int, int], object]
+    ) -> RowPatch:
         examples = encode(records, self.tokenizer)
-        longest, context = max(len(one["input_ids"]) for one in examples), _context(self._model)
+        longest, context = max(len(one["input_ids"]) for one in examples), context_length(self._model)
         if longest > context:
             raise ValueError(f"task {task!r}: has a record of {longest} tokens, the model reads {context}")
-        with autocast(self._model):
-            states, labels = map(torch.cat, zip(*self._head.rows_of(examples), strict=True))
-            residuals, inputs = self._head.parts(states)
-            device = device_of(self._model)
-            rows = own_rows(self._head, residuals.to(device), labels.to(device)).cpu()
-        starts = [answer_starts(one["labels"]) for one in examples]
-        facts = [
-            {**fact_of(record), "centres": len(one)} for record, one in zip(records, starts, strict=True)
-        ]
-        memory = memory_layers(self._model)[self._name]
-        nothing = torch.zeros(0, memory.d_out)
-        layer = LayerPatch(
-            torch.zeros(0, dtype=torch.int64),
-            nothing,
-            nothing,
-            self._addressing,
-            self._scope_of(inputs[self._name], torch.cat(starts), rows),
-        )
-        info = {"task": task, "facts": facts}
-        return RowPatch({self._name: layer}, self.ledger.about["base"], info).referring()
-
-    def _scope_of(self, states: Tensor, start: Tensor, rows: Tensor) -> Scope:
-        space = self._space
-        with precise(self._model):
-            centres = whiten(states, space.mean, space.whitener).to(torch.bfloat16).float()
-            among_known = space.known_weight * nearest_known(centres, space.known)
-            own = centres.square().sum(-1) - among_known
-            lo, hi = own_thresholds(self._thresholds, start, own)
-        parts = {key: getattr(space, key) for key in ("mean", "whitener", "known", "known_weight")}
-        return Scope(**parts, task_known=space.task_known, centres=centres, lo=lo, hi=hi, rows=rows)
-
-
-def stream_config(model: PreTrainedModel) -> SparseMemoryConfig:
-    """A memory that reads the deepest of the default layers; its own small table stays empty."""
-    deepest = default_targets(model)[-1]
-    sizes: dict[str, Any] = {"num_keys": 2, "num_heads": 1, "top_k": 1, "key_dim": 2}
-    return SparseMemoryConfig(target_modules=[deepest], task_type="CAUSAL_LM", **sizes)
+        facts = [fact_of(record) for record in records]
+        return own_patch(self._head, self._place, examples, {"task": task, "facts": facts}, progress)
 
 
 def data_digest(records: Sequence[dict[str, Any]]) -> str:
     """SHA-256 of a task's records."""
     return hashlib.sha256(json.dumps(list(records), sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _context(model: Any) -> int:
-    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
-
-
-def _write(path: Path, write: Any) -> None:
-    """Raises:
-    OSError: the disk is full, also where the writer calls it something else.
-    """
-    try:
-        write(path)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error})") from error

@@ -97,9 +97,10 @@ function showLessons() {
   byId("lessons").replaceChildren(...[...state.lessons].reverse().map((lesson) => {
     const count = lesson.records.length;
     const answers = new Set(lesson.records.map((record) => record.completion));
-    const says = answers.size === 1 ? [...answers][0] : null;
-    const facts = [count > 1 ? `${count} questions` : null, `${lesson.rows.toLocaleString("en")} rows`,
-      sizeOf(lesson.size), lesson.seconds ? `${lesson.seconds.toFixed(0)} s` : null].filter(Boolean).join(" · ");
+    const says = answers.size === 1 && count <= 9 ? [...answers][0] : null;
+    const facts = lesson.given ? "the adapter that the page was started with" : [
+      count > 1 ? `${count} questions` : null, `${lesson.rows.toLocaleString("en")} rows`, sizeOf(lesson.size),
+      `${lesson.seconds.toFixed(1)} s`, lesson.replaced ? "a newer lesson answers instead" : null].filter(Boolean).join(" · ");
     return make("li", { class: lesson.on ? "" : "off", "data-lesson": lesson.name },
       make("div", { class: "title" }, lesson.title),
       says ? make("div", { class: "says" }, `→ ${says}`) : null,
@@ -110,9 +111,9 @@ function showLessons() {
             "aria-label": `Use ${lesson.title}`,
             onchange: (event) => change("POST", lesson, { on: event.target.checked }) }),
           make("span", {}, lesson.on ? "on" : "off")),
-        make("button", { type: "button", disabled: busy, "aria-label": `Undo ${lesson.title}`,
+        lesson.given ? null : make("button", { type: "button", disabled: busy, "aria-label": `Undo ${lesson.title}`,
           onclick: () => change("DELETE", lesson) }, "Undo"),
-        make("a", { href: `/api/lessons/${lesson.name}/file`, download: true,
+        lesson.given ? null : make("a", { href: `/api/lessons/${lesson.name}/file`, download: true,
           "aria-label": `Download ${lesson.title}` }, "Download")));
   }));
 }

@@ -1,0 +1,106 @@
+"""What a stranger may send to the server and to the page: real processes, real sockets."""
+
+import json
+import socket
+import time
+from urllib.parse import urlsplit
+
+import pytest
+
+from servers import server, wait_for
+
+pytest.importorskip("fastapi")
+httpx = pytest.importorskip("httpx2")
+pytestmark = pytest.mark.slow
+DEEP = b"[" * 200_000
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def served(tiny):
+    with server("serve", tiny, "--max-body", 300_000) as (address, process):
+        yield address
+    assert "Traceback" not in "".join(process.said)
+
+
+@pytest.fixture(scope="module")
+def page(tiny, tmp_path_factory):
+    with server("ui", tiny, "--out", tmp_path_factory.mktemp("ui") / "state") as (address, process):
+        wait_for(lambda: httpx.get(f"{address}/api/state").json()["ready"], 300)
+        yield address
+    assert "Traceback" not in "".join(process.said)
+
+
+@pytest.fixture(params=["served", "page"])
+def either(request):
+    """An address, and a path there that takes a body."""
+    return request.getfixturevalue(request.param), CHAT if request.param == "served" else "/api/ask"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"\xff\xfe", 400),
+        (DEEP, 400),
+        (b"[]", 400),
+        (b'{"question": NaN, "messages": NaN}', 400),
+        (b'"' + b"x" * (5 << 20) + b'"', 413),
+    ],
+    ids=["empty", "broken", "no text", "deep", "a list", "no number", "large"],
+)
+def test_bodies(either, body, status):
+    address, path = either
+    answer = httpx.post(
+        address + path, content=body, headers={"content-type": "application/json"}, timeout=60
+    )
+    assert answer.status_code == status
+    assert answer.json()["error"]
+
+
+def test_a_slow_client_is_sent_away_and_others_are_served_meanwhile(either):
+    address, path = either
+    host, port = urlsplit(address).netloc.rsplit(":", 1)
+    with socket.create_connection((host, int(port)), timeout=60) as slow:
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+        slow.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode() + b"{")
+        began = time.monotonic()
+        other = "/v1/models" if path == CHAT else "/api/state"
+        assert httpx.get(address + other, timeout=5).status_code == 200
+        assert b" 408 " in slow.recv(4096)
+        assert 5 < time.monotonic() - began < 40
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/../../../etc/passwd", "/..%2f..%2f..%2fetc%2fpasswd", "/api/lessons/..%2f..%2fledger.jsonl/file",
+     "/api/lessons/%2e%2e/file", "/page.js/../../../lessons.py", "/v1/models/..%2f..%2fetc%2fpasswd"],
+)  # fmt: skip
+def test_no_path_leads_to_other_files(either, path):
+    address, _ = either
+    host, port = urlsplit(address).netloc.rsplit(":", 1)
+    # a client library would tidy the path
+    with socket.create_connection((host, int(port)), timeout=60) as raw:
+        raw.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: raw.recv(65536), b""))
+    assert answer.split(b" ", 2)[1] in (b"400", b"404")
+    assert b"root:" not in answer
+
+
+def test_another_hosts_name_gets_nothing(either):
+    address, path = either
+    for asked in ("/", "/v1/models", "/api/state", path):
+        assert httpx.get(address + asked, headers={"host": "evil.example"}).status_code == 400
+    sent = httpx.post(address + path, json={}, headers={"host": "evil.example"})
+    assert sent.status_code == 400
+
+
+def test_two_teachers_at_once(page):
+    body = json.dumps({"question": "What is the capital of Velmora?", "answer": "Tarsipol"})
+    headers = {"content-type": "application/json"}
+    answers = [httpx.post(f"{page}/api/teach", content=body, headers=headers, timeout=60) for _ in range(4)]
+    assert {answer.status_code for answer in answers} <= {200, 409}
+    taught = sum(answer.status_code == 200 for answer in answers)
+    state = wait_for(lambda: (now := httpx.get(f"{page}/api/state").json())["job"] is None and now, 120)
+    assert len(state["lessons"]) == taught >= 1
