@@ -38,8 +38,9 @@ def table(found: dict[str, Any], titles: dict[str, str]) -> str:
     lines = [
         "# Speed",
         "",
-        "Made by `make bench` (benchmarks/speed.py). CPU seconds, medians. See speed.json. A load above 1 means",
-        "that other work ran on the two cores at the same time. Why goals are missed: dev/LOG.md, section 18.",
+        "Made by `make bench` (benchmarks/speed.py). CPU seconds, medians. See speed.json. A load above 1",
+        "means that other work ran on the two cores at the same time. Why goals are missed: dev/LOG.md,",
+        "section 18.",
         "",
         "| ratio | goal | measured | |",
         "| --- | --- | --- | --- |",
