@@ -153,9 +153,10 @@ def verify(out: Path) -> dict[str, Any]:
         raise ArtifactError(f"{weights}: was altered; get an undamaged copy")
     for field in fields(Scope):
         there = held.get(f"scope_{field.name}")
-        wanted = torch.zeros(0) if scope is None else getattr(scope, field.name)
-        same = there is not None and (torch.equal(wanted, there) if wanted.numel() else not there.numel())
-        if not same:
+        if there is None:
+            raise ArtifactError(f"{weights}: was altered; get an undamaged copy")
+        wanted = there[:0] if scope is None else getattr(scope, field.name)
+        if not torch.equal(wanted, there):
             raise ArtifactError(f"{weights}: is not what the ledger says; learn --resume writes it again")
     return {"out": str(out), "lines": len(ledger.entries), "patches": len(patches), "ok": True}
 
