@@ -1,6 +1,7 @@
 """Lessons on a tiny model: exact undo, state on disk, and the page's interface."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -11,6 +12,8 @@ from sparsemem import SparseMemoryConfig, calibrate, memory_layers
 from sparsemem.data.models import load_base
 from sparsemem.folders import streams
 from sparsemem.serving import changes, lessons
+from sparsemem.serving.answering import answer_all
+from sparsemem.serving.memories import load_served
 from sparsemem.serving.opening import open_lessons
 from sparsemem.training import stream_folder
 from tiny import SMALL, batch
@@ -172,6 +175,20 @@ def test_an_adapter_is_a_lesson_that_cannot_be_taken_back(tiny, tmp_path):
     held.teach(CITY, "city", silent)
     held.set_on("given", True)
     assert held.ask(CITY[0]["prompt"])["base"] != CITY[0]["completion"]
+
+
+def test_a_downloaded_lesson_is_served_on_its_folder(two, tmp_path):
+    file = tmp_path / "downloads" / "city.safetensors"
+    file.parent.mkdir()
+    shutil.copy(two.file_of("000001")[0], file)
+    two.undo("000001")
+    served = load_served(str(two.stream.folder), {"city": file})
+    assert served.memories == ("state", "city")
+    question = CITY[0]["prompt"]
+    asked = [(question, served.memories_of(name)) for name in ("base", "state", "city")]
+    base, state, city = (one.text for one in answer_all(served.model, served.tokenizer, asked, max_tokens=8))
+    assert base == state
+    assert city.startswith(CITY[0]["completion"])
 
 
 @pytest.fixture

@@ -198,3 +198,20 @@ def test_a_torn_last_line_never_counted(stream_in, tmp_path):
     again.teach("river", TASKS["river"])
     assert Ledger(path).torn is False
     assert stream_in(tmp_path / "s").tasks == ["moon", "river"]
+
+
+def test_a_folder_that_another_process_has_changed_is_not_written(stream_in, tmp_path):
+    first = stream_in(tmp_path / "s")
+    late = stream_in(tmp_path / "s")
+    first.teach("moon", TASKS["moon"])
+    with pytest.raises(ArtifactError, match="has changed since it was opened; open the folder again"):
+        late.teach("river", TASKS["river"])
+    first.undo("moon")
+    for change in (lambda: late.teach("fruit", TASKS["fruit"]), late.save):
+        with pytest.raises(ArtifactError, match="has changed since it was opened"):
+            change()
+    # nothing of the first one was lost
+    first.teach("river", TASKS["river"])
+    again = stream_in(tmp_path / "s")
+    assert again.tasks == ["river"]
+    assert answers(again, questions("river")) == expected("river")

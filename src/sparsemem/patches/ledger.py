@@ -12,11 +12,19 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..files import ArtifactError
 from .patch import RowPatch
+
+try:
+    import fcntl
+except ImportError:
+    # Windows has no such lock; the length is checked there too
+    fcntl = None
 
 FILE = "ledger.jsonl"
 BEGIN, LEARN, UNDO = "begin", "learn", "undo"
@@ -60,7 +68,8 @@ class Ledger:
             ) from error
         *lines, rest = content.split(b"\n")
         self.torn = bool(rest)
-        self._size = len(content) - len(rest)
+        # of the whole lines, and of the file
+        self._size, self._length = len(content) - len(rest), len(content)
         held: set[str] = set()
         for number, line in enumerate(lines, start=1):
             entry = _checked(path, number, line, self.entries)
@@ -95,6 +104,22 @@ class Ledger:
                 taught[entry["task"]] = entry
         return list(taught.values())
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, no other process writes the folder, and what this ledger has read is what is there.
+
+        Raises:
+            ArtifactError: lines were added since it was read, by another process for example.
+        """
+        with self.path.open("rb") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_size != self._length:
+                raise ArtifactError(
+                    f"{self.path.parent}: has changed since it was opened; open the folder again"
+                )
+            yield
+
     def append(self, entry: dict[str, Any]) -> dict[str, Any]:
         """Add a line, on the disk before this returns; the line, with its digests.
 
@@ -111,8 +136,10 @@ class Ledger:
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(self._size)
+                self._length = self._size
                 raise
         self._size += len(line)
+        self._length = self._size
         self.torn = False
         self.entries.append(json.loads(line))
         return self.entries[-1]

@@ -79,7 +79,7 @@ def load_served(name: str, patches: Mapping[str, Path], *, dtype: torch.dtype = 
     for given, path in patches.items():
         if given in taken:
             raise ValueError(f"--patch {given}=: the name {given!r} is taken; give the patch another name")
-        model = _with_patch(model, given, path)
+        model = _with_patch(model, given, path, Path(name).expanduser())
         memories.append(given)
         taken.add(given)
     model.requires_grad_(False)
@@ -157,7 +157,7 @@ def add_memory(
         raise
 
 
-def _with_patch(model: Any, name: str, path: Path) -> PeftModel:
+def _with_patch(model: Any, name: str, path: Path, served: Path) -> PeftModel:
     if (path / ADAPTER_FILE).is_file():
         return _with_folder(model, name, path)
     patch = RowPatch.load(path)
@@ -167,8 +167,8 @@ def _with_patch(model: Any, name: str, path: Path) -> PeftModel:
             "that `sparsemem graft` made in place of the base model, or give an adapter folder as the patch"
         )
     like = next(iter(model.peft_config))
-    # a stream's patches lie in a folder beside their space
-    spaces = spaces_of(path.parent.parent)
+    # a stream's patches lie in a folder beside their space, unless they were downloaded
+    spaces = spaces_of(path.parent.parent) or spaces_of(served)
     add_memory(model, adapter_of(name), like=like, patch=patch, spaces=spaces)
     return model
 

@@ -155,6 +155,7 @@ class Stream:
 
         Raises:
             ValueError: the name is taken, or nothing in the records is to be learnt.
+            ArtifactError: another process has changed the folder since it was opened.
             OSError: the disk is full; the folder is as it was.
         """
         if task in self.tasks:
@@ -163,21 +164,22 @@ class Stream:
         patch = self._patch_of(task, records, progress)
         name = f"{PATCHES}/{len(self.ledger.entries):06d}.safetensors"
         file = self.folder / name
-        write_to(file, patch.save)
-        entry = self.ledger.append(
-            {
-                "op": LEARN,
-                "task": task,
-                "data": data_digest(records),
-                "records": len(records),
-                "patch": name,
-                "patch_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-                "bytes": file.stat().st_size,
-                "seed": self.ledger.about["seed"],
-                "seconds": round(time.perf_counter() - began, 3),
-                "versions": self._versions,
-            }
-        )
+        with self.ledger.alone():
+            write_to(file, patch.save)
+            entry = self.ledger.append(
+                {
+                    "op": LEARN,
+                    "task": task,
+                    "data": data_digest(records),
+                    "records": len(records),
+                    "patch": name,
+                    "patch_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+                    "bytes": file.stat().st_size,
+                    "seed": self.ledger.about["seed"],
+                    "seconds": round(time.perf_counter() - began, 3),
+                    "versions": self._versions,
+                }
+            )
         self._patches[name] = RowPatch.load(file)
         self._stale = True
         return entry
@@ -189,11 +191,13 @@ class Stream:
 
         Raises:
             ValueError: the model does not hold this task.
+            ArtifactError: another process has changed the folder since it was opened.
         """
         if task not in self.tasks:
             held = ", ".join(self.tasks[-5:]) or "none"
             raise ValueError(f"task {task!r} is not taught; the last ones that are: {held}")
-        entry = self.ledger.append({"op": UNDO, "task": task, "versions": self._versions})
+        with self.ledger.alone():
+            entry = self.ledger.append({"op": UNDO, "task": task, "versions": self._versions})
         self._stale = True
         return entry
 
@@ -201,6 +205,7 @@ class Stream:
         """Write the adapter that follows from the ledger into the folder.
 
         Raises:
+            ArtifactError: another process has changed the folder since it was opened.
             OSError: the disk is full; the former adapter is still there.
         """
         self.select(None)
@@ -213,7 +218,8 @@ class Stream:
                 if path.name not in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
                     path.unlink()
 
-        save_into(self.folder, write)
+        with self.ledger.alone():
+            save_into(self.folder, write)
 
     def _continued(self, model: PreTrainedModel) -> PeftModel:
         if fingerprint_base(model) != self.ledger.about["base"]:
