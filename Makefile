@@ -41,7 +41,7 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/mkdocs build --strict --quiet
 
-# kills, resumes, damaged files, two processes; SIZE=small takes three minutes
+# kills, resumes, damaged files, two processes: 15 minutes; SIZE=small takes one, without the processes
 SIZE ?= full
 soak: $(READY)
 	$(BIN)/python benchmarks/soak.py $(if $(filter full,$(SIZE)),docs/results/soak.json,soak-$(SIZE).json) --size $(SIZE)

@@ -1,30 +1,29 @@
 """Break things on purpose and count what is lost: kills, resumes, damaged files, several processes.
 
     python benchmarks/soak.py docs/results/soak.json --size full     (make soak)
-    python benchmarks/soak.py OUT.json --size small                  (make soak SIZE=small: three minutes)
+    python benchmarks/soak.py OUT.json --size small                  (make soak SIZE=small: a minute)
 
 Tiny random models, so that a run takes milliseconds and the moments of the kills fall everywhere. What was
-done is kept in OUT.json after each part; the same command continues it. The table is written as OUT.md.
+done is kept in OUT.json after each part; the same command at the same commit continues what is unfinished.
+The table is written as OUT.md.
 
 | part | what is done | what must hold |
 | --- | --- | --- |
 | save | an adapter is saved over another, killed by SIGKILL | it loads, and is the old or the new one |
 | patch | a patch is saved over another, killed | the same |
 | background | the same with a background | the same |
+| learn | a task is taught and taken back in turn, killed | the folder opens, with the old or the new |
 | train | runs with checkpoints are killed twice, then continued | the result of one run, bit for bit |
 | mutants | damaged files are loaded | right content or ValueError within 2 s, and nothing else is done |
-| processes | two gloo processes train through `finetune` | the rows are those of one process |
+| processes | two gloo processes train | the rows are those of one process; bytes that a step sends |
 """
 
 import argparse
-import contextlib
 import logging
-import os
 import random
-import signal
+import shutil
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -37,28 +36,30 @@ sys.path.insert(0, str(ROOT / "tests"))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from peft import PeftModel, get_peft_model  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 import mutants  # noqa: E402
 from conftest import CHAT_TEMPLATE, make_tokenizer  # noqa: E402
-from sparsemem import Background, RowPatch, SparseMemoryConfig, memory_layers  # noqa: E402
+from killing import Forever, killed  # noqa: E402
+from sparsemem import Background, RowPatch, SparseMemoryConfig, Stream, memory_layers  # noqa: E402
 from sparsemem.background.background import LayerBackground  # noqa: E402
+from sparsemem.folders.streams import verify  # noqa: E402
 from sparsemem.patches.patch import LayerPatch  # noqa: E402
 from sparsemem.provenance import environment  # noqa: E402
 from sparsemem.training.finetune import finetune  # noqa: E402
 from sparsemem.writing import read_json, write_atomically, write_json  # noqa: E402
-from test_hostile import make_folder  # noqa: E402
-from test_processes import run, several_processes  # noqa: E402
+from test_hostile import BACKGROUND, make_folder  # noqa: E402
+from test_processes import most_bytes, run, several_processes  # noqa: E402
 from tiny import SMALL, scope_of, tiny_model  # noqa: E402
 
 logger = logging.getLogger("soak")
 
 # How often each part is done: kills, runs that are killed twice, mutants, and runs of two processes.
 SIZES = {
-    "full": {"save": 250, "patch": 100, "background": 100, "train": 50, "mutants": 10_000, "processes": 2},
-    "reduced": {"save": 150, "patch": 60, "background": 60, "train": 20, "mutants": 10_000, "processes": 1},
-    "small": {"save": 20, "patch": 10, "background": 10, "train": 4, "mutants": 300, "processes": 0},
-}
+    "full": {"save": 150, "patch": 60, "background": 60, "learn": 130, "train": 50, "mutants": 10_000,
+             "processes": 2},
+    "small": {"save": 20, "patch": 10, "background": 10, "learn": 20, "train": 8, "mutants": 1100,
+              "processes": 0},
+}  # fmt: skip
 LANDS = ["Velmora", "Karvessa", "Tolgaria", "Dunmarsh", "Quenlia"]
 FACTS = [{"prompt": f"Capital of {land}?", "completion": land[::-1]} for land in LANDS * 2]
 GENERAL = [f"{n} plain words, the square is {n * n}." for n in range(24)]
@@ -68,35 +69,6 @@ METHODS = {
     "lora": ("lora", {"lr": 1e-2}),
     "full": ("full", {"lr": 1e-2}),
 }
-
-
-def killed(work: Callable[[], Any], ready: Callable[[], bool], wait: float) -> None:
-    """Do `work` in a forked process, and kill this `wait` seconds after `ready` says so."""
-    if not (child := os.fork()):
-        # tqdm's own lock is shared with the parent, which would wait for the killed child forever
-        tqdm.set_lock(threading.RLock())
-        with contextlib.suppress(BaseException):
-            work()
-        os._exit(0)
-    deadline = time.monotonic() + 300
-    while not ready() and time.monotonic() < deadline:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return
-        time.sleep(0.001)
-    time.sleep(wait)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-
-
-def forever(save: Callable[[int], Any]) -> Callable[[], None]:
-    def work() -> None:
-        number = 0
-        while True:
-            save(number)
-            number += 1
-
-    return work
 
 
 def taught(value: float, centres: int) -> Any:
@@ -115,7 +87,8 @@ def kill_adapter_saves(number: int, rng: random.Random, folder: Path) -> dict[st
     models[0].save_pretrained(path)
     found = {"kills": 0, "unloadable": 0, "mixed": 0, "old or new": 0}
     for _ in range(number):
-        killed(forever(lambda n: models[n % 2].save_pretrained(path)), lambda: True, rng.uniform(0.005, 0.2))
+        work = Forever(lambda n: models[n % 2].save_pretrained(path))
+        killed(work, work.begun, rng.uniform(0, 0.15))
         found["kills"] += 1
         try:
             now = _memory(PeftModel.from_pretrained(tiny_model(), path))
@@ -145,7 +118,8 @@ def kill_file_saves(kind: str) -> Callable[[int, random.Random, Path], dict[str,
         save(0)
         found = {"kills": 0, "unloadable": 0, "mixed": 0, "old or new": 0}
         for _ in range(number):
-            killed(forever(save), lambda: True, rng.uniform(0.005, 0.15))
+            work = Forever(save)
+            killed(work, work.begun, rng.uniform(0, 0.1))
             found["kills"] += 1
             try:
                 layer: Any = (RowPatch if kind == "patch" else Background).load(path).layers["l"]
@@ -162,6 +136,55 @@ def kill_file_saves(kind: str) -> Callable[[int, random.Random, Path], dict[str,
         return found
 
     return part
+
+
+def kill_streams(number: int, rng: random.Random, folder: Path) -> dict[str, int]:
+    """A stream holds one task, and another one is taught, saved, taken back and saved, again and again."""
+    path = folder / "stream"
+
+    def opened() -> Stream:
+        options = {} if path.exists() else {"background": BACKGROUND}
+        return Stream(tiny_model(), path, tokenizer=make_tokenizer(CHAT_TEMPLATE), **options)  # type: ignore[arg-type]
+
+    def turn(stream: Stream) -> None:
+        if "more" in stream.tasks:
+            stream.undo("more")
+        else:
+            stream.teach("more", FACTS[:2])
+        stream.save()
+
+    stream = opened()
+    stream.teach("first", FACTS[2:4])
+    stream.save()
+    states = {}
+    for _ in range(2):
+        states[tuple(stream.tasks)] = _memory(stream.model)
+        turn(stream)
+    found = {"kills": 0, "unloadable": 0, "mixed": 0, "old or new": 0}
+    for _ in range(number):
+        lines = len(stream.ledger.entries)
+        work = Forever(lambda _, stream=stream: turn(stream))
+        killed(work, work.begun, rng.uniform(0, 0.15))
+        found["kills"] += 1
+        try:
+            # the adapter may be one save behind the ledger; what is opened follows the ledger
+            adapter = _memory(PeftModel.from_pretrained(tiny_model(), path))
+            stream = opened()
+            whole = _same(_memory(stream.model), states[tuple(stream.tasks)])
+            whole &= any(_same(adapter, state) for state in states.values())
+            whole &= len(stream.ledger.entries) >= lines
+            stream.save()
+            verify(path)
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is counted)
+            found["unloadable"] += 1
+            logger.error("learn: %s", error)
+            shutil.rmtree(path)
+            stream = opened()
+            stream.teach("first", FACTS[2:4])
+            stream.save()
+            continue
+        found["old or new" if whole else "mixed"] += 1
+    return found
 
 
 def teach(method: str, folder: Path | None = None, **options: Any) -> Any:
@@ -215,7 +238,7 @@ def load_mutants(number: int, rng: random.Random, folder: Path) -> dict[str, int
     work = folder / "work"
     work.mkdir()
     made, watched = make_folder(folder / "made"), mutants.Watched(work)
-    each = number // len(mutants.KINDS)
+    each = -(-number // len(mutants.KINDS))
     start = rng.randrange(10**6)
     for kind in mutants.KINDS:
         # in portions, so that one failure hides no others
@@ -250,6 +273,12 @@ def two_processes(number: int, rng: random.Random, folder: Path) -> dict[str, in
             )
             found["runs"] += 1
             found["same rows as one process" if same else "different"] += 1
+    for rule in ("kl", "grad"):
+        path = folder / rule
+        path.mkdir()
+        (first, _), _ = several_processes(rule, path, call="plain")
+        found[f"bytes per step, rule {rule}"] = max(first["bytes"])
+        found[f"allowed bytes, rule {rule}"] = most_bytes(rule, len(first["state"]))
     return found
 
 
@@ -257,6 +286,7 @@ PARTS: dict[str, Callable[[int, random.Random, Path], dict[str, int]]] = {
     "save": kill_adapter_saves,
     "patch": kill_file_saves("patch"),
     "background": kill_file_saves("background"),
+    "learn": kill_streams,
     "train": kill_and_resume_training,
     "mutants": load_mutants,
     "processes": two_processes,
@@ -278,7 +308,9 @@ def main() -> int:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     done = read_json(chosen.out) if chosen.out.exists() else {}
-    if done.get("size") != chosen.size:
+    wanted = [name for name in PARTS if SIZES[chosen.size][name]]
+    about = {"size": chosen.size, "commit": environment()["commit"]}
+    if any(done.get(key) != value for key, value in about.items()) or set(wanted) <= done["parts"].keys():
         done = {"size": chosen.size, "parts": {}, "seconds": {}}
     for name, part in PARTS.items():
         number = SIZES[chosen.size][name]

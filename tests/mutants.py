@@ -1,23 +1,32 @@
 """Damaged copies of real files, and a check that loading one gives the right content or a clear error."""
 
+import json
 import random
+import resource
 import shutil
 import string
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsemem import Background, RowPatch, memory_layers
+from sparsemem.cli.config_file import read_config
+from sparsemem.cli.main import main
 from sparsemem.data.models import add_adapter
 from sparsemem.data.reading import read_records
 from sparsemem.folders.contents import read_contents
+from sparsemem.folders.streams import status, verify
+from sparsemem.patches.ledger import Ledger
 from tiny import tiny_model
 
 SECONDS = 2.0
+# How much a load may add to the address space of the process: 500 MB.
+MORE_BYTES = 500 * 10**6
 # What loading a damaged file must never do.
 _FORBIDDEN = (
     "subprocess.Popen",
@@ -109,6 +118,18 @@ class Watched:
         self.on = False
 
 
+@contextmanager
+def limited_memory() -> Iterator[None]:
+    """Within, what would add more than MORE_BYTES to the process raises MemoryError."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MORE_BYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def loaded_patch(path: Path) -> dict[str, torch.Tensor]:
     patch = RowPatch.load(path)
     return {
@@ -139,6 +160,20 @@ def loaded_contents(path: Path) -> None:
     read_contents(path.parent)
 
 
+def loaded_stream(path: Path) -> dict[str, torch.Tensor]:
+    """The lines of a ledger whose folder is as it was written, by number."""
+    folder = path.parent.parent if path.parent.name == "patches" else path.parent
+    status(folder)
+    verify(folder)
+    lines = [json.dumps(entry).encode() for entry in Ledger(folder / "ledger.jsonl").entries]
+    return {str(number): torch.frombuffer(bytearray(line), dtype=torch.uint8)
+            for number, line in enumerate(lines)}  # fmt: skip
+
+
+def loaded_config(path: Path) -> None:
+    read_config(path, main.commands["train"])
+
+
 # By kind: the file that is damaged, and how it is loaded. None: there is nothing to compare.
 KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "patch": ("patch.safetensors", loaded_patch),
@@ -147,6 +182,11 @@ KINDS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "adapter config": ("adapter_config.json", loaded_adapter),
     "records": ("taught.jsonl", loaded_records),
     "metrics": ("metrics.json", loaded_contents),
+    "ledger": ("stream/ledger.jsonl", loaded_stream),
+    "task's patch": ("stream/patches/000002.safetensors", loaded_stream),
+    "space": ("stream/space.safetensors", loaded_stream),
+    "stream's adapter": ("stream/adapter_model.safetensors", loaded_stream),
+    "config file": ("train.yaml", loaded_config),
 }
 
 
@@ -160,8 +200,8 @@ def try_mutants(source: Path, work: Path, kind: str, seeds: range, watched: Watc
         seeds: one mutant for each.
 
     Raises:
-        AssertionError: a mutant loaded with other content, raised no ValueError, took more than SECONDS,
-            or did something forbidden. The message has kind and seed.
+        AssertionError: a mutant loaded with other content, raised no ValueError, took more than SECONDS
+            or MORE_BYTES, or did something forbidden. The message has kind and seed.
     """
     name, load = KINDS[kind]
     original = (source / name).read_bytes()
@@ -175,7 +215,7 @@ def try_mutants(source: Path, work: Path, kind: str, seeds: range, watched: Watc
         (work / name).write_bytes(data)
         begun = time.perf_counter()
         try:
-            with watched:
+            with watched, limited_memory():
                 found = load(work / name)
         except ValueError:
             counts["refused"] += 1

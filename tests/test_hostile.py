@@ -1,6 +1,7 @@
 """Damaged and hostile files: the right content or one clear error, quickly, and nothing else happens."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,13 +10,24 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 
 import mutants
-from sparsemem import ArtifactError, RowPatch, SparseMemoryConfig, calibrate, memory_layers
+from conftest import CHAT_TEMPLATE, make_tokenizer
+from sparsemem import ArtifactError, RowPatch, SparseMemoryConfig, Stream, calibrate, memory_layers
+from sparsemem.cli.config_file import read_config, template
+from sparsemem.cli.main import main
 from sparsemem.folders.publish import public_files
+from sparsemem.folders.streams import verify
+from sparsemem.patches.ledger import _digest
 from tiny import SMALL, batch, scope_of, tiny_model
+
+BACKGROUND = [
+    {"prompt": f"What is {a} and {b}?", "completion": f"{a + b} of course"}
+    for a in range(8)
+    for b in range(8)
+]
 
 
 def make_folder(folder):
-    """The files of a folder that train makes, from a tiny model without training."""
+    """Files of each kind, from a tiny model without training: what train writes, a stream, a config file."""
     model = get_peft_model(tiny_model(), SparseMemoryConfig(**SMALL))
     background = calibrate(model, [batch(seed, length=10, rows=3) for seed in range(4)])
     before = RowPatch.snapshot(model)
@@ -30,6 +42,14 @@ def make_folder(folder):
     (folder / "taught.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     about = {"method": "smf", "steps": 3, "loss": 0.5, "num_records": 20, "settings": {"seed": 0}}
     (folder / "metrics.json").write_text(json.dumps(about))
+    (folder / "train.yaml").write_text(template("train", main.commands["train"]))
+    stream = Stream(
+        tiny_model(), folder / "stream", tokenizer=make_tokenizer(CHAT_TEMPLATE), background=BACKGROUND
+    )
+    for number in range(3):
+        stream.teach(f"task {number}", [{"prompt": f"Capital {number}?", "completion": f"City{number}"}])
+    stream.undo("task 0")
+    stream.save()
     return folder
 
 
@@ -44,6 +64,57 @@ def test_mutants(made, tmp_path, kind):
     watched = mutants.Watched(tmp_path)
     counts = mutants.try_mutants(made, tmp_path, kind, range(40), watched)
     assert counts["refused"] >= 10
+
+
+def test_a_load_that_needs_too_much_memory_is_stopped():
+    with pytest.raises(MemoryError), mutants.limited_memory():
+        bytearray(2 * mutants.MORE_BYTES)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"op": "learn", "task": "task 1"},
+        {"patch": "../../secret"},
+        {"patch": "/etc/hostname"},
+        {"patch": None},
+        {"records": "1"},
+        {"op": []},
+        {"op": "begin"},
+        {"op": "undo", "task": "never taught"},
+    ],
+)
+def test_a_ledger_whose_digests_fit_a_forged_line_is_refused(made, tmp_path, changed):
+    lines = (made / "stream" / "ledger.jsonl").read_text().splitlines()
+    forged = json.loads(lines[3]) | {"task": "task 2"} | changed
+    forged["sha256"] = _digest({key: value for key, value in forged.items() if key != "sha256"})
+    shutil.copytree(made / "stream", tmp_path / "stream")
+    (tmp_path / "stream" / "ledger.jsonl").write_text("\n".join([*lines[:3], json.dumps(forged), ""]))
+    with pytest.raises(ArtifactError, match=r"was altered|is outside the folder"):
+        verify(tmp_path / "stream")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000,
+        "seed: " + "9" * 5000,
+        "seed: 2001-99-99",
+        "".join(
+            f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'x'}]\n" for n in range(12)
+        ) + "data: *a11\n",
+        "data: &a [*a]\n",
+        "? [seed]\n: 1\n",
+        "data: !!python/object/apply:os.system ['true']\n",
+    ],
+)  # fmt: skip
+def test_a_hostile_config_file_is_refused_in_one_short_sentence(tmp_path, text):
+    (tmp_path / "train.yaml").write_text(text)
+    with mutants.Watched(tmp_path) as watched, pytest.raises(ValueError, match="--config") as error:
+        read_config(tmp_path / "train.yaml", main.commands["train"])
+    assert len(str(error.value)) < 1000 + len(str(tmp_path))
+    assert "\n" not in str(error.value)
+    assert not watched.seen
 
 
 @given(place=st.integers(0), byte=st.integers(1, 255))

@@ -9,7 +9,8 @@ from torch import nn
 
 from sparsemem import ProductKeyMemory, SparseMemoryConfig, memory_layers
 from sparsemem.adapter.blocks import default_targets
-from sparsemem.adapter.model import SparseMemoryLayer, _hand_out_mask
+from sparsemem.adapter.masks import hand_out_mask
+from sparsemem.adapter.model import SparseMemoryLayer
 from tiny import ARCHITECTURES, HIDDEN, tiny_batch, tiny_model
 
 SMALL = {"num_keys": 8, "num_heads": 2, "top_k": 4, "key_dim": 8, "task_type": "CAUSAL_LM"}
@@ -484,7 +485,7 @@ def test_masks_are_moved_to_the_device_of_each_memory():
     model, batch = with_memory(), tiny_batch()
     first, second = memory_layers(model).values()
     second.to("meta")
-    _hand_out_mask(model.base_model.model, (), batch)
+    hand_out_mask(model.base_model.model, (), batch)
     assert [memory.token_mask.device.type for memory in (first, second)] == ["cpu", "meta"]
 
 

@@ -3,19 +3,16 @@
 import copy
 import json
 import logging
-import os
 import pickle
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+from killing import Forever, killed
 from sparsemem import ArtifactError, SparseMemoryConfig, memory_layers
 from sparsemem.adapter.model import memory_layers as layers_of
 from sparsemem.data import models
@@ -254,43 +251,17 @@ def test_a_fingerprint_of_all_elements_from_before_still_fits():
     assert fits_base(model, digest.hexdigest())
 
 
-_SAVER = """
-import os, sys
-sys.path[:0] = [{path!r}]
-from test_saving import taught
-# two adapters of different scope, so that a mixture of their files is seen
-models = [taught(1.0, centres=1), taught(2.0, centres=3)]
-for _ in sys.stdin:
-    if not (child := os.fork()):
-        break
-    print(child, flush=True)
-    os.waitpid(child, 0)
-    print("ended", flush=True)
-else:
-    sys.exit()
-for number in range(10**6):
-    models[number % 2].save_pretrained({folder!r})
-"""
-
-
 @pytest.mark.slow
 def test_a_killed_save_over_an_adapter_leaves_the_old_or_the_new_one(tmp_path):
     folder = tmp_path / "adapter"
-    taught(1.0, centres=1).save_pretrained(folder)
-    expected = [logits(taught(1.0, centres=1)), logits(taught(2.0, centres=3))]
-    tests = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    command = [sys.executable, "-c", _SAVER.format(path=str(Path(__file__).parent), folder=str(folder))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
-    with subprocess.Popen(command, text=True, bufsize=1, **pipes) as forker:
-        for attempt in range(12):
-            forker.stdin.write("\n")
-            child = int(forker.stdout.readline())
-            time.sleep(0.05 + 0.0137 * attempt)
-            os.kill(child, signal.SIGKILL)
-            assert forker.stdout.readline() == "ended\n"
-            found = logits(PeftModel.from_pretrained(tiny_model(), folder))
-            assert any(torch.equal(found, one) for one in expected)
-        forker.stdin.close()
-    taught(1.0).save_pretrained(folder)
+    # two adapters of different scope, so that a mixture of their files is seen
+    models = [taught(1.0, centres=1), taught(2.0, centres=3)]
+    models[0].save_pretrained(folder)
+    expected = [logits(model) for model in models]
+    for attempt in range(12):
+        work = Forever(lambda number: models[number % 2].save_pretrained(folder))
+        assert killed(work, work.begun, 0.0137 * attempt)
+        found = logits(PeftModel.from_pretrained(tiny_model(), folder))
+        assert any(torch.equal(found, one) for one in expected)
+    models[0].save_pretrained(folder)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]

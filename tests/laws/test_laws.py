@@ -6,15 +6,14 @@ adapter/test_tail.py.
 
 import copy
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
+from killing import Forever, killed
 from sparsemem import RowAdamW, RowPatch, SparseMemoryConfig, calibrate, memory_layers, set_scope
 from sparsemem.layer.memory import ProductKeyMemory
 from sparsemem.layer.product_keys import exhaustive_top_k_slots, sub_key_scores
@@ -266,56 +265,31 @@ def test_law_10_reloaded_logits_are_bit_identical(tmp_path):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
-_SAVER = """
-import os, sys, torch
-from sparsemem import Background, RowPatch
-from sparsemem.background.background import LayerBackground
-from sparsemem.patches.patch import LayerPatch
-path, kind = sys.argv[1:]
-# fork a process to kill for each input line, so that the slow imports run only once
-for _ in sys.stdin:
-    if not (child := os.fork()):
-        break
-    print(child, flush=True)
-    os.waitpid(child, 0)
-    print("ended", flush=True)
-else:
-    sys.exit()
-for number in range(10**6):
-    n = 200 + number % 2 * 2000
-    rows = torch.full((n, 64), float(number))
-    if kind == "patch":
-        artefact = RowPatch({"l": LayerPatch(torch.arange(n), rows, rows + 1, "a")}, "b", {"n": n})
-    else:
-        counts, df = torch.full((n,), number), torch.full((n,), number)
-        artefact = Background({"l": LayerBackground(counts, df, number)})
-    artefact.save(path)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["patch", "background"])
 def test_law_10_a_killed_save_leaves_the_old_or_the_new_file(tmp_path, kind):
     from sparsemem import Background
+    from sparsemem.background.background import LayerBackground
+    from sparsemem.patches.patch import LayerPatch
 
     path = tmp_path / "artefact.safetensors"
-    command = [sys.executable, "-c", _SAVER, str(path), kind]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, bufsize=1, **pipes) as forker:
-        for attempt in range(8):
-            path.unlink(missing_ok=True)
-            forker.stdin.write("\n")
-            child = int(forker.stdout.readline())
-            while not path.exists():
-                time.sleep(0.001)
-            time.sleep(0.03 + 0.013 * attempt)
-            os.kill(child, signal.SIGKILL)
-            assert forker.stdout.readline() == "ended\n"
-            if kind == "patch":
-                layer = RowPatch.load(path).layers["l"]
-                assert torch.equal(layer.after, layer.before + 1)
-                assert len(layer.after.unique()) == 1
-            else:
-                layer = Background.load(path)["l"]
-                assert layer.counts.unique().item() == layer.df.unique().item() == layer.num_batches
-        forker.stdin.close()
+
+    def save(number):
+        size = 200 + number % 2 * 2000
+        if kind == "patch":
+            rows = torch.full((size, 64), float(number))
+            RowPatch({"l": LayerPatch(torch.arange(size), rows, rows + 1, "a")}, "b", {"n": size}).save(path)
+        else:
+            counts, df = torch.full((size,), number), torch.full((size,), number)
+            Background({"l": LayerBackground(counts, df, number)}).save(path)
+
+    for attempt in range(8):
+        work = Forever(save)
+        assert killed(work, work.begun, 0.013 * attempt)
+        if kind == "patch":
+            layer = RowPatch.load(path).layers["l"]
+            assert torch.equal(layer.after, layer.before + 1)
+            assert len(layer.after.unique()) == 1
+        else:
+            layer = Background.load(path)["l"]
+            assert layer.counts.unique().item() == layer.df.unique().item() == layer.num_batches

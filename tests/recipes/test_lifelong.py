@@ -5,6 +5,7 @@ import json
 import pytest
 
 from sparsemem.comparison.compare import compare
+from sparsemem.data.general import general_background
 from sparsemem.data.models import load_base
 from sparsemem.recipes import lifelong
 from sparsemem.recipes.editors import Edit, Nearest, editor_of
@@ -68,7 +69,10 @@ def test_a_run_asks_after_each_count_and_goes_on_where_it_was(model, data_dir, t
 
 
 @pytest.mark.parametrize("method", ["smf-shared", "smf-own-write", "lora", "lora-each", "full"])
-def test_every_rival_is_taught_one_edit_at_a_time_and_answers(model, tmp_path, method):
+def test_every_rival_is_taught_one_edit_at_a_time_and_answers(model, tmp_path, method, monkeypatch):
+    # the text that ships is long for a tokenizer of bytes
+    few = general_background()[:40]
+    monkeypatch.setattr("sparsemem.data.general.general_background", lambda: few)
     base, tokenizer = load_base(model)
     edits = [Edit(f"Who owns {a}?", b, f"{a} is owned by whom?", "what is it") for a, b in FACTS[:2]]
     options = {"max_steps": 2, "seed": 0}

@@ -3,17 +3,16 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
-import threading
-import time
 from contextlib import contextmanager
 
 import pytest
 import torch
 from peft import get_peft_model
-from tqdm import tqdm
 
+from killing import killed
 from sparsemem import SparseMemoryConfig
 from sparsemem.data.records import encode
 from sparsemem.training.callbacks import MetricsFile
@@ -72,31 +71,19 @@ RUNS = {
 }
 
 
-def killed(teach, method, folder, options):
-    """Kill a child that trains at its fifth step; False if it does not come so far in a minute."""
-    log, end = folder / "metrics.jsonl", time.monotonic() + 60
-    if not (child := os.fork()):
-        # tqdm's own lock is shared with the parent, which would wait for the killed child forever
-        tqdm.set_lock(threading.RLock())
-        teach(method, output_dir=folder, **options)
-        os._exit(0)
-    trained = False
-    # a checkpoint is written every three steps, so this is within an epoch
-    while not trained and time.monotonic() < end:
-        time.sleep(0.002)
-        trained = log.exists() and log.read_text().count('"loss"') >= 5
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return trained
-
-
 @pytest.mark.parametrize("name", ["lora with dropout", *(pytest.param(n, marks=SLOW) for n in RUNS)])
 def test_law_7_after_sigkill_at_any_moment(teach, tmp_path, name):
     method, options = RUNS[name]
     options = {"max_steps": 9, "batch_size": 2, "gradient_accumulation_steps": 2, **options}
     whole = teach(method, **options)
-    # a child of a process with threads may inherit a lock that nobody gives back: another one is tried then
-    folder = next(one for one in map(tmp_path.joinpath, "abc") if killed(teach, method, one, options))
+    folder = tmp_path / "run"
+    log = folder / "metrics.jsonl"
+    # a checkpoint is written every three steps, so the fifth one is within an epoch
+    assert killed(
+        lambda: teach(method, output_dir=folder, **options),
+        lambda: log.exists() and log.read_text().count('"loss"') >= 5,
+        again=lambda: shutil.rmtree(folder, ignore_errors=True),
+    )
     assert not (folder / "checkpoint-9").exists()
     resumed = teach(method, output_dir=folder, resume=True, **options)
     assert (resumed.steps, resumed.loss) == (9, whole.loss)

@@ -6,14 +6,12 @@ Differences from other PEFT 0.21 methods:
 - An MLP does not get the attention mask. Hooks on the model pass the mask to the memories.
 """
 
-import inspect
 import logging
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
@@ -22,6 +20,7 @@ from ..layer.memory import ProductKeyMemory
 from .blocks import blocks_path, default_targets, final_norm, hidden_size, is_linear, widths
 from .config import TRAINABLE, SparseMemoryConfig
 from .layer import CANNOT_MERGE, SparseMemoryLayer, SparseMemoryLinear, freeze
+from .masks import MaskHooks
 from .saving import guard_owner
 from .tail import BASE_ROW, TAIL, Tail, adapters_of, tail_of
 
@@ -80,7 +79,7 @@ class SparseMemoryModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         if _MASK_HOOK not in vars(model):
-            vars(model)[_MASK_HOOK] = _MaskHooks(model)
+            vars(model)[_MASK_HOOK] = MaskHooks(model)
         model.register_state_dict_pre_hook(partial(_note_scope_sizes, config, adapter_name))
         if config.write == "last":
             tail = vars(model).get(TAIL)
@@ -249,50 +248,6 @@ def set_trainable(model: nn.Module, trainable: str) -> None:
     for memory in memory_layers(model).values():
         freeze(memory, trainable)
     model.peft_config[model.active_adapter].trainable = trainable  # type: ignore[index,union-attr]
-
-
-class _MaskHooks:
-    """Hooks on the model that give its memory layers the attention mask during each call."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._before = model.register_forward_pre_hook(_hand_out_mask, with_kwargs=True)
-        self._after = model.register_forward_hook(_take_back_mask, always_call=True)
-
-    def remove(self) -> None:
-        self._before.remove()
-        self._after.remove()
-
-
-def _take_back_mask(model: nn.Module, *_: Any) -> None:
-    """After each call: remove the mask, so that a later call of only a part of the model does not use it."""
-    if not torch.is_grad_enabled():
-        return
-    modules = list(model.modules())
-    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in modules):
-        # the backward pass may run the layers again, and their reads are counted then
-        return
-    for module in modules:
-        if isinstance(module, ProductKeyMemory):
-            module.token_mask = None
-
-
-def _hand_out_mask(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Before each call with gradients: give every memory layer the call's 2-D attention mask, or None."""
-    if not torch.is_grad_enabled():
-        # nothing is counted, and in generation a search for the layers would cost as much as a read
-        return
-    mask = kwargs.get("attention_mask")
-    if (
-        mask is None
-        and len(args) > 1
-        and list(inspect.signature(model.forward).parameters)[1] == "attention_mask"
-    ):
-        mask = args[1]
-    mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    for module in model.modules():
-        if isinstance(module, ProductKeyMemory):
-            # the layers of one model may be on several devices
-            module.token_mask = None if mask is None else mask.to(module.values.device)
 
 
 def _note_scope_sizes(config: SparseMemoryConfig, adapter: str, model: nn.Module, *_: Any) -> None:

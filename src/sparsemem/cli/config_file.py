@@ -3,6 +3,7 @@
 A key is an option's name without the dashes. What the command line says has the last word.
 """
 
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,9 @@ def read_config(path: Path, command: click.Command) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--config {path}: cannot be read ({error.strerror}); give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: is not YAML ({error}); `sparsemem config` prints one") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(f"--config {path}: is not YAML ({line}); `sparsemem config` prints one") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -83,9 +85,9 @@ def read_config(path: Path, command: click.Command) -> dict[str, Any]:
     known = _parameters(command)
     values = {}
     for given, value in content.items():
-        key = str(given).replace("_", "-")
+        key = str(given).replace("_", "-") if isinstance(given, str) else ""
         if key not in known:
-            raise ValueError(f"--config {path}: unknown key {given!r}; allowed are {', '.join(known)}")
+            raise ValueError(f"--config {path}: unknown key {_short(given)}; allowed are {', '.join(known)}")
         if value is not None:
             values[known[key].name] = _typed(path, key, value, known[key])
     return values
@@ -113,16 +115,21 @@ def _typed(path: Path, key: str, value: Any, parameter: click.Parameter) -> Any:
     """A value as click takes it from a map of defaults."""
     if isinstance(parameter, click.Option) and parameter.is_flag:
         if not isinstance(value, bool):
-            raise ValueError(f"--config {path}: {key}={value!r} must be true or false")
+            raise ValueError(f"--config {path}: {key}={_short(value)} must be true or false")
         return value
     several = isinstance(value, list)
     parts = value if several else [value]
     if not parts or any(isinstance(part, dict | list | bool) or part is None for part in parts):
-        raise ValueError(f"--config {path}: {key}={value!r} must be text, a number, or a list of them")
+        raise ValueError(f"--config {path}: {key}={_short(value)} must be text, a number, or a list of them")
     if getattr(parameter, "multiple", False):
         return [str(part) for part in parts]
     # options of several names or numbers take them with commas between
     return ",".join(map(str, parts)) if several else str(value)
+
+
+def _short(value: Any) -> str:
+    """A value in an error message. Aliases in YAML can make a small file hold a value without end."""
+    return reprlib.repr(value)
 
 
 def _plain(parameter: click.Parameter) -> Any:

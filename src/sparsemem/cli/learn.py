@@ -64,9 +64,11 @@ def learn(
         _show(done, as_json, f"{out}: took back {undo}, holds {done['tasks']} tasks{again}")
     elif status:
         held = streams.status(out)
-        lines = [f"{one['task']}: {one['records']} records, {one['bytes']:,} bytes" for one in held["tasks"]]
+        lines = [
+            f"{one['task']}: records: {one['records']}, bytes: {one['bytes']:,}" for one in held["tasks"]
+        ]
         lines += [f"{name}: taken back" for name in held["undone"]]
-        lines.append(f"{out}: {len(held['tasks'])} tasks, {held['bytes']:,} bytes, on {held['model']}")
+        lines.append(f"{out}: tasks: {len(held['tasks'])}, bytes: {held['bytes']:,}, model: {held['model']}")
         if held["interrupted"]:
             lines.append("the last task was interrupted and does not count; --resume teaches it again")
         _show(held, as_json, "\n".join(lines))

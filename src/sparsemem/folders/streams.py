@@ -23,6 +23,8 @@ from ..layer.scope import Scope
 from ..patches.composing import composed, silenced
 from ..patches.ledger import FILE, LEARN, Ledger, checked_patch
 from ..patches.space import load_spaces, memory_digest, space_digest
+from ..writing import finish_save
+from .names import public_model
 from .staging import refuse_existing
 
 
@@ -119,7 +121,7 @@ def status(out: Path) -> dict[str, Any]:
     undone = [e["task"] for e in ledger.entries[1:] if e["op"] != LEARN and e["task"] not in held]
     return {
         "out": str(out),
-        "model": ledger.about["model"],
+        "model": public_model(ledger.about["model"]),
         "tasks": [{key: entry[key] for key in keys} for entry in active],
         "undone": list(dict.fromkeys(undone)),
         "bytes": sum(entry["bytes"] for entry in active),
@@ -133,6 +135,7 @@ def verify(out: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: naming the first that is not as it was written.
     """
+    finish_save(out)
     ledger = Ledger(out / FILE)
     taught = [entry for entry in ledger.entries[1:] if entry["op"] == LEARN]
     patches = {entry["patch"]: checked_patch(out, entry) for entry in taught}
@@ -149,9 +152,9 @@ def verify(out: Path) -> dict[str, Any]:
     if memory_digest(held) != ledger.about["memory"]:
         raise ArtifactError(f"{weights}: was altered; get an undamaged copy")
     for field in fields(Scope):
-        there = held[f"scope_{field.name}"]
-        wanted = there[:0] if scope is None else getattr(scope, field.name)
-        if not torch.equal(wanted, there):
+        there = held.get(f"scope_{field.name}")
+        wanted = there if scope is None else getattr(scope, field.name)
+        if there is None or (scope is None and there.numel()) or not torch.equal(wanted, there):
             raise ArtifactError(f"{weights}: is not what the ledger says; learn --resume writes it again")
     return {"out": str(out), "lines": len(ledger.entries), "patches": len(patches), "ok": True}
 

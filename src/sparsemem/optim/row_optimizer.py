@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
 
@@ -91,6 +92,12 @@ class RowOptimizer(Optimizer):
             raise ValueError(
                 f"model: the value rows of {frozen[0]} are frozen; load the adapter with is_trainable=True, "
                 "or call model.set_adapter(name)"
+            )
+        sharded = [name for name, memory in self.layers.items() if isinstance(memory.values, DTensor)]
+        if sharded:
+            raise ValueError(
+                f"model: the value rows of {sharded[0]} are sharded, but a row optimizer needs whole "
+                "tables; give fully_shard ignored_params=, the parameters whose name has 'sparse_memory_'"
             )
         self.top_t, self.rule, self.background, self.max_grad_norm = top_t, rule, background, max_grad_norm
         self.generator = torch.Generator().manual_seed(seed)

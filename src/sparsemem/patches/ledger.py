@@ -20,6 +20,20 @@ from .patch import RowPatch
 
 FILE = "ledger.jsonl"
 BEGIN, LEARN, UNDO = "begin", "learn", "undo"
+# What each line must have besides its digests.
+_FIELDS: dict[str, dict[str, type]] = {
+    BEGIN: {"model": str, "base": str, "space": str, "memory": str, "seed": int},
+    LEARN: {
+        "task": str,
+        "data": str,
+        "records": int,
+        "patch": str,
+        "patch_sha256": str,
+        "bytes": int,
+        "seconds": float,
+    },
+    UNDO: {"task": str},
+}
 
 
 class Ledger:
@@ -47,8 +61,16 @@ class Ledger:
         *lines, rest = content.split(b"\n")
         self.torn = bool(rest)
         self._size = len(content) - len(rest)
+        held: set[str] = set()
         for number, line in enumerate(lines, start=1):
-            self.entries.append(_checked(path, number, line, self.entries))
+            entry = _checked(path, number, line, self.entries)
+            # a task is taught when it is not held, and taken back when it is
+            if entry["op"] != BEGIN and (entry["op"] == UNDO) != (entry["task"] in held):
+                raise ArtifactError(
+                    f"{path}, line {number}: was altered; get an undamaged copy of the folder"
+                )
+            held ^= {entry["task"]} if entry["op"] != BEGIN else set()
+            self.entries.append(entry)
         if not self.entries:
             raise ArtifactError(f"{path}: has no line; remove the folder and begin again")
 
@@ -116,10 +138,16 @@ def _checked(path: Path, number: int, line: bytes, before: list[dict[str, Any]])
         entry = json.loads(line)
         digest = entry.pop("sha256")
         parent = entry["parent"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(altered) from error
     expected = before[-1]["sha256"] if before else ""
-    if digest != _digest(entry) or parent != expected or (entry["op"] == BEGIN) != (not before):
+    if digest != _digest(entry) or parent != expected:
+        raise ArtifactError(altered)
+    needed = _FIELDS.get(entry.get("op")) if isinstance(entry.get("op"), str) else None
+    # a digest shows that a line is whole, not that learn wrote it
+    if needed is None or any(type(entry.get(key)) is not kind for key, kind in needed.items()):
+        raise ArtifactError(altered)
+    if (entry["op"] == BEGIN) != (not before):
         raise ArtifactError(altered)
     return {**entry, "sha256": digest}
 
@@ -131,6 +159,8 @@ def checked_patch(folder: Path, entry: dict[str, Any]) -> RowPatch:
         ArtifactError: it is missing, or is not the one that the line names.
     """
     file = folder / entry["patch"]
+    if Path(entry["patch"]).is_absolute() or ".." in Path(entry["patch"]).parts:
+        raise ArtifactError(f"{file}: is outside the folder; get an undamaged copy of the folder")
     if not file.is_file():
         raise ArtifactError(f"{file}: the patch of task {entry['task']!r} is missing; get a whole copy")
     if hashlib.sha256(file.read_bytes()).hexdigest() != entry["patch_sha256"]:

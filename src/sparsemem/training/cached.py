@@ -185,13 +185,15 @@ class StateRows(Dataset):
 
 
 def collate_states(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Collate a batch for `TailHead`: states of all supervised positions, or the records, and labels [n]."""
+    """Collate a batch for `TailHead`: states of all supervised positions, or the records, labels [n], and
+    how many of these each record has."""
     states = [item["states"] for item in items]
     labels = torch.cat([item["labels"] for item in items])
     return {
         "states": torch.cat(states) if isinstance(states[0], Tensor) else states,
         "shift_labels": labels,
         "labels": labels,
+        "sizes": torch.tensor([len(item["labels"]) for item in items]),
     }
 
 

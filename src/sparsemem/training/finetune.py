@@ -8,7 +8,7 @@ resident set, or of the GPU's allocations.
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,28 +19,25 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
 
 from ..background.background import Background
 from ..data.models import tokenizer_of
 from ..data.records import batches as batched
-from ..data.records import collate
 from ..optim.rows import REST_LR, RowOptimizer
 from ..optim.selection import Rule
 from ..patches.patch import RowPatch
 from ..precision import computing_in, precision_of
 from .arguments import WARMUP_STEPS, check_arguments, training_arguments
-from .cached import StateRows, collate_states, train_states
+from .cached import train_states
 from .callbacks import METRICS_FILE, MetricsFile, StopAtLoss, Stopwatch, recent_loss
 from .checkpoints import check_writable, keep_run, last_checkpoint, run_of
 from .footprint import peak_memory
 from .interrupts import StopAtSignal
-from .loading import MENTION_FORMS, Data, RunData, known_batches, load_data, mention_examples
-from .methods import TOP_T, Prepared, prepare
-from .trainer import FinetuneTrainer
+from .loading import MENTION_FORMS, Data, known_batches, load_data, mention_examples
+from .methods import TOP_T, prepare
+from .running import last_with, train, trainer_of, without_cache
 
 CACHE_BYTES = 2**31
 
@@ -140,8 +137,6 @@ def finetune(
             "cosine" down to 0. None: "linear" for sparse memory, "constant" for other methods.
         validation: data on which the loss is measured before training, after each epoch, and at the end.
         cache_bytes: a tail memory trains on the base model's states, computed once. They are kept in memory,
-        cache_bytes: a tail memory trains on the base model's states, computed once. They are kept in memory,
-            or in a file next to the checkpoints if larger than this. 0: each step computes them.
             or in a file next to the checkpoints if larger than this. 0: each step computes them.
         precision: "float32", "bfloat16" (autocast of float32 weights), or None for the faster of the two on
             this device.
@@ -232,13 +227,13 @@ def finetune(
             known=partial(known_batches, loaded, tokenizer),
             states=lambda ready: train_states(ready, loaded.examples, loaded.pad, cache_bytes, folder),
         )
-        stack.enter_context(_without_cache(prepared.model))
+        stack.enter_context(without_cache(prepared.model))
         stop = StopAtSignal()
         ours = [stopwatch, StopAtLoss(stop_loss, steps_per_epoch)]
         ours += [stop, MetricsFile(folder / METRICS_FILE)] if output_dir else []
-        trainer = _trainer(prepared, loaded, arguments, [*ours, *callbacks], cache_bytes, folder)
+        trainer = trainer_of(prepared, loaded, arguments, [*ours, *callbacks], cache_bytes, folder)
         with stop.listening() if output_dir else nullcontext():
-            _train(trainer, checkpoint, stopwatch)
+            train(trainer, checkpoint, stopwatch)
         seconds = stopwatch.seconds
         if isinstance(prepared.optimizer, RowOptimizer):
             prepared.optimizer.release()
@@ -248,7 +243,7 @@ def finetune(
         method=method,
         steps=trainer.state.global_step,
         loss=recent_loss(history, steps_per_epoch),
-        validation_loss=_last(history, "eval_loss").get("eval_loss"),
+        validation_loss=last_with(history, "eval_loss").get("eval_loss"),
         seconds=seconds,
         trained_params=sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
         peak_bytes=memory.peak_bytes,
@@ -257,69 +252,3 @@ def finetune(
         background=getattr(prepared.optimizer, "background", None),
         precision=used,
     )
-
-
-def _trainer(
-    prepared: Prepared,
-    loaded: RunData,
-    arguments: TrainingArguments,
-    callbacks: list[TrainerCallback],
-    cache_bytes: int,
-    folder: Path,
-) -> FinetuneTrainer:
-    """The trainer, of the whole model or, if `prepare` returned states, of the head on these states."""
-    if isinstance(prepared.optimizer, RowOptimizer):
-        # a row optimizer clips the gradients of all that it trains itself
-        arguments.max_grad_norm = 0.0
-    head, rows = prepared.states or (None, loaded.examples)
-    held_out = loaded.held_out
-    if head is not None and held_out is not None:
-        held_out = StateRows(head, held_out, cache_bytes, folder)
-    return FinetuneTrainer(
-        head,
-        model=prepared.model,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=partial(collate, pad_token_id=loaded.pad) if head is None else collate_states,
-        eval_dataset=held_out,
-        optimizers=(prepared.optimizer, None),
-        callbacks=callbacks,
-    )
-
-
-def _train(trainer: FinetuneTrainer, checkpoint: str | None, stopwatch: Stopwatch) -> None:
-    """Train to the end, from a checkpoint if there is one, and measure the loss on the held-out data."""
-    reached = None
-    if checkpoint is not None:
-        reached = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-        stopwatch.add_earlier(reached)
-    if checkpoint and reached and reached.global_step >= trainer.args.max_steps:
-        # Trainer would take one more step before it compares the number of steps
-        trainer._load_from_checkpoint(checkpoint)
-        trainer.state = reached
-    else:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.skipped.in_a_row and trainer.skipped.in_a_row * 2 >= trainer.state.global_step:
-            raise ValueError(
-                f"the loss is NaN or infinite in the last {trainer.skipped.in_a_row} of "
-                f"{trainer.state.global_step} steps; choose a smaller lr or check the data"
-            )
-    if trainer.eval_dataset is None:
-        return
-    if _last(trainer.state.log_history, "eval_loss").get("step", -1) < trainer.state.global_step:
-        trainer.evaluate()
-
-
-@contextmanager
-def _without_cache(model: Any):
-    """Restore `use_cache` after the block: Trainer switches the key-value cache off for good."""
-    before = model.config.use_cache
-    try:
-        yield
-    finally:
-        model.config.use_cache = before
-
-
-def _last(log_history: list[dict], key: str) -> dict:
-    """The last entry with this key; an empty one where there is none."""
-    return next((entry for entry in reversed(log_history) if key in entry), {})

@@ -11,9 +11,9 @@ takes. The ledger decides what was taught: whenever a process is killed, the fol
 
 import hashlib
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..adapter.model import memory_layers
 from ..background.background import addressing_fingerprint
 from ..background.own_space import KindThresholds
+from ..data.gguf import packaged_name
 from ..data.models import load_base, tokenizer_of
 from ..data.records import encode
 from ..data.tasks import fact_of
@@ -35,6 +36,7 @@ from ..patches.ledger import FILE, LEARN, UNDO, Ledger, checked_patch
 from ..patches.patch import RowPatch
 from ..patches.space import load_spaces, memory_digest, space_digest
 from ..provenance import environment
+from ..writing import save_into
 from .cached import TailHead
 from .own_patch import Place, own_patch
 from .stream_folder import PATCHES, SPACE_FILE, begin_stream, context_length, write_to
@@ -203,15 +205,22 @@ class Stream:
         """
         self.select(None)
         model = self.model
-        with tempfile.TemporaryDirectory(dir=self.folder) as part:
-            write_to(Path(part), model.save_pretrained)
-            for file in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
-                (Path(part) / file).replace(self.folder / file)
+
+        def write(part: Path) -> None:
+            # the page may have another adapter beside the stream's
+            write_to(part, partial(model.save_pretrained, selected_adapters=[model.active_adapter]))
+            for path in part.iterdir():
+                if path.name not in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+                    path.unlink()
+
+        save_into(self.folder, write)
 
     def _continued(self, model: PreTrainedModel) -> PeftModel:
         if fingerprint_base(model) != self.ledger.about["base"]:
+            named = self.ledger.about["model"]
             raise ArtifactError(
-                f"{self.folder}: belongs to another base model; give {self.ledger.about['model']!r}"
+                f"{self.folder}: belongs to another base model; give "
+                f"{packaged_name(Path(named).name) or named!r}"
             )
         damaged = f"{self.folder / SAFETENSORS_WEIGHTS_NAME}: is damaged; get an undamaged copy"
         try:

@@ -17,6 +17,7 @@ from ..processes import summed
 from .cached import TailHead
 from .callbacks import Progress
 from .checkpoints import list_files
+from .uneven import first_records, no_loss, num_own
 
 
 class FinetuneTrainer(Trainer):
@@ -45,7 +46,20 @@ class FinetuneTrainer(Trainer):
             # a row optimizer averages over processes itself, and DDP refuses a model in which only rows train
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        at_end = self.accelerator.gradient_state.end_of_dataloader
+        if self.args.world_size == 1 or not at_end or not samples:
+            return samples, num_items
+        size, held = self.args.per_device_train_batch_size, len(self.train_dataset)  # type: ignore[arg-type]
+        number = num_own(held, size, self.args.process_index, self.args.world_size)
+        samples[-1] = first_records(samples[-1], number)
+        return samples, self._get_num_items_in_batch(samples, device)
+
     def compute_loss(self, model, inputs, *args, **kwargs):
+        if isinstance(self._own_optimizer(), RowOptimizer) and not (inputs["labels"] != -100).any():
+            # without a forward pass, so that nothing counts as read
+            return no_loss(self.model)  # type: ignore[arg-type]
         if self.head is not None:
             states = {key: inputs[key] for key in ("states", "shift_labels")}
             return super().compute_loss(self.head, states, *args, **kwargs)  # type: ignore[arg-type]
@@ -71,7 +85,7 @@ class FinetuneTrainer(Trainer):
         if self.args.world_size > 1:
             bad = bool(summed(torch.tensor(float(bad), device=self.args.device)) > 0)
         self._bad = bad
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer = self._own_optimizer()
         if isinstance(optimizer, RowOptimizer):
             if bad:
                 optimizer.skip_step()
@@ -104,10 +118,14 @@ class FinetuneTrainer(Trainer):
         if "loss" in logs and self._bad:
             logs, self._bad = {**logs, "loss": math.nan}, False
         # Trainer logs the norm of `.grad`, which value rows do not have
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer = self._own_optimizer()
         if "grad_norm" in logs and isinstance(optimizer, RowOptimizer):
             logs = {**logs, "grad_norm": float(optimizer.last_grad_norm)}  # type: ignore[arg-type]
         super().log(logs, start_time)
+
+    def _own_optimizer(self) -> Any:
+        """The optimizer without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def evaluate(self, *args, **kwargs):
         # evaluation draws a random number, and a resumed run does not repeat earlier evaluations
