@@ -53,7 +53,7 @@ def sharded(rank, out):
 _WORKER = """
 import os, sys
 sys.path[:0] = {path!r}
-from test_sharded import sharded
+from test_sharded_table import sharded
 import torch.distributed as dist
 sharded(int(os.environ["RANK"]), {out!r})
 dist.destroy_process_group()
