@@ -3,7 +3,7 @@
 The table is an ordinary tensor [num_slots, d], and its storage is a private mapping of anonymous memory. The
 operating system gives such a mapping a page when it is first written. Pages that were never written all show
 one shared page of zeros, which stays in the processor's cache. So a table costs the pages of its written
-rows, and reading zero rows costs no memory traffic (measured, dev/LOG.md section 17).
+rows, and reading zero rows costs no memory traffic (measured, dev/LOG.md section 18).
 
 torch.zeros writes its zeros, and numpy.zeros asks for huge pages, of which one written row takes 2 MB.
 """
