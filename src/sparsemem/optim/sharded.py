@@ -66,10 +66,10 @@ class ShardedTable(nn.Module):
         slots = rows * world + rank
         scores = read_scores(slots, counts, self.num_slots, background, rule, num_reads=total)
         best = best_rows(slots, scores, top_t)
-        offered = torch.stack([best, scores[torch.searchsorted(slots, best)].double().view(torch.int64)])
+        offered = torch.stack([best, scores[torch.searchsorted(slots, best)].view(torch.int64)])
         gathered = _exchange([offered.T.contiguous()] * world)
         slots, order = torch.cat([part[:, 0] for part in gathered]).sort()
-        scores = torch.cat([part[:, 1] for part in gathered])[order].view(torch.float64)
+        scores = torch.cat([part[:, 1] for part in gathered])[order].view(scores.dtype)
         chosen = best_rows(slots, scores, top_t).sort().values
         mine = chosen[chosen % world == rank] // world
         gradient = torch.zeros(len(mine), self.rows.shape[1])
