@@ -44,7 +44,7 @@ def learn(
     if len(chosen) != 1:
         got = " and ".join(chosen) or "none of them"
         raise click.UsageError(f"give one of --stream, --undo, --status and --verify, not {got}")
-    if out is None and model is not None and (Path(model) / "ledger.jsonl").is_file():
+    if out is None and model is not None and streams.is_stream(Path(model)):
         out, model = Path(model), None
     if out is None:
         raise click.UsageError("--out is missing; name the folder that keeps what is taught")

@@ -58,7 +58,7 @@ def learn(
     from ..training.stream import Stream, data_digest
 
     tasks = tasks_of(read_records(source, mixed=True), every)
-    is_there = (out / FILE).exists()
+    is_there = is_stream(out)
     if is_there and not resume:
         raise ValueError(f"--out {out} holds a stream; add --resume to continue it, or name another folder")
     if not is_there:

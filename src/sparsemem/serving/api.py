@@ -19,14 +19,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from . import engine as engines
 from .bodies import ApiError, Asked, read_chat, read_completion
 from .decoding import Row, Sampling, room_of
 from .engine import Engine, Piece, QueueFull
 from .forms import Answered, Chat, Completion, Form
-from .listen import LOOPBACK_HOSTS
+from .listen import LOOPBACK_HOSTS, new_app
 from .memories import Served
 from .metrics import Metrics
 from .text import AnswerText
@@ -61,8 +60,7 @@ def build_app(
 
     Args:
         api_key: what clients must send as a bearer token; None: nothing.
-        hosts: names under which the server may be asked; "*": any. So a page of another host, whose name was
-            made to lead to this machine, gets no answer.
+        hosts: names under which the server may be asked; "*": any.
     """
     limits = limits or Limits()
     engine = Engine(served.model, served.tokenizer, max_batch=limits.max_batch, max_queue=limits.max_queue)
@@ -76,9 +74,7 @@ def build_app(
         yield
         await asyncio.to_thread(engine.stop)
 
-    # its own pages of documentation load scripts from elsewhere
-    app = FastAPI(lifespan=running, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    app = new_app(running, hosts)
 
     @app.exception_handler(ApiError)
     async def _api_error(_request: Request, error: ApiError) -> JSONResponse:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 GRACE_SECONDS = 10
 # Names of this machine for itself.
@@ -25,6 +27,19 @@ def is_loopback(host: str) -> bool:
 def hosts_for(host: str) -> tuple[str, ...]:
     """Names under which a server that listens at this host may be asked; "*": any."""
     return LOOPBACK_HOSTS if is_loopback(host) else ("*",)
+
+
+def new_app(running: Callable[[FastAPI], Any], hosts: tuple[str, ...]) -> FastAPI:
+    """An application that answers only if it is asked for under one of these names.
+
+    Args:
+        running: the context in which it runs.
+        hosts: "*": any. A page of another host, whose name was made to lead to this machine, gets no answer.
+    """
+    # its own pages of documentation load scripts from elsewhere
+    app = FastAPI(lifespan=running, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    return app
 
 
 def listen(app: Any, host: str, port: int, say: Callable[[str], None]) -> None:

@@ -16,7 +16,7 @@ from ..adapter.model import memory_layers, writes_last
 from ..data.models import load
 from ..files import fingerprint_base
 from ..folders.contents import ADAPTER_FILE
-from ..folders.names import is_local, public_model
+from ..folders.names import public_model
 from ..folders.patching import spaces_of
 from ..layer.scope import Scope
 from ..patches.patch import RowPatch
@@ -74,7 +74,6 @@ def load_served(name: str, patches: Mapping[str, Path], *, dtype: torch.dtype = 
             _rename_default(model, own)
             memories.append(own)
     base = public_model(str(getattr(model.config, "name_or_path", "")) or name)
-    base = Path(base).name if is_local(base) else base
     taken = {BASE, base, *memories, "default"}
     for given, path in patches.items():
         if given in taken:

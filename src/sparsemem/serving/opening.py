@@ -6,7 +6,7 @@ from typing import Any
 from peft import PeftModel
 
 from ..data.models import load
-from ..folders.names import is_local, public_model
+from ..folders.names import public_model
 from ..folders.staging import refuse_existing
 from ..folders.streams import is_stream, model_of
 from ..training.stream import Stream
@@ -50,11 +50,10 @@ def _opened(
 ) -> Lessons:
     if not is_stream(folder):
         progress("Setting up the memory: once, a minute or so", 0, 0)
-    base = public_model(str(getattr(model.config, "name_or_path", "")))
     stream = Stream(model, folder, tokenizer=tokenizer)
     if given is not None:
         stream.model.load_adapter(str(given), adapter_name=GIVEN)
         stream.model.set_adapter(MEMORY)
     stream.model.requires_grad_(False).eval()
     title = given.resolve().name if given is not None else None
-    return Lessons(stream, Path(base).name if is_local(base) else base, title)
+    return Lessons(stream, public_model(str(getattr(model.config, "name_or_path", ""))), title)

@@ -15,12 +15,11 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from .api import read_body
 from .bodies import ApiError
 from .lessons import Lessons, Progress
-from .listen import LOOPBACK_HOSTS
+from .listen import LOOPBACK_HOSTS, new_app
 from .teaching import dropped_records, typed_records
 from .work import Worker
 
@@ -50,8 +49,7 @@ def build_page(
         yield
         await asyncio.to_thread(worker.stop)
 
-    app = FastAPI(lifespan=running, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    app = new_app(running, hosts)
 
     @app.exception_handler(ApiError)
     async def _error(_request: Request, error: ApiError) -> JSONResponse:

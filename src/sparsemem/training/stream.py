@@ -103,7 +103,6 @@ class Stream:
         self._patches: dict[str, RowPatch] = {}
         self._only: set[str] | None = None
         self._stale = True
-        self._spoken_by: list[str] = []
 
     @property
     def tasks(self) -> list[str]:
@@ -114,10 +113,8 @@ class Stream:
     def model(self) -> PeftModel:
         """The base model with all that it holds, or with what `select` chose of it."""
         if self._stale:
-            active = [e for e in self.ledger.active() if self._only is None or e["task"] in self._only]
-            patches = [self.patch(entry) for entry in active]
+            patches = [self.patch(entry) for entry in self._selected()]
             memory_layers(self._model)[self.layer].scope = composed(self.layer, patches, self._space)
-            self._spoken_by = [active[place]["task"] for place in owners(self.layer, patches)]
             self._stale = False
         return self._model
 
@@ -137,8 +134,10 @@ class Stream:
         scope = memory_layers(self.model)[self.layer].scope
         if scope is None:
             return [None] * len(states)
+        selected = self._selected()
+        of_centre = owners(self.layer, [self.patch(entry) for entry in selected])
         places = scope.nearest_open(states).tolist()
-        return [self._spoken_by[place] if place >= 0 else None for place in places]
+        return [selected[of_centre[place]]["task"] if place >= 0 else None for place in places]
 
     def teach(
         self,
@@ -237,6 +236,10 @@ class Stream:
         if memory_digest(memory.state_dict()) != self.ledger.about["memory"]:
             raise ArtifactError(damaged)
         return adapted
+
+    def _selected(self) -> list[dict[str, Any]]:
+        """The ledger's lines of the tasks that the model holds now."""
+        return [e for e in self.ledger.active() if self._only is None or e["task"] in self._only]
 
     def patch(self, entry: dict[str, Any]) -> RowPatch:
         """The patch of a line of the ledger that taught a task.
