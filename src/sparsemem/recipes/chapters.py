@@ -58,3 +58,16 @@ def chapter_items(num_train: int, num_test: int) -> tuple[list[dict[str, Any]], 
         return {"question": question, "choices": choices, "answer": choices.index(right), "code": code}
 
     return [item(code) for code in train[:num_train]], [item(code) for code in test[:num_test]]
+
+
+def held_out_categories(
+    items: list[dict[str, Any]], num_test: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Split training items into items to learn and about `num_test` items of other categories."""
+    held_out: set[str] = set()
+    for item in items:
+        if sum(one["code"][:3] in held_out for one in items) >= num_test:
+            break
+        held_out.add(item["code"][:3])
+    learnt = [item for item in items if item["code"][:3] not in held_out]
+    return learnt, [item for item in items if item["code"][:3] in held_out]

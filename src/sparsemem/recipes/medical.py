@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..comparison.compare import BASE, Recipe
-from .chapters import chapter_items
+from .chapters import chapter_items, held_out_categories
 from .forgetting import read_prose
 from .medical_methods import METHODS, USUAL, MedicalSettings, method_settings, num_steps, teach
 from .questions import capital_items
@@ -77,6 +77,8 @@ def run(
     stage("load the model")
     model, tokenizer = load_base(settings.model)
     taught, asked = chapter_items(settings.num_train, settings.num_test)
+    if settings.choosing:
+        taught, asked = held_out_categories(taught, settings.num_test)
     cost = UNTRAINED
     if method != BASE:
         stage("teach")

@@ -56,6 +56,8 @@ class MedicalSettings:
     precision: str = "auto"
     num_train: int = 2400
     num_test: int = 400
+    # test on categories taken out of the training records, to choose settings
+    choosing: bool = False
     max_steps: int = 150
     # on cached states and with a decaying rate: three passes over the records
     memory_steps: int = 900
@@ -78,6 +80,8 @@ def method_settings(settings: MedicalSettings, method: str) -> dict[str, Any]:
     """The settings that decide this method's result; changing one method keeps the others' runs valid."""
     kept = asdict(settings)
     del kept["model"], kept["precision"], kept["memory_steps"]
+    if not settings.choosing:
+        del kept["choosing"]
     rates, arms = kept.pop("lr"), kept.pop("arms")
     kept["max_steps"] = num_steps(settings, method)
     if method == BASE:
