@@ -22,8 +22,10 @@ ui: $(READY)
 demo: $(READY)
 	$(BIN)/sparsemem demo --out demo-out
 
+# worksteal gives single tests to whichever process is free; after a crash, loadgroup waits for ever and
+# loadfile runs the same test again
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # run this before each commit; lint and tests run at the same time, within a minute on two cores
 check: $(READY)

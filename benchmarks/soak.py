@@ -27,6 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from peft import PeftModel, get_peft_model  # noqa: E402
 
 import mutants  # noqa: E402
 from conftest import CHAT_TEMPLATE, make_tokenizer  # noqa: E402
-from killing import Forever, killed  # noqa: E402
+from killing import killed, killed_while  # noqa: E402
 from sparsemem import Background, RowPatch, SparseMemoryConfig, Stream, memory_layers  # noqa: E402
 from sparsemem.background.background import LayerBackground  # noqa: E402
 from sparsemem.folders.streams import verify  # noqa: E402
@@ -52,6 +53,13 @@ from test_processes import most_bytes, run, several_processes  # noqa: E402
 from tiny import SMALL, scope_of, tiny_model  # noqa: E402
 
 logger = logging.getLogger("soak")
+
+# here, so that it is done in the processes that are killed too
+torch.set_num_threads(1)
+logging.getLogger("sparsemem").setLevel(logging.ERROR)
+transformers.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()
+warnings.simplefilter("ignore")
 
 # How often each part is done: kills, runs that are killed twice, mutants, and runs of two processes.
 SIZES = {
@@ -79,47 +87,59 @@ def taught(value: float, centres: int) -> Any:
     return model
 
 
+def two_adapters() -> list[Any]:
+    return [taught(1.0, 1), taught(2.0, 3)]
+
+
+def adapter_saves(path: Path) -> Callable[[int], None]:
+    models = two_adapters()
+    return lambda number: models[number % 2].save_pretrained(path)
+
+
 def kill_adapter_saves(number: int, rng: random.Random, folder: Path) -> dict[str, int]:
     """An adapter of other rows and another scope is saved over the one that is there, again and again."""
-    models = [taught(1.0, 1), taught(2.0, 3)]
-    expected = [_memory(model) for model in models]
+    expected = [_memory(model) for model in two_adapters()]
     path = folder / "adapter"
-    models[0].save_pretrained(path)
+    save = adapter_saves(path)
+    save(0)
     found = {"kills": 0, "unloadable": 0, "mixed": 0, "old or new": 0}
     for _ in range(number):
-        work = Forever(lambda n: models[n % 2].save_pretrained(path))
-        killed(work, work.begun, rng.uniform(0, 0.15))
+        killed_while(adapter_saves, path, wait=rng.uniform(0, 0.15))
         found["kills"] += 1
         try:
             now = _memory(PeftModel.from_pretrained(tiny_model(), path))
         except Exception as error:  # noqa: BLE001 (whatever it is, it is counted)
             found["unloadable"] += 1
             logger.error("save: %s", error)
-            models[0].save_pretrained(path)
+            save(0)
             continue
         found["old or new" if any(_same(now, one) for one in expected) else "mixed"] += 1
     return found
+
+
+def file_saves(path: Path, kind: str) -> Callable[[int], None]:
+    def save(n: int) -> None:
+        size = 200 + n % 2 * 2000
+        if kind == "patch":
+            rows = torch.full((size, 64), float(n))
+            layer = LayerPatch(torch.arange(size), rows, rows + 1, "a")
+            RowPatch({"l": layer}, "b", {"n": n}).save(path)
+        else:
+            counts = torch.full((size,), n)
+            Background({"l": LayerBackground(counts, counts.clone(), n)}).save(path)
+
+    return save
 
 
 def kill_file_saves(kind: str) -> Callable[[int, random.Random, Path], dict[str, int]]:
     def part(number: int, rng: random.Random, folder: Path) -> dict[str, int]:
         path = folder / f"{kind}.safetensors"
 
-        def save(n: int) -> None:
-            size = 200 + n % 2 * 2000
-            if kind == "patch":
-                rows = torch.full((size, 64), float(n))
-                layer = LayerPatch(torch.arange(size), rows, rows + 1, "a")
-                RowPatch({"l": layer}, "b", {"n": n}).save(path)
-            else:
-                counts = torch.full((size,), n)
-                Background({"l": LayerBackground(counts, counts.clone(), n)}).save(path)
-
+        save = file_saves(path, kind)
         save(0)
         found = {"kills": 0, "unloadable": 0, "mixed": 0, "old or new": 0}
         for _ in range(number):
-            work = Forever(save)
-            killed(work, work.begun, rng.uniform(0, 0.1))
+            killed_while(file_saves, path, kind, wait=rng.uniform(0, 0.1))
             found["kills"] += 1
             try:
                 layer: Any = (RowPatch if kind == "patch" else Background).load(path).layers["l"]
@@ -138,22 +158,29 @@ def kill_file_saves(kind: str) -> Callable[[int, random.Random, Path], dict[str,
     return part
 
 
+def opened(path: Path) -> Stream:
+    options = {} if path.exists() else {"background": BACKGROUND}
+    return Stream(tiny_model(), path, tokenizer=make_tokenizer(CHAT_TEMPLATE), **options)  # type: ignore[arg-type]
+
+
+def turn(stream: Stream) -> None:
+    if "more" in stream.tasks:
+        stream.undo("more")
+    else:
+        stream.teach("more", FACTS[:2])
+    stream.save()
+
+
+def turns(path: Path) -> Callable[[int], None]:
+    stream = opened(path)
+    return lambda _: turn(stream)
+
+
 def kill_streams(number: int, rng: random.Random, folder: Path) -> dict[str, int]:
     """A stream holds one task, and another one is taught, saved, taken back and saved, again and again."""
     path = folder / "stream"
 
-    def opened() -> Stream:
-        options = {} if path.exists() else {"background": BACKGROUND}
-        return Stream(tiny_model(), path, tokenizer=make_tokenizer(CHAT_TEMPLATE), **options)  # type: ignore[arg-type]
-
-    def turn(stream: Stream) -> None:
-        if "more" in stream.tasks:
-            stream.undo("more")
-        else:
-            stream.teach("more", FACTS[:2])
-        stream.save()
-
-    stream = opened()
+    stream = opened(path)
     stream.teach("first", FACTS[2:4])
     stream.save()
     states = {}
@@ -163,13 +190,12 @@ def kill_streams(number: int, rng: random.Random, folder: Path) -> dict[str, int
     found = {"kills": 0, "unloadable": 0, "mixed": 0, "old or new": 0}
     for _ in range(number):
         lines = len(stream.ledger.entries)
-        work = Forever(lambda _, stream=stream: turn(stream))
-        killed(work, work.begun, rng.uniform(0, 0.15))
+        killed_while(turns, path, wait=rng.uniform(0, 0.15))
         found["kills"] += 1
         try:
             # the adapter may be one save behind the ledger; what is opened follows the ledger
             adapter = _memory(PeftModel.from_pretrained(tiny_model(), path))
-            stream = opened()
+            stream = opened(path)
             whole = _same(_memory(stream.model), states[tuple(stream.tasks)])
             whole &= any(_same(adapter, state) for state in states.values())
             whole &= len(stream.ledger.entries) >= lines
@@ -179,7 +205,7 @@ def kill_streams(number: int, rng: random.Random, folder: Path) -> dict[str, int
             found["unloadable"] += 1
             logger.error("learn: %s", error)
             shutil.rmtree(path)
-            stream = opened()
+            stream = opened(path)
             stream.teach("first", FACTS[2:4])
             stream.save()
             continue
@@ -210,13 +236,9 @@ def kill_and_resume_training(number: int, rng: random.Random, folder: Path) -> d
             lines = out / "metrics.jsonl"
             least = rng.randrange(1, 9) if kill == 0 else 1
             killed(
-                lambda method=method, out=out, options=options, kill=kill: teach(
-                    method, out, resume=kill > 0, **options
-                ),
-                lambda lines=lines, least=least: (
-                    lines.exists() and lines.read_text().count('"loss"') >= least
-                ),
-                rng.uniform(0, 0.3),
+                partial(teach, method, out, resume=kill > 0, **options),
+                ready=partial(_has_losses, lines, least),
+                wait=rng.uniform(0, 0.3),
             )
             found["kills"] += 1
         try:
@@ -231,6 +253,10 @@ def kill_and_resume_training(number: int, rng: random.Random, folder: Path) -> d
         )
         found["equal to the bit" if same else "different"] += 1
     return found
+
+
+def _has_losses(log: Path, least: int) -> bool:
+    return log.exists() and log.read_text().count('"loss"') >= least
 
 
 def load_mutants(number: int, rng: random.Random, folder: Path) -> dict[str, int]:
@@ -302,11 +328,6 @@ def main() -> int:
     chosen = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
-    logging.getLogger("sparsemem").setLevel(logging.ERROR)
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     done = read_json(chosen.out) if chosen.out.exists() else {}
     wanted = [name for name in PARTS if SIZES[chosen.size][name]]
     about = {"size": chosen.size, "commit": environment()["commit"]}

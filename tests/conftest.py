@@ -2,8 +2,11 @@
 
 import gc
 import os
+import signal
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import get_peft_model
@@ -17,6 +20,18 @@ from tiny import SMALL, batch
 # workers of two threads each mostly wait for each other. Child processes read the variable.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A background job of a shell ignores interrupts, and so would each process that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _one_thread():
+    """A forked child may wait for ever for a lock that another thread held; tests/killing.py has none."""
+    assert psutil.Process().num_threads() == 1, "a test must not fork a process that has threads"
+
+
+os.register_at_fork(before=_one_thread)
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -57,19 +72,7 @@ def plain_bos_tokenizer():
 @pytest.fixture(scope="session")
 def tiny_llama(tokenizer):
     """A factory of Llama models of four layers, random by seed."""
-
-    def make(seed=0, **config):
-        torch.manual_seed(seed)
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
-        settings = sizes | {"num_key_value_heads": 2, "max_position_embeddings": 256} | config
-        ids = {
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": None,
-        }
-        return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **settings, **ids)).eval()
-
-    return make
+    return partial(make_llama, tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +105,18 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}; set SPARSEMEM_SHARED_DATA to its folder")
     return folder
+
+
+def make_llama(tokenizer, seed=0, **config):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    settings = sizes | {"num_key_value_heads": 2, "max_position_embeddings": 256} | config
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **settings, **ids)).eval()
 
 
 def make_tokenizer(chat_template, bos=None):

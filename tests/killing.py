@@ -1,97 +1,92 @@
-"""Kill a process at a chosen moment, without starting a new interpreter for each kill."""
+"""Kill a process at a chosen moment, without starting a new interpreter for each kill.
 
-import contextlib
-import mmap
+multiprocessing's fork server is a process that has imported the package and does nothing else: it has one
+thread, so its children inherit no lock that nobody will release. A fork of the tests' own process could.
+"""
+
+import multiprocessing
 import os
-import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
 import torch
 from tqdm import tqdm
 
+import sparsemem
+
+# pyarrow's allocator would start a thread of its own in the server
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
+ROOMS = sorted(f"sparsemem.{room}" for room in set(sparsemem._ROOM.values()))
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["__main__", "pytest", "datasets", *ROOMS])
+
 
 def killed(
-    work: Callable[[], Any],
+    work: Callable[..., Any],
+    *arguments: Any,
     ready: Callable[[], bool],
     wait: float = 0.0,
-    *,
-    again: Callable[[], Any] = lambda: None,
-    seconds: float = 60.0,
-    tries: int = 3,
+    seconds: float = 600.0,
 ) -> bool:
-    """Do `work` in a fork of this process, and send it SIGKILL `wait` seconds after `ready` is true.
-
-    A fork of a process with threads may inherit a lock that no thread of it holds, and wait forever. So a
-    child that is not ready in time is killed, and another one is tried.
+    """Call `work(*arguments)` in another process, and send it SIGKILL `wait` seconds after `ready` is true.
 
     Args:
-        work: what the child does.
-        ready: asked by the parent every millisecond.
-        again: called before another child is tried, to remove what the former one left.
-        seconds: in which a child must be ready.
-        tries: number of children.
+        work: what the process does: a function that can be pickled, so one at the level of its module.
+        ready: asked by this process every millisecond.
+        seconds: in which the process must be ready.
 
     Returns:
-        Whether the child was killed; False if it had ended before.
+        Whether the process was killed; False if it had ended before.
 
     Raises:
-        AssertionError: no child was ready in time.
+        AssertionError: the process failed, or was not ready in time.
     """
-    for attempt in range(tries):
-        if attempt:
-            again()
-        with warnings.catch_warnings():
-            # newer Python warns of what is said above
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if not child:
-            _work_alone(work)
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if ready():
-                time.sleep(wait)
-                return _kill(child)
-            if os.waitpid(child, os.WNOHANG)[0]:
-                return False
-            time.sleep(0.001)
-        _kill(child)
-    raise AssertionError(f"none of {tries} children was ready in {seconds} seconds")
-
-
-def _work_alone(work: Callable[[], Any]) -> None:
-    # the threads of OpenMP are not in the child, and tqdm's own lock is shared with the parent
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())
+    process = PROCESSES.Process(target=_alone, args=(work, arguments), daemon=True)
+    process.start()
     try:
-        work()
+        end = time.monotonic() + seconds
+        while not ready():
+            if process.exitcode is not None:
+                assert process.exitcode == 0, "the process failed: its error is on stderr"
+                return False
+            assert time.monotonic() < end, f"the process was not ready in {seconds} seconds"
+            time.sleep(0.001)
+        time.sleep(wait)
     finally:
-        os._exit(0)
+        process.kill()
+        process.join()
+    return process.exitcode != 0
 
 
-def _kill(child: int) -> bool:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
+def killed_while(make: Callable[..., Callable[[int], Any]], *arguments: Any, wait: float = 0.0) -> None:
+    """Call save(0), save(1), and so on in another process, and kill it `wait` seconds after save(0).
+
+    Args:
+        make: called there with `arguments`; returns `save`.
+    """
+    reader, writer = PROCESSES.Pipe(duplex=False)
+    with reader, writer:
+        assert killed(_without_end, writer, make, *arguments, ready=reader.poll, wait=wait)
 
 
-class Forever:
-    """Work without an end, for a child: save(0), save(1), and so on."""
+def _alone(work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    parent = psutil.Process().parent()
+    assert parent is not None
+    assert parent.num_threads() == 1, "the fork server has threads"
+    torch.set_num_threads(1)
+    # tqdm's own is a semaphore, which a killed process leaves behind
+    tqdm.set_lock(threading.RLock())
+    work(*arguments)
 
-    def __init__(self, save: Callable[[int], Any]) -> None:
-        self._save, self._shared = save, mmap.mmap(-1, 1)
 
-    def __call__(self) -> None:
-        number = 0
-        while True:
-            self._save(number)
-            self._shared[0] = 1
-            number += 1
-
-    def begun(self) -> bool:
-        """Whether the child has done save(0)."""
-        return self._shared[0] == 1
+def _without_end(writer: Connection, make: Callable[..., Callable[[int], Any]], *arguments: Any) -> None:
+    save, number = make(*arguments), 0
+    while True:
+        save(number)
+        if number == 0:
+            writer.send_bytes(b"saved")
+        number += 1

@@ -2,13 +2,11 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
 import time
 from contextlib import contextmanager
-from functools import partial
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -16,11 +14,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 @contextmanager
 def server(command, *arguments, seconds=300):
     """(address, process) of `sparsemem COMMAND ... --port 0`, ended by SIGTERM if it still runs."""
-    # a shell's background job ignores interrupts, and so would what it starts
-    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     line = [sys.executable, "-m", "sparsemem", command, *map(str, arguments), "--port", "0"]
     process = subprocess.Popen(
-        line, env=ENVIRONMENT, text=True, preexec_fn=heeds, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        line, env=ENVIRONMENT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     timer = threading.Timer(seconds, process.kill)
     timer.start()

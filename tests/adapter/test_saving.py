@@ -12,7 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from killing import Forever, killed
+from killing import killed_while
 from sparsemem import ArtifactError, SparseMemoryConfig, memory_layers
 from sparsemem.adapter.model import memory_layers as layers_of
 from sparsemem.data import models
@@ -251,16 +251,24 @@ def test_a_fingerprint_of_all_elements_from_before_still_fits():
     assert fits_base(model, digest.hexdigest())
 
 
+def two_adapters():
+    """Of different scope, so that a mixture of their files is seen."""
+    return [taught(1.0, centres=1), taught(2.0, centres=3)]
+
+
+def saves_in_turn(folder):
+    models = two_adapters()
+    return lambda number: models[number % 2].save_pretrained(folder)
+
+
 @pytest.mark.slow
 def test_a_killed_save_over_an_adapter_leaves_the_old_or_the_new_one(tmp_path):
     folder = tmp_path / "adapter"
-    # two adapters of different scope, so that a mixture of their files is seen
-    models = [taught(1.0, centres=1), taught(2.0, centres=3)]
+    models = two_adapters()
     models[0].save_pretrained(folder)
     expected = [logits(model) for model in models]
     for attempt in range(12):
-        work = Forever(lambda number: models[number % 2].save_pretrained(folder))
-        assert killed(work, work.begun, 0.0137 * attempt)
+        killed_while(saves_in_turn, folder, wait=0.0137 * attempt)
         found = logits(PeftModel.from_pretrained(tiny_model(), folder))
         assert any(torch.equal(found, one) for one in expected)
     models[0].save_pretrained(folder)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import pytest
 import torch
@@ -49,9 +48,7 @@ def done(*arguments):
 
 def process(*arguments, **options):
     command = [sys.executable, "-m", "sparsemem.cli.main", *map(str, arguments)]
-    # a shell's background job ignores interrupts, and so would what it starts
-    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, env=ENVIRONMENT, text=True, preexec_fn=heeds, **options)
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, **options)
 
 
 def write_lines(path, records):

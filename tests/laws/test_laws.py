@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from killing import Forever, killed
+from killing import killed_while
 from sparsemem import RowAdamW, RowPatch, SparseMemoryConfig, calibrate, memory_layers, set_scope
 from sparsemem.layer.memory import ProductKeyMemory
 from sparsemem.layer.product_keys import exhaustive_top_k_slots, sub_key_scores
@@ -265,14 +265,10 @@ def test_law_10_reloaded_logits_are_bit_identical(tmp_path):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["patch", "background"])
-def test_law_10_a_killed_save_leaves_the_old_or_the_new_file(tmp_path, kind):
+def _saves(path, kind):
     from sparsemem import Background
     from sparsemem.background.background import LayerBackground
     from sparsemem.patches.patch import LayerPatch
-
-    path = tmp_path / "artefact.safetensors"
 
     def save(number):
         size = 200 + number % 2 * 2000
@@ -283,9 +279,17 @@ def test_law_10_a_killed_save_leaves_the_old_or_the_new_file(tmp_path, kind):
             counts, df = torch.full((size,), number), torch.full((size,), number)
             Background({"l": LayerBackground(counts, df, number)}).save(path)
 
+    return save
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["patch", "background"])
+def test_law_10_a_killed_save_leaves_the_old_or_the_new_file(tmp_path, kind):
+    from sparsemem import Background
+
+    path = tmp_path / "artefact.safetensors"
     for attempt in range(8):
-        work = Forever(save)
-        assert killed(work, work.begun, 0.013 * attempt)
+        killed_while(_saves, path, kind, wait=0.013 * attempt)
         if kind == "patch":
             layer = RowPatch.load(path).layers["l"]
             assert torch.equal(layer.after, layer.before + 1)

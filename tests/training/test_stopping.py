@@ -3,15 +3,16 @@
 import json
 import logging
 import os
-import shutil
 import signal
 import subprocess
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from peft import get_peft_model
 
+from conftest import CHAT_TEMPLATE, make_llama, make_tokenizer
 from killing import killed
 from sparsemem import SparseMemoryConfig
 from sparsemem.data.records import encode
@@ -28,21 +29,21 @@ SIZES = {"num_keys": 8, "num_heads": 2, "key_dim": 8, "top_k": 4}
 RATES = {"smf": 0.3, "smf-open": 0.3, "lora": 1e-2, "full": 1e-2}
 
 
-@pytest.fixture
-def teach(tiny_llama, tokenizer):
+def taught(method, data=FACTS, change=None, **options):
     """Finetune a fresh tiny model on ten examples, three steps an epoch."""
+    tokenizer = options.setdefault("tokenizer", make_tokenizer(CHAT_TEMPLATE))
+    model = make_llama(tokenizer)
+    if change is not None:
+        change(model)
+    if method.startswith("smf"):
+        model = get_peft_model(model, SparseMemoryConfig(**SIZES))
+        options = {"background": GENERAL} | options
+    return finetune(model, data, method, **{"lr": RATES[method], "batch_size": 4} | options)
 
-    def run(method, data=FACTS, change=None, **options):
-        options = {"lr": RATES[method], "batch_size": 4, "tokenizer": tokenizer} | options
-        model = tiny_llama()
-        if change is not None:
-            change(model)
-        if method.startswith("smf"):
-            model = get_peft_model(model, SparseMemoryConfig(**SIZES))
-            options = {"background": GENERAL} | options
-        return finetune(model, data, method, **options)
 
-    return run
+@pytest.fixture
+def teach(tokenizer):
+    return partial(taught, tokenizer=tokenizer)
 
 
 def same(first, second):
@@ -71,7 +72,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", ["lora with dropout", *(pytest.param(n, marks=SLOW) for n in RUNS)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[SLOW] if RUNS[n][0] != "lora" else []) for n in RUNS]
+)
 def test_law_7_after_sigkill_at_any_moment(teach, tmp_path, name):
     method, options = RUNS[name]
     options = {"max_steps": 9, "batch_size": 2, "gradient_accumulation_steps": 2, **options}
@@ -80,9 +83,8 @@ def test_law_7_after_sigkill_at_any_moment(teach, tmp_path, name):
     log = folder / "metrics.jsonl"
     # a checkpoint is written every three steps, so the fifth one is within an epoch
     assert killed(
-        lambda: teach(method, output_dir=folder, **options),
-        lambda: log.exists() and log.read_text().count('"loss"') >= 5,
-        again=lambda: shutil.rmtree(folder, ignore_errors=True),
+        partial(taught, method, output_dir=folder, **options),
+        ready=lambda: log.exists() and log.read_text().count('"loss"') >= 5,
     )
     assert not (folder / "checkpoint-9").exists()
     resumed = teach(method, output_dir=folder, resume=True, **options)
