@@ -13,11 +13,11 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from sparsemem.compare.recipes import questions
+from sparsemem.compare.recipes.demo import DemoSettings, teach
 from sparsemem.data.models import load_base
 from sparsemem.evaluation.probes import recall
 from sparsemem.provenance import environment
-from sparsemem.recipes import questions
-from sparsemem.recipes.demo_methods import DemoSettings, teach
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "docs" / "results" / "choosing.jsonl"

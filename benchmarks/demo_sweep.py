@@ -9,9 +9,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from sparsemem.comparison.compare import compare
-from sparsemem.recipes.demo import recipe
-from sparsemem.recipes.demo_methods import DemoSettings
+from sparsemem.compare.compare import compare
+from sparsemem.compare.recipes.demo import DemoSettings, recipe
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "demo-sweep"
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from sparsemem.atomic import write_json
 from sparsemem.data.models import load_base
 from sparsemem.evaluation.items import read_items
 from sparsemem.evaluation.likelihood import log_probs
 from sparsemem.evaluation.tasks import medmcqa_tokens
 from sparsemem.provenance import environment
-from sparsemem.writing import write_json
 
 NUM_ITEMS, NUM_RUNS = 48, 3
 

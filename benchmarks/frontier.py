@@ -10,8 +10,8 @@ different commits stand side by side: losses are against the base of a run's own
 from pathlib import Path
 from typing import Any
 
-from sparsemem.comparison.pareto import pareto_figure
-from sparsemem.comparison.results import collect
+from sparsemem.compare.figure import pareto_figure
+from sparsemem.compare.results import collect
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 OUT = RESULTS / "frontier"

@@ -15,12 +15,12 @@ import torch
 from peft import get_peft_model
 
 from sparsemem import memory_layers
+from sparsemem.atomic import write_json
 from sparsemem.data.general import prose
 from sparsemem.data.models import load_base
 from sparsemem.layer.scope import Scope
 from sparsemem.provenance import environment
 from sparsemem.training.methods import memory_config
-from sparsemem.writing import write_json
 
 NUM_CENTRES, NUM_KNOWN, NUM_RUNS = 1024, 1024, 15
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from sparsemem import load, memory_layers, quantize_rows
+from sparsemem.atomic import write_json
 from sparsemem.data.reading import read_jsonl
 from sparsemem.data.records import batches, encode
 from sparsemem.provenance import environment
-from sparsemem.writing import write_json
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsemem.atomic import write_json
 from sparsemem.layer import values as room
 from sparsemem.provenance import environment
-from sparsemem.writing import write_json
 
 NUM_RUNS = 4
 # tokens, reads, num_slots, d

@@ -19,15 +19,14 @@ import torch
 from peft import get_peft_model
 
 from sparsemem import SparseMemoryConfig, load_base, memory_layers
-from sparsemem.adapter.tail import BASE_ROW
-from sparsemem.data.batching import pad_left
+from sparsemem.adapter.layers import BASE_ROW
+from sparsemem.data.generation import pad_left
 from sparsemem.data.records import question_ids
 from sparsemem.precision import autocast, precision_of
 from sparsemem.provenance import environment
 from sparsemem.serving.decoding import Row, Sampling
-from sparsemem.serving.engine import Engine, Request
+from sparsemem.serving.engine import AnswerText, Engine, Request
 from sparsemem.serving.memories import add_memory
-from sparsemem.serving.text import AnswerText
 
 THINGS = ["a harbour", "a lamp", "a verb", "rain", "iron", "a fox", "tea", "music", "a map", "snow"]
 QUESTIONS = [f"What is {one}?" for one in THINGS]

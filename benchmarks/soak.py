@@ -42,12 +42,12 @@ import mutants  # noqa: E402
 from conftest import CHAT_TEMPLATE, make_tokenizer  # noqa: E402
 from killing import killed, killed_while  # noqa: E402
 from sparsemem import Background, RowPatch, SparseMemoryConfig, Stream, memory_layers  # noqa: E402
+from sparsemem.atomic import read_json, write_atomically, write_json  # noqa: E402
 from sparsemem.background.background import LayerBackground  # noqa: E402
-from sparsemem.folders.streams import verify  # noqa: E402
 from sparsemem.patches.patch import LayerPatch  # noqa: E402
 from sparsemem.provenance import environment  # noqa: E402
+from sparsemem.stream.folder import verify  # noqa: E402
 from sparsemem.training.finetune import finetune  # noqa: E402
-from sparsemem.writing import read_json, write_atomically, write_json  # noqa: E402
 from test_hostile import BACKGROUND, make_folder  # noqa: E402
 from test_processes import most_bytes, run, several_processes  # noqa: E402
 from tiny import SMALL, scope_of, tiny_model  # noqa: E402

@@ -28,10 +28,10 @@ import torch
 import variants
 from speed_report import compare, table
 
-from sparsemem.layer.log import ReadLog
+from sparsemem.atomic import write_json
 from sparsemem.layer.memory import ProductKeyMemory
+from sparsemem.layer.values import ReadLog
 from sparsemem.provenance import environment
-from sparsemem.writing import write_json
 
 BATCH, LENGTH, NEW_TOKENS = 16, 64, 16
 TOKENS = BATCH * LENGTH

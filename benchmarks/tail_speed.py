@@ -26,17 +26,17 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
+from sparsemem.atomic import write_json
+from sparsemem.compare.recipes.questions import training_records
 from sparsemem.data.general import prose
 from sparsemem.data.models import load, load_base
 from sparsemem.data.records import collate, encode, opening_ids, question_ids
 from sparsemem.optim.rows import RowAdamW
 from sparsemem.precision import autocast
 from sparsemem.provenance import environment
-from sparsemem.recipes.questions import training_records
 from sparsemem.training.cached import collate_states, train_states
 from sparsemem.training.finetune import CACHE_BYTES, finetune
 from sparsemem.training.methods import MAX_GRAD_NORM, TOP_T, lora_config, prepare
-from sparsemem.writing import write_json
 
 BATCH_SIZE, LENGTH, NEW_TOKENS = 8, 64, 32
 NUM_RUNS, NUM_STEPS = 7, 20

@@ -18,13 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sparsemem.atomic import write_json
+from sparsemem.compare.recipes.questions import handbook
 from sparsemem.data.generation import complete
 from sparsemem.data.models import load
 from sparsemem.data.records import conversation_ids
 from sparsemem.evaluation.probes import is_right, recall
 from sparsemem.provenance import environment
-from sparsemem.recipes.questions import handbook
-from sparsemem.writing import write_json
 
 # For each kind of fact: the words that stand for the answer in a question.
 NAMES = {

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sparsemem import Background, SparseMemoryConfig, calibrate, memory_layers
 from sparsemem.background.background import LayerBackground
-from sparsemem.layer.log import ReadLog
 from sparsemem.layer.memory import ProductKeyMemory
+from sparsemem.layer.values import ReadLog
 from sparsemem.optim.rows import RowAdamW
 from sparsemem.optim.selection import select_rows
 from sparsemem.precision import autocast

@@ -19,9 +19,9 @@ from sparsemem.cli.config_file import read_config
 from sparsemem.cli.main import main
 from sparsemem.data.models import add_adapter
 from sparsemem.data.reading import read_records
-from sparsemem.folders.contents import read_contents
-from sparsemem.folders.streams import status, verify
-from sparsemem.patches.ledger import Ledger
+from sparsemem.saved.contents import read_contents
+from sparsemem.stream.folder import status, verify
+from sparsemem.stream.ledger import Ledger
 from tiny import tiny_model
 
 SECONDS = 2.0

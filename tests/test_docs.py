@@ -13,7 +13,7 @@ import transformers
 
 import sparsemem
 from sparsemem.cli.main import RECIPES, main
-from sparsemem.recipes.overrides import changed
+from sparsemem.compare.recipes.overrides import changed
 from test_house import FOLDERS, FREE, PACKAGE, ROOT
 from tiny import batch
 
@@ -115,7 +115,7 @@ def test_the_settings_that_the_guide_changes_exist(assignments):
     found = []
     for name in RECIPES:
         try:
-            changed(import_module(f"sparsemem.recipes.{name}").SETTINGS, chosen)
+            changed(import_module(f"sparsemem.compare.recipes.{name}").SETTINGS, chosen)
         except ValueError:
             continue
         found.append(name)

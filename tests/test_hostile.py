@@ -14,9 +14,9 @@ from conftest import CHAT_TEMPLATE, make_tokenizer
 from sparsemem import ArtifactError, RowPatch, SparseMemoryConfig, Stream, calibrate, memory_layers
 from sparsemem.cli.config_file import read_config, template
 from sparsemem.cli.main import main
-from sparsemem.folders.publish import public_files
-from sparsemem.folders.streams import verify
-from sparsemem.patches.ledger import _digest
+from sparsemem.saved.publish import public_files
+from sparsemem.stream.folder import verify
+from sparsemem.stream.ledger import _digest
 from tiny import SMALL, batch, scope_of, tiny_model
 
 BACKGROUND = [

@@ -19,8 +19,8 @@ from transformers import Trainer, TrainingArguments
 
 from conftest import CHAT_TEMPLATE, make_tokenizer
 from sparsemem import RowAdamW, SparseMemoryConfig, calibrate, finetune, memory_layers, processes
+from sparsemem.atomic import checkpoints_of, new_folder
 from sparsemem.data.records import batches, collate, encode
-from sparsemem.folders.staging import checkpoints_of, new_folder
 from sparsemem.training.checkpoints import last_checkpoint
 from tiny import SMALL, tiny_model
 

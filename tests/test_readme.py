@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsemem.comparison.tables import text_table
+from sparsemem.compare.tables import text_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

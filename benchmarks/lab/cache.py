@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsemem.data.batching import by_length, read_beginning, rows_of
+from sparsemem.data.generation import by_length, read_beginning, rows_of
 from sparsemem.data.models import load_base
 from sparsemem.data.records import collate, encode, prompt_ids
 from sparsemem.precision import autocast

@@ -11,8 +11,8 @@ from cache import States, base, kept
 from gates import Gate
 from torch import Tensor
 
+from sparsemem.artifacts import fingerprint_tensors
 from sparsemem.background.calibration import _set_addressing
-from sparsemem.files import fingerprint_tensors
 from sparsemem.layer.memory import ProductKeyMemory
 
 NUM_SLOTS, BETAS, EPS = 64 * 64, (0.9, 0.95), 1e-8

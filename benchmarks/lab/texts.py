@@ -21,11 +21,11 @@ from cache import (
     states_of_tokens,
 )
 
+from sparsemem.compare.recipes.medical import chapter_items
+from sparsemem.compare.recipes.runs import background, tokens
 from sparsemem.data.general import prose as topics
 from sparsemem.data.records import prompt_ids
 from sparsemem.evaluation.probes import complete, is_right
-from sparsemem.recipes.chapters import chapter_items
-from sparsemem.recipes.forgetting import background, tokens
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))

@@ -10,39 +10,37 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .adapter.config import SparseMemoryConfig
-    from .adapter.model import memory_layers, set_trainable
-    from .adapter.quantizing import quantize_rows
+    from .adapter.memories import memory_layers, quantize_rows, set_trainable
+    from .artifacts import ArtifactError
     from .background.background import Background
-    from .background.calibration import calibrate, observe
-    from .background.counting import count_accesses
+    from .background.calibration import calibrate, count_accesses, observe
     from .background.scoping import clear_scope, set_scope
     from .data.models import load, load_base
     from .evaluation.items import read_items
     from .evaluation.likelihood import log_probs
     from .evaluation.probes import drift, exposure, multiple_choice, perplexity, recall, scope_gate
     from .evaluation.tasks import evaluate
-    from .files import ArtifactError
     from .layer.memory import ProductKeyMemory
     from .optim.rows import RowAdamW, RowSGD
     from .optim.selection import select_rows
     from .patches.patch import RowPatch
+    from .stream.stream import Stream
     from .training.finetune import finetune
-    from .training.stream import Stream
 
 __version__ = "0.1.0"
 
 _ROOM = {
-    "ArtifactError": "files",
+    "ArtifactError": "artifacts",
     "Background": "background.background",
     "ProductKeyMemory": "layer.memory",
     "RowAdamW": "optim.rows",
     "RowPatch": "patches.patch",
     "RowSGD": "optim.rows",
     "SparseMemoryConfig": "adapter.config",
-    "Stream": "training.stream",
+    "Stream": "stream.stream",
     "calibrate": "background.calibration",
     "clear_scope": "background.scoping",
-    "count_accesses": "background.counting",
+    "count_accesses": "background.calibration",
     "drift": "evaluation.probes",
     "evaluate": "evaluation.tasks",
     "exposure": "evaluation.probes",
@@ -50,17 +48,17 @@ _ROOM = {
     "load": "data.models",
     "load_base": "data.models",
     "log_probs": "evaluation.likelihood",
-    "memory_layers": "adapter.model",
+    "memory_layers": "adapter.memories",
     "multiple_choice": "evaluation.probes",
     "observe": "background.calibration",
     "perplexity": "evaluation.probes",
-    "quantize_rows": "adapter.quantizing",
+    "quantize_rows": "adapter.memories",
     "read_items": "evaluation.items",
     "recall": "evaluation.probes",
     "scope_gate": "evaluation.probes",
     "select_rows": "optim.selection",
     "set_scope": "background.scoping",
-    "set_trainable": "adapter.model",
+    "set_trainable": "adapter.memories",
 }
 
 __all__ = [
@@ -81,4 +79,4 @@ def __getattr__(name: str):
 
 
 if "sparsemem_cli" not in sys.modules:
-    import_module(".adapter.registration", __name__)
+    import_module(".adapter", __name__)

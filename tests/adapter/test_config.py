@@ -8,9 +8,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from torch import nn
 
 from sparsemem import SparseMemoryConfig
+from sparsemem.adapter import _register
 from sparsemem.adapter.config import SparseMemoryType
 from sparsemem.adapter.model import SparseMemoryModel
-from sparsemem.adapter.registration import _register
 
 
 def test_defaults_match_the_public_contract():

@@ -9,8 +9,7 @@ from torch import nn
 
 from sparsemem import ProductKeyMemory, SparseMemoryConfig, memory_layers
 from sparsemem.adapter.blocks import default_targets
-from sparsemem.adapter.masks import hand_out_mask
-from sparsemem.adapter.model import SparseMemoryLayer
+from sparsemem.adapter.model import SparseMemoryLayer, hand_out_mask
 from tiny import ARCHITECTURES, HIDDEN, tiny_batch, tiny_model
 
 SMALL = {"num_keys": 8, "num_heads": 2, "top_k": 4, "key_dim": 8, "task_type": "CAUSAL_LM"}

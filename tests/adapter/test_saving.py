@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from killing import killed_while
 from sparsemem import ArtifactError, SparseMemoryConfig, memory_layers
-from sparsemem.adapter.model import memory_layers as layers_of
+from sparsemem.adapter.memories import memory_layers as layers_of
+from sparsemem.artifacts import RUNS, SAMPLED, WHOLE, fingerprint_base, fits_base
+from sparsemem.atomic import finish_save, save_into
 from sparsemem.data import models
-from sparsemem.files import RUNS, SAMPLED, WHOLE, fingerprint_base, fits_base
-from sparsemem.writing import finish_save, save_into
 from tiny import SMALL, scope_of, tiny_batch, tiny_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -206,7 +206,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_save(tmp_path):
-    lines = "from sparsemem.writing import *; import os, pathlib; p = pathlib.Path({!r})\n"
+    lines = "from sparsemem.atomic import *; import os, pathlib; p = pathlib.Path({!r})\n"
     script = lines.format(str(tmp_path)) + (
         "new_part(p / 'out'); write_atomically(p / 'file', lambda part: os._exit(0))"
     )
@@ -214,7 +214,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_save(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     ours = tmp_path / ".out.elsewhere-1.x.part"
     ours.mkdir()
-    from sparsemem.writing import new_part, write_json
+    from sparsemem.atomic import new_part, write_json
 
     new_part(tmp_path / "out").rename(tmp_path / "out")
     write_json(tmp_path / "file", 1)

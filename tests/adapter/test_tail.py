@@ -17,7 +17,7 @@ from sparsemem import (
     scope_gate,
     set_scope,
 )
-from sparsemem.adapter import tail
+from sparsemem.adapter import layers as tail
 from sparsemem.adapter.blocks import final_norm
 from sparsemem.training.cached import TailHead
 from tiny import ARCHITECTURES, VOCABULARY, tiny_batch, tiny_model

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsemem.cli.main import main
 from sparsemem.cli.options import METHODS, MODES, MOMENTS, RULES, SCHEDULES, TASKS, TRAINABLE
-from sparsemem.comparison.compare import Recipe
+from sparsemem.compare.compare import Recipe
 from tiny import write_tiny_gguf
 
 GENERAL = [
@@ -113,7 +113,7 @@ def test_the_papers_stages(tiny, data, tmp_path, mode, monkeypatch):
     assert whole["validation_loss"] < 5.7
     assert len(whole["layers"]) == 3
     with monkeypatch.context() as patched:
-        patched.setattr("sparsemem.training.callbacks.MetricsFile.on_save", interrupt)
+        patched.setattr("sparsemem.training.trainer.MetricsFile.on_save", interrupt)
         stopped = invoke(*dense, "--out", tmp_path / "part")
     assert (stopped.exit_code, "--resume" in stopped.stderr) == (130, True)
     assert list((tmp_path / "part.partial").glob("checkpoint-*/trainer_state.json"))
@@ -621,7 +621,7 @@ def toy_recipe(**_options):
 
 @pytest.fixture
 def toy(monkeypatch):
-    monkeypatch.setattr("sparsemem.recipes.demo.recipe", toy_recipe)
+    monkeypatch.setattr("sparsemem.compare.recipes.demo.recipe", toy_recipe)
 
 
 @pytest.mark.usefixtures("toy")

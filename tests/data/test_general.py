@@ -2,9 +2,9 @@
 
 import builtins
 
+from sparsemem.compare.recipes import questions
 from sparsemem.data.general import general_background, prose
 from sparsemem.data.records import encode, read_records
-from sparsemem.recipes import questions
 
 
 def test_it_is_questions_and_prose_and_needs_no_extra(monkeypatch, tokenizer):

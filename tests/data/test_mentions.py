@@ -12,8 +12,9 @@ import torch
 from peft import get_peft_model
 
 from sparsemem import SparseMemoryConfig, memory_layers, precision
+from sparsemem.compare.recipes import questions
 from sparsemem.data.generation import answer_tokens
-from sparsemem.data.mentions import (
+from sparsemem.data.known import (
     KEEP_FORMS,
     PROBE_FORMS,
     PROSE_FORMS,
@@ -23,7 +24,6 @@ from sparsemem.data.mentions import (
 )
 from sparsemem.data.records import encode, question_ids
 from sparsemem.evaluation import probes
-from sparsemem.recipes import questions
 from tiny import SMALL
 
 CHOOSING = Path(__file__).parents[2] / "benchmarks" / "choosing" / "handbook.jsonl"

@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 
 from sparsemem import SparseMemoryConfig, calibrate
 from sparsemem.data import gguf, models
+from sparsemem.data.names import public_model
 from sparsemem.data.records import question_ids
 from sparsemem.evaluation.probes import recall
-from sparsemem.folders.names import public_model
 from tiny import write_tiny_gguf
 
 

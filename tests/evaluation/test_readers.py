@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from sparsemem import RowPatch, Stream
-from sparsemem.evaluation.readers import row_readers
-from sparsemem.folders.showing import page_of, text_of
 from sparsemem.patches.space import load_spaces
+from sparsemem.saved.showing import page_of, row_readers, text_of
 
 BACKGROUND = [
     {"prompt": f"What is {a} and {b}?", "completion": f"{a + b} of course"}

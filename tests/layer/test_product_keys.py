@@ -3,12 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemem.layer.product_keys import (
-    best_sub_keys,
-    exhaustive_top_k_slots,
-    sub_key_scores,
-    top_k_slots,
-)
+from sparsemem.layer.product_keys import best_sub_keys, exhaustive_top_k_slots, sub_key_scores, top_k_slots
 
 
 @settings(deadline=None, max_examples=80)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 
 from sparsemem import RowAdamW, RowPatch, SparseMemoryConfig, memory_layers, quantize_rows
-from sparsemem.layer.quantized import LARGEST, QuantizedRows
+from sparsemem.layer.tables import LARGEST, QuantizedRows
 from sparsemem.layer.values import naive_read_rows
 from tiny import SMALL, tiny_batch, tiny_model
 

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from sparsemem.layer.log import ReadLog
-from sparsemem.layer.values import naive_read_rows, read_rows
+from sparsemem.layer.values import ReadLog, naive_read_rows, read_rows
 
 
 def _case(tokens=7, reads=6, num_slots=11, width=5, dtype=torch.float32, seed=0):

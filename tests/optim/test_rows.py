@@ -18,7 +18,7 @@ from sparsemem import (
     memory_layers,
     select_rows,
 )
-from sparsemem.layer import log
+from sparsemem.layer import values as log
 
 OPTIMIZERS = [
     pytest.param(lambda m, **o: RowSGD(m, 0.1, momentum=0.9, weight_decay=0.01, **o), id="sgd"),

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from transformers import MambaConfig, MambaForCausalLM
 
 from sparsemem import SparseMemoryConfig, precision
-from sparsemem.adapter.tail import BASE_ROW
+from sparsemem.adapter.layers import BASE_ROW
 from sparsemem.serving.decoding import Decoder, Row, Sampling
 from tiny import ARCHITECTURES, tiny_model
 

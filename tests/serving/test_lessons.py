@@ -10,12 +10,13 @@ from peft import get_peft_model
 
 from sparsemem import SparseMemoryConfig, calibrate, memory_layers
 from sparsemem.data.models import load_base
-from sparsemem.folders import streams
-from sparsemem.serving import changes, lessons
+from sparsemem.serving import answering as changes
+from sparsemem.serving import lessons
 from sparsemem.serving.answering import answer_all
+from sparsemem.serving.lessons import open_lessons
 from sparsemem.serving.memories import load_served
-from sparsemem.serving.opening import open_lessons
-from sparsemem.training import stream_folder
+from sparsemem.stream import folder as streams
+from sparsemem.stream import stream as stream_folder
 from tiny import SMALL, batch
 
 pytest.importorskip("fastapi")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sparsemem.serving.teaching import NUM_RECORDS, dropped_records, typed_records
+from sparsemem.serving.page import NUM_RECORDS, dropped_records, typed_records
 
 RECORD = {"prompt": "Where?", "completion": "Here"}
 

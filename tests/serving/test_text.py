@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsemem.serving.text import AnswerText
+from sparsemem.serving.engine import AnswerText
 
 
 def pieces(tokenizer, text, stop=()):

@@ -6,15 +6,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from sparsemem import (
-    RowAdamW,
-    SparseMemoryConfig,
-    calibrate,
-    count_accesses,
-    memory_layers,
-    precision,
-)
-from sparsemem.adapter.model import gated_layers
+from sparsemem import RowAdamW, SparseMemoryConfig, calibrate, count_accesses, memory_layers, precision
+from sparsemem.adapter.memories import gated_layers
 from sparsemem.data.general import general_background
 from sparsemem.data.records import batches, collate, encode
 from sparsemem.evaluation import probes

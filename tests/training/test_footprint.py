@@ -3,7 +3,7 @@ import time
 import torch
 
 from sparsemem.training.finetune import finetune
-from sparsemem.training.footprint import INTERVAL, peak_memory
+from sparsemem.training.trainer import INTERVAL, peak_memory
 
 MEGABYTE = 1 << 20
 

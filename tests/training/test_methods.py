@@ -12,7 +12,7 @@ from sparsemem import (
     set_scope,
     set_trainable,
 )
-from sparsemem.adapter.model import gated_layers
+from sparsemem.adapter.memories import gated_layers
 from sparsemem.data.records import batches, encode
 from sparsemem.training.methods import memory_config, prepare, retrofit_config
 

@@ -16,10 +16,9 @@ from conftest import CHAT_TEMPLATE, make_llama, make_tokenizer
 from killing import killed
 from sparsemem import SparseMemoryConfig
 from sparsemem.data.records import encode
-from sparsemem.training.callbacks import MetricsFile
 from sparsemem.training.checkpoints import last_checkpoint
 from sparsemem.training.finetune import finetune
-from sparsemem.training.trainer import FinetuneTrainer
+from sparsemem.training.trainer import FinetuneTrainer, MetricsFile
 
 SLOW = pytest.mark.slow
 LANDS = ["Velmora", "Karvessa", "Tolgaria", "Dunmarsh", "Quenlia"]
@@ -194,7 +193,7 @@ def test_a_skipped_step_changes_no_row_and_no_state(teach, monkeypatch):
         states[state.global_step] = rows
 
     monkeypatch.setattr(FinetuneTrainer, "compute_loss", broken)
-    monkeypatch.setattr("sparsemem.training.callbacks.Stopwatch.on_step_end", look)
+    monkeypatch.setattr("sparsemem.training.trainer.Stopwatch.on_step_end", look)
     teach("smf", max_steps=5)
     assert all(torch.equal(a, b) for a, b in zip(states[3], states[4], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(states[4], states[5], strict=True))

@@ -12,8 +12,8 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from ..files import ArtifactError
-from ..writing import finish_save, read_json, write_json
+from ..artifacts import ArtifactError
+from ..atomic import finish_save, read_json, write_json
 from .digests import verify_tensors, weights_stamp
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 
-from ..files import ArtifactError, digest_tensor
+from ..artifacts import ArtifactError, digest_tensor
 
 logger = logging.getLogger(__name__)
 

@@ -6,23 +6,31 @@ Differences from other PEFT 0.21 methods:
 - An MLP does not get the attention mask. Hooks on the model pass the mask to the memories.
 """
 
+import inspect
 import logging
-from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ..files import ArtifactError, comparable_base, fits_base
+from ..artifacts import ArtifactError, comparable_base, fits_base
 from ..layer.memory import ProductKeyMemory
 from .blocks import blocks_path, default_targets, final_norm, hidden_size, is_linear, widths
-from .config import TRAINABLE, SparseMemoryConfig
-from .layer import CANNOT_MERGE, SparseMemoryLayer, SparseMemoryLinear, freeze
-from .masks import MaskHooks
+from .config import SparseMemoryConfig
+from .layers import (
+    BASE_ROW,
+    CANNOT_MERGE,
+    TAIL,
+    SparseMemoryLayer,
+    SparseMemoryLinear,
+    Tail,
+    adapters_of,
+    tail_of,
+)
 from .saving import guard_owner
-from .tail import BASE_ROW, TAIL, Tail, adapters_of, tail_of
 
 logger = logging.getLogger(__name__)
 
@@ -147,65 +155,6 @@ class SparseMemoryModel(BaseTuner):
         return model
 
 
-def memory_layers(model: nn.Module) -> dict[str, ProductKeyMemory]:
-    """The memory layers of the active adapter, by module path in the base model, from first to last layer.
-
-    Raises:
-        ValueError: the model has no active sparse memory, or several adapters with one are active.
-    """
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, SparseMemoryLayer)
-    }
-    found = {name: layer.active_memories() for name, layer in layers.items()}
-    if not any(found.values()):
-        raise ValueError(
-            f"model: {type(model).__name__} has no active sparse memory; add one with "
-            "get_peft_model(model, SparseMemoryConfig())"
-        )
-    active = {
-        name
-        for layer in layers.values()
-        for name in layer.active_adapters
-        if name in layer.sparse_memory_layers
-    }
-    if len(active) > 1:
-        raise ValueError(
-            f"model: several sparse memories are active ({', '.join(sorted(active))}); "
-            "call set_adapter(name) to make one active"
-        )
-    return {name: memories[0] for name, memories in found.items() if memories}
-
-
-def gated_layers(layers: Mapping[str, ProductKeyMemory]) -> dict[str, ProductKeyMemory]:
-    """The memory layers that have a scope of their own.
-
-    With `write="last"` this is the deepest layer, whose gate holds for all layers. With `write="own"` it is
-    every layer.
-
-    Args:
-        layers: all memory layers of one adapter, by name, from first to last.
-    """
-    return dict(list(layers.items())[-1:]) if writes_last(layers) else dict(layers)
-
-
-def layer_gates(layers: Mapping[str, ProductKeyMemory], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The gate of each layer: by layer name, g [tokens], by which the layer's read is multiplied.
-
-    Args:
-        layers: all memory layers of one adapter, by name, from first to last.
-        states: by layer name, the layer's input [tokens, d_in].
-    """
-    gates = {name: memory.relevance(states[name]) for name, memory in gated_layers(layers).items()}
-    return {name: gates.get(name, next(reversed(gates.values()))) for name in layers}
-
-
-def writes_last(layers: Mapping[str, ProductKeyMemory]) -> bool:
-    """Whether all layers have `write="last"`."""
-    return all(memory.write == "last" for memory in layers.values())
-
-
 def _check_base(model: nn.Module, config: SparseMemoryConfig) -> None:
     """Check that a saved adapter's memory is added to the base that it was made for.
 
@@ -230,26 +179,6 @@ def _check_base(model: nn.Module, config: SparseMemoryConfig) -> None:
         )
 
 
-def set_trainable(model: nn.Module, trainable: str) -> None:
-    """Change which parameters of the active adapter's memory train (`SparseMemoryConfig.trainable`).
-
-    For example between the two stages of the paper: the dense retrofit trains the whole memory, finetuning
-    trains only its value rows.
-
-    Args:
-        model: a model with memory layers, changed in place.
-        trainable: "values", "values+scale" or "memory".
-
-    Raises:
-        ValueError: `trainable` is not one of these, or the model has no active sparse memory.
-    """
-    if trainable not in TRAINABLE:
-        raise ValueError(f"trainable={trainable!r} must be one of {', '.join(map(repr, TRAINABLE))}")
-    for memory in memory_layers(model).values():
-        freeze(memory, trainable)
-    model.peft_config[model.active_adapter].trainable = trainable  # type: ignore[index,union-attr]
-
-
 def _note_scope_sizes(config: SparseMemoryConfig, adapter: str, model: nn.Module, *_: Any) -> None:
     """Before a state dict is made, write the sizes of the scopes to the config, which is saved with it.
 
@@ -269,3 +198,47 @@ def _note_scope_sizes(config: SparseMemoryConfig, adapter: str, model: nn.Module
 
 
 _MASK_HOOK = "_sparse_memory_mask_hook"
+
+
+def take_back_mask(model: nn.Module, *_: Any) -> None:
+    """After each call: remove the mask, so that a later call of only a part of the model does not use it."""
+    if not torch.is_grad_enabled():
+        return
+    modules = list(model.modules())
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in modules):
+        # the backward pass may run the layers again, and their reads are counted then
+        return
+    for module in modules:
+        if isinstance(module, ProductKeyMemory):
+            module.token_mask = None
+
+
+def hand_out_mask(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Before each call with gradients: give every memory layer the call's 2-D attention mask, or None."""
+    if not torch.is_grad_enabled():
+        # nothing is counted, and in generation a search for the layers would cost as much as a read
+        return
+    mask = kwargs.get("attention_mask")
+    if (
+        mask is None
+        and len(args) > 1
+        and list(inspect.signature(model.forward).parameters)[1] == "attention_mask"
+    ):
+        mask = args[1]
+    mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    for module in model.modules():
+        if isinstance(module, ProductKeyMemory):
+            # the layers of one model may be on several devices
+            module.token_mask = None if mask is None else mask.to(module.values.device)
+
+
+class MaskHooks:
+    """Hooks on the model that give its memory layers the attention mask during each call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = model.register_forward_pre_hook(hand_out_mask, with_kwargs=True)
+        self._after = model.register_forward_hook(take_back_mask, always_call=True)
+
+    def remove(self) -> None:
+        self._before.remove()
+        self._after.remove()

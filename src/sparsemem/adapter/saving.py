@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..files import comparable_base, fingerprint_base
-from ..writing import read_json, save_into, write_json
+from ..artifacts import comparable_base, fingerprint_base
+from ..atomic import read_json, save_into, write_json
 from .config import SparseMemoryConfig, config_digest
 from .digests import saved_digests, verify_tensors, weights_stamp
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import ArtifactError, fingerprint_tensors, load_artifact, save_artifact
+from ..artifacts import ArtifactError, fingerprint_tensors, load_artifact, save_artifact
 from ..layer.memory import ProductKeyMemory
 
 KIND = "background"

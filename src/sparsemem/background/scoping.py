@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter.model import gated_layers, memory_layers
+from ..adapter.memories import gated_layers, memory_layers
 from ..layer.memory import ProductKeyMemory
 from ..layer.scope import KNOWN_WEIGHT, Scope, whiten
 from ..precision import precise

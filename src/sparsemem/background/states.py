@@ -6,8 +6,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..adapter.layer import SparseMemoryLayer
-from ..adapter.model import memory_layers
+from ..adapter.layers import SparseMemoryLayer
+from ..adapter.memories import memory_layers
 from ..layer.memory import ProductKeyMemory
 from ..precision import autocast, precise, takes
 

@@ -51,9 +51,9 @@ def evaluate(model: str, task: str, data: str | None, record: bool, as_json: boo
 
     Tasks of lm-evaluation-harness need the optional packages of `pip install "sparsemem[eval]"`.
     """
-    from ..evaluation.evaluation import evaluate_named
-    from ..folders import recording
-    from ..folders.contents import check_made
+    from ..evaluation.tasks import evaluate_named
+    from ..saved import card as recording
+    from ..saved.contents import check_made
 
     if record:
         check_made(Path(model))
@@ -87,7 +87,7 @@ def push(adapter: Path, repo: str, private: bool, dry_run: bool, as_json: bool) 
 
     ADAPTER is a folder that graft or train made. The repository is created if it does not exist.
     """
-    from ..folders.publish import public_files, upload
+    from ..saved.publish import public_files, upload
 
     files = public_files(adapter, repo)
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files}

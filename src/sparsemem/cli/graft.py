@@ -88,7 +88,7 @@ def graft(
 
     With --retrofit calibrate the model's answers do not change at all; with dense they change slightly.
     """
-    from ..folders import making
+    from ..saved import making
 
     given = {"lr": lr, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
     given["gradient_accumulation_steps"] = gradient_accumulation_steps

@@ -37,7 +37,7 @@ def learn(
     Each task leaves a patch and a line in the ledger of the --out folder, which is an adapter too. After an
     interruption --resume continues. --undo, --status and --verify need no MODEL.
     """
-    from ..folders import streams
+    from ..stream import folder as streams
 
     asked = {"--stream": stream, "--undo": undo, "--status": status, "--verify": verify}
     chosen = [name for name, given in asked.items() if given]

@@ -23,9 +23,8 @@ from .graft import graft
 from .learn import learn
 from .options import NAMES, as_json, comma_names, comma_numbers, say, seed_option
 from .patches import patch
-from .serve import serve
+from .serve import serve, ui
 from .train import train
-from .ui import ui
 
 RECIPES = ("demo", "medical", "paper", "lifelong")
 NUM_SHOWN = 3
@@ -81,7 +80,7 @@ def demo(out: Path, methods: list[str], seed: int, as_json: bool) -> None:
 
     If the demo is interrupted, the same command continues it with the next method.
     """
-    from ..recipes.demo import recipe
+    from ..compare.recipes.demo import recipe
 
     _compare(recipe(), out, methods, [seed], as_json)
 
@@ -132,17 +131,17 @@ def compare(
     """
     from importlib import import_module
 
-    from ..recipes.overrides import changed
+    from ..compare.recipes.overrides import changed
 
     if dry_run and as_json:
         raise click.UsageError(
             "a dry run has no results, so --json has nothing to print; leave out --dry-run or --json"
         )
-    room = import_module(f"..recipes.{recipe}", __package__)
+    room = import_module(f"..compare.recipes.{recipe}", __package__)
     chosen = room.recipe(model=model, data_dir=data_dir, settings=changed(room.SETTINGS, assignments))
     out = out or Path(f"sparsemem-{recipe}")
     if dry_run:
-        from ..comparison import compare as comparison
+        from ..compare import compare as comparison
 
         click.echo(comparison.dry_run(chosen, out=out, methods=methods, seeds=seeds))
         return
@@ -152,8 +151,8 @@ def compare(
 def _compare(
     recipe: Any, out: Path, methods: list[str] | None, seeds: list[int] | None, as_json: bool
 ) -> None:
-    from ..comparison.compare import compare
-    from ..comparison.report import rebuild_report
+    from ..compare.compare import compare
+    from ..compare.report import rebuild_report
 
     try:
         compare(recipe, out=out, methods=methods, seeds=seeds, progress=say)
@@ -179,8 +178,8 @@ def report(folder: Path, as_json: bool) -> None:
 
 
 def _show_report(out: Path, as_json: bool) -> None:
-    from ..comparison.report import rebuild_report, text_examples
-    from ..comparison.tables import text_table
+    from ..compare.report import rebuild_report, text_examples
+    from ..compare.tables import text_table
 
     results, page = rebuild_report(out)
     if as_json:
@@ -208,7 +207,7 @@ def _show_report(out: Path, as_json: bool) -> None:
 )
 def chat(model: str, show_scope: bool, max_new_tokens: int) -> None:
     """Talk to MODEL or ADAPTER in the terminal; end with /exit, Ctrl-D or Ctrl-C."""
-    from ..adapter.model import memory_layers
+    from ..adapter.memories import memory_layers
     from ..data.models import load
     from .chat import converse
 

@@ -1,6 +1,8 @@
 """Options, choices and messages that several commands use."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -58,3 +60,20 @@ out_folder = click.option(
 seed_option = click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of the random numbers."
 )
+
+
+def show_described(described: dict[str, Any], as_json: bool) -> None:
+    """Print what `describe_patch` found."""
+    if as_json:
+        click.echo(json.dumps(described))
+        return
+    for name, layer in described["layers"].items():
+        change = f"{layer['rows']} rows, largest change {layer['largest_change']:.3g}"
+        click.echo(f"{name}: {change}, {layer['centres']} scope centres")
+    for name, change in described["tensors"].items():
+        click.echo(f"{name}: replaced as a whole, largest change {change:.3g}")
+    for key, value in described["info"].items():
+        click.echo(f"{key}: {value}")
+    for key in ("base", "out"):
+        if key in described:
+            click.echo(f"{key}: {described[key]}")

@@ -158,7 +158,7 @@ def train(
     With --method smf or smf-open, a MODEL first gets an empty memory, as `graft` creates by default. An
     ADAPTER can be trained further with a method of its own kind.
     """
-    from ..folders import making
+    from ..saved import making
 
     try:
         metrics = making.train(

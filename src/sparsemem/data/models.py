@@ -27,8 +27,8 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 # registers the PEFT method, so that its adapters can be loaded
-from ..adapter import registration  # noqa: F401
-from ..files import ArtifactError, comparable_base, fits_base
+from .. import adapter  # noqa: F401
+from ..artifacts import ArtifactError, comparable_base, fits_base
 from .gguf import cache_folder, copy_of, dequantised, gguf_file, packaged_name
 
 _NAMES = "a folder, a .gguf file, a Hub name, smollm2 or gemma3-270m"

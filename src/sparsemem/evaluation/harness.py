@@ -16,7 +16,8 @@ import torch
 
 from ..data.models import cache_without_hub
 from ..precision import precision_of
-from .tasks import TASKS, Evaluation
+from .items import TASKS
+from .probes import Evaluation
 
 BATCH_SIZE = 8
 

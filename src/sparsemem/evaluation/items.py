@@ -24,6 +24,7 @@ KINDS = {
     "wikitext": "perplexity",
     "mentions": "mentions",
 }
+TASKS = tuple(KINDS)
 HUB = {
     "medmcqa": ("openlifescienceai/medmcqa", None, "validation"),
     "triviaqa": ("mandarjoshi/trivia_qa", "rc.nocontext", "validation"),

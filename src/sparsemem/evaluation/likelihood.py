@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.batching import accepted, by_length, pad_left, read_beginning, rows_of
+from ..data.generation import accepted, by_length, pad_left, read_beginning, rows_of
 from ..precision import autocast
 
 logger = logging.getLogger(__name__)

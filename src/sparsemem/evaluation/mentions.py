@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.generation import answer_tokens
-from ..data.mentions import PROBE_FORMS, mention_texts, prose_texts
+from ..data.known import PROBE_FORMS, mention_texts, prose_texts
 from ..data.records import question_ids
 from .likelihood import log_probs
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapter.model import gated_layers, layer_gates, memory_layers
+from ..adapter.memories import gated_layers, layer_gates, memory_layers
 from ..background.states import layer_inputs
 from ..data.generation import complete
 from ..data.models import tokenizer_of
@@ -29,6 +29,24 @@ from .likelihood import log_probs
 from .mentions import BaseMentions, Mentions, base_mentions, mentions  # noqa: F401
 
 ARTICLES = {"a", "an", "the"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of a task.
+
+    Attributes:
+        metrics: values by name.
+        n: number of items, or of tokens for perplexity.
+        correct: for each item, in order, whether it was answered correctly (by `acc` for multiple choice);
+            None where answers are not right or wrong.
+        base: the base model's metrics, if the task itself compares with the base model.
+    """
+
+    metrics: dict[str, float]
+    n: int
+    correct: list[bool] | None = None
+    base: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .log import ReadLog
 from .product_keys import best_pairs, best_sub_keys
-from .quantized import QuantizedRows
 from .scope import Scope
-from .tables import zero_table
-from .values import read_rows
+from .tables import QuantizedRows, zero_table
+from .values import ReadLog, read_rows
 
 SCOPE_TENSORS = tuple(f"scope_{field.name}" for field in fields(Scope))
 

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layer.log import ReadLog
 from ..layer.memory import ProductKeyMemory
-from .row_state import rows_of
-from .rows import RowAdamW
+from ..layer.values import ReadLog
+from .rows import RowAdamW, rows_of
 
 QUIRKS = ("micro-batch", "padding", "moments")
 

@@ -24,26 +24,28 @@ Reference: 2605.03229, stage 2. Deviation: the moments of a row change only when
 authors' code masks only gradients, so rows keep changing after they were deselected.
 """
 
+import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import AdamW, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..adapter.model import memory_layers
+from ..adapter.memories import memory_layers
 from ..background.background import Background
-from ..layer.log import ReadLog
 from ..layer.memory import ProductKeyMemory
+from ..layer.values import ReadLog
 from ..processes import averaged, several_expected, summed
-from .options import check_positive
-from .ownership import let_go, take_rows
-from .selection import NEEDS_BACKGROUND, Rule, best_rows, check_selection, read_scores
+from .selection import NEEDS_BACKGROUND, Rule, agreed, best_rows, check_selection, read_scores, step_reads
 from .skipping import SkippedSteps
-from .step_reads import agreed, step_reads
+
+if TYPE_CHECKING:
+    pass
 
 # Default learning rate of everything except rows: alpha, keys, modules_to_save.
 REST_LR = 1e-3
@@ -296,3 +298,64 @@ class RowOptimizer(Optimizer):
     def _update(self, table: Tensor, rows: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         """Update the rows [t] of a table in place from their gradient [t, d_out]; `group` has the options."""
         raise NotImplementedError
+
+
+def _check(name: str, value: float, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} must be {allowed}")
+
+
+def check_positive(name: str, value: float) -> None:
+    _check(name, value, value > 0, "greater than 0")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    _check(name, value, value >= 0, "0 or greater")
+
+
+def check_fraction(name: str, value: float) -> None:
+    _check(name, value, 0 <= value < 1, "at least 0 and less than 1")
+
+
+logger = logging.getLogger(__name__)
+
+
+# All row optimizers. Each may still own tables.
+_row_optimizers: "weakref.WeakSet[RowOptimizer]" = weakref.WeakSet()
+# The handle of the hook on all other optimizers, once it is registered.
+_watching: list[Any] = []
+
+
+def take_rows(optimizer: "RowOptimizer") -> None:
+    """Make the optimizer the owner of its layers' rows: their reads are recorded in its logs."""
+    for name, memory in optimizer.layers.items():
+        log = memory.log = optimizer.read_logs[name]
+        weakref.finalize(optimizer, let_go, weakref.ref(memory), log)
+    _row_optimizers.add(optimizer)
+    if not _watching:
+        _watching.append(register_optimizer_step_pre_hook(_hand_over))
+
+
+def _hand_over(optimizer: Optimizer, _args: tuple, _kwargs: dict) -> None:
+    """Before an optimizer of another kind steps on a table: write the table's gradient to `.grad`."""
+    if not _row_optimizers or optimizer in _row_optimizers:
+        return
+    wanted = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for rows in list(_row_optimizers):
+        for name, memory in rows.layers.items():
+            log = rows.read_logs[name]
+            if id(memory.values) in wanted and memory.log is log:
+                logger.warning(
+                    "%s steps on the rows of %s, which belonged to a %s; now only the %s updates them",
+                    type(optimizer).__name__, name, type(rows).__name__, type(optimizer).__name__,
+                )  # fmt: skip
+                memory.values.grad = log.table_gradient(memory.values.detach())
+                let_go(weakref.ref(memory), log)
+
+
+def let_go(memory: "weakref.ref[ProductKeyMemory]", log: ReadLog) -> None:
+    """Empty a log that no optimizer reads any more, and remove it from the memory if it is still there."""
+    log.clear()
+    layer = memory()
+    if layer is not None and layer.log is log:
+        layer.log = None

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import ArtifactError
+from ..artifacts import ArtifactError
 from ..layer.scope import SPACE_PARTS, TASK_PARTS, Scope
-from .composing import facts_of, silenced
+from .facts import facts_of, silenced
 from .layers import LayerPatch
 from .patch import RowPatch
 from .tensors import TensorPatch, same_bytes

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import ArtifactError
+from ..artifacts import ArtifactError
 from ..layer.memory import ProductKeyMemory, scope_shapes
 from ..layer.scope import SPACE_PARTS, Scope
-from .sources import lookup
-from .space import referring, space_digest
+from .space import lookup, referring, space_digest
 from .tensors import same_bytes
 
 _SCOPE = tuple(field.name for field in fields(Scope))

@@ -14,21 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.model import memory_layers
-from ..files import ArtifactError, fingerprint_base, fits_base, load_artifact, save_artifact
+from ..adapter.memories import memory_layers
+from ..artifacts import ArtifactError, fingerprint_base, fits_base, load_artifact, save_artifact
 from ..layer.scope import Scope
 from ..layer.tables import copy_table
-from .layers import (
-    LayerPatch,
-    checked_scope,
-    diff_layer,
-    is_after,
-    packed_layer,
-    unpacked_layer,
-    write_layer,
-)
-from .sources import read_adapter
-from .space import filled_in
+from .layers import LayerPatch, checked_scope, diff_layer, is_after, packed_layer, unpacked_layer, write_layer
+from .space import filled_in, read_adapter
 from .tensors import (
     TensorPatch,
     addressing_before,

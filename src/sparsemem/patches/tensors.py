@@ -12,8 +12,8 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..adapter.model import memory_layers
-from ..files import ArtifactError, fingerprint_tensors
+from ..adapter.memories import memory_layers
+from ..artifacts import ArtifactError, fingerprint_tensors
 from ..layer.memory import ProductKeyMemory
 
 _ADDRESSING = ("query", "query_bias", "keys", "key_bias")

@@ -18,17 +18,15 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from starlette.exceptions import HTTPException
 
 from . import engine as engines
-from .bodies import ApiError, Asked, read_chat, read_completion
+from .bodies import Answered, ApiError, Asked, Chat, Completion, Form, read_chat, read_completion
 from .decoding import Row, Sampling, room_of
-from .engine import Engine, Piece, QueueFull
-from .forms import Answered, Chat, Completion, Form
+from .engine import AnswerText, Engine, Piece, QueueFull
 from .listen import LOOPBACK_HOSTS, new_app
 from .memories import Served
-from .metrics import Metrics
-from .text import AnswerText
 
 BODY_SECONDS = 10
 
@@ -289,3 +287,24 @@ def _usage(asked: Asked, num_tokens: int) -> dict[str, int]:
         "completion_tokens": num_tokens,
         "total_tokens": num_prompt + num_tokens,
     }
+
+
+class Metrics:
+    """Requests by path and status, and what the engine has done."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "sparsemem_requests", "Requests that were answered.", ["path", "status"], registry=self._registry
+        )
+        gauges = {
+            "sparsemem_requests_running": ("Requests in the batch.", lambda: engine.num_running),
+            "sparsemem_requests_waiting": ("Requests in the queue.", lambda: engine.num_waiting),
+            "sparsemem_prompt_tokens_total": ("Tokens of prompts.", lambda: engine.num_prompt_tokens),
+            "sparsemem_generated_tokens_total": ("Tokens of answers.", lambda: engine.num_generated_tokens),
+        }
+        for name, (about, read) in gauges.items():
+            Gauge(name, about, registry=self._registry).set_function(read)
+
+    def text(self) -> str:
+        return generate_latest(self._registry).decode()

@@ -18,8 +18,8 @@ from torch.nn import functional
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..adapter.tail import BASE_ROW
-from ..data.batching import accepted, pad_left
+from ..adapter.layers import BASE_ROW
+from ..data.generation import accepted, pad_left
 from ..precision import autocast
 
 

@@ -11,15 +11,15 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from ..adapter.layer import SparseMemoryLayer
-from ..adapter.model import memory_layers, writes_last
+from ..adapter.layers import SparseMemoryLayer
+from ..adapter.memories import memory_layers, writes_last
+from ..artifacts import fingerprint_base
 from ..data.models import load
-from ..files import fingerprint_base
-from ..folders.contents import ADAPTER_FILE
-from ..folders.names import public_model
-from ..folders.patching import spaces_of
+from ..data.names import public_model
 from ..layer.scope import Scope
 from ..patches.patch import RowPatch
+from ..saved.contents import ADAPTER_FILE
+from ..saved.patching import spaces_of
 
 BASE = "base"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")

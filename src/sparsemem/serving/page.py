@@ -6,7 +6,11 @@ alone, so that other pages in the same browser cannot teach.
 """
 
 import asyncio
+import json
+import logging
+import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +24,6 @@ from .api import read_body
 from .bodies import ApiError
 from .lessons import Lessons, Progress
 from .listen import LOOPBACK_HOSTS, new_app
-from .teaching import dropped_records, typed_records
-from .work import Worker
 
 STATIC = Path(__file__).with_name("static")
 FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/icon.svg": "icon.svg"}
@@ -173,3 +175,117 @@ def _from_here(request: Request) -> bool:
     return request.method == "DELETE" or request.headers.get("content-type", "").startswith(
         "application/json"
     )
+
+
+NUM_RECORDS = 2000
+_PAIRS = (("prompt", "completion"), ("question", "answer"))
+
+
+def typed_records(question: Any, answer: Any, phrasings: Any) -> list[dict[str, str]]:
+    """A question, further phrasings of it, and their answer.
+
+    Raises:
+        ValueError: an empty field, or one that is no text.
+    """
+    texts = [question, *(phrasings if isinstance(phrasings, list) else [phrasings])]
+    if not all(isinstance(one, str) for one in [*texts, answer]):
+        raise ValueError("question, answer and phrasings must be text")
+    prompts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    if not question.strip() or not answer.strip():
+        raise ValueError("a question and its answer are needed; fill in both")
+    return [{"prompt": prompt, "completion": answer.strip()} for prompt in prompts]
+
+
+def dropped_records(text: str, name: str) -> list[dict[str, str]]:
+    """Records of a JSONL file: prompts and completions, questions and answers, or one exchange of messages.
+
+    Raises:
+        ValueError: naming the line that is not such a record, or too many lines.
+    """
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{name}, line {number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{place}: not valid JSON ({error}); put one object on each line") from None
+        records.append(_record(record, place))
+        if len(records) > NUM_RECORDS:
+            raise ValueError(
+                f"{name} has more than {NUM_RECORDS:,} records; teach it with `sparsemem train` instead"
+            )
+    if not records:
+        raise ValueError(f"{name} is empty; put one object on each line")
+    return records
+
+
+def _record(record: Any, place: str) -> dict[str, str]:
+    found = record if isinstance(record, dict) else {}
+    pair = next((pair for pair in _PAIRS if all(key in found for key in pair)), None)
+    texts = [found[key] for key in pair] if pair else _exchange(found.get("messages"))
+    if len(texts) != 2 or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(
+            f"{place}: must have the fields prompt and completion, or question and answer, as text, or "
+            "messages with one question and one answer"
+        )
+    return {"prompt": texts[0].strip(), "completion": texts[1].strip()}
+
+
+def _exchange(messages: Any) -> list[Any]:
+    turns = messages if isinstance(messages, list) else []
+    roles = [turn.get("role") if isinstance(turn, dict) else None for turn in turns]
+    return [turn.get("content") for turn in turns] if roles == ["user", "assistant"] else []
+
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """A thread that does one job after the other.
+
+    Attributes:
+        job: the long job that runs or waits: `{"kind", "phase", "step", "steps"}`; None: none.
+        error: of the last long job, until the next one begins.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="worker")
+        self._lock = threading.Lock()
+        self.job: dict[str, Any] | None = None
+        self.error: str | None = None
+
+    def start(self, kind: str, work: Callable[[Callable[[str, int, int], None]], object]) -> bool:
+        """Begin a long job in the background; False: another one is under way.
+
+        Args:
+            work: gets a function that it tells its progress: phase, step, number of steps.
+        """
+        with self._lock:
+            if self.job is not None:
+                return False
+            self.job = {"kind": kind, "phase": "Waiting", "step": 0, "steps": 0}
+            self.error = None
+        self._pool.submit(self._run, kind, work)
+        return True
+
+    def do(self, work: Callable[..., Any], *arguments: Any) -> Future:
+        """Do something short, when its turn comes."""
+        return self._pool.submit(work, *arguments)
+
+    def stop(self) -> None:
+        """Wait for what runs; drop what waits."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, kind: str, work: Callable[[Callable[[str, int, int], None]], object]) -> None:
+        def progress(phase: str, step: int, steps: int) -> None:
+            self.job = {"kind": kind, "phase": phase, "step": step, "steps": steps}
+
+        try:
+            work(progress)
+        except (ValueError, OSError, RuntimeError) as error:
+            logger.exception("%s failed", kind)
+            self.error = " ".join(str(error).split())
+        finally:
+            self.job = None

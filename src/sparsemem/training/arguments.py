@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from ..data.mentions import KEEP_FORMS
+from ..data.known import KEEP_FORMS
 from .methods import MAX_GRAD_NORM, MEMORY_METHODS, check_method
 
 WARMUP_STEPS = 5

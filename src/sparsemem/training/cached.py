@@ -22,14 +22,14 @@ from torch.utils.data import Dataset
 from transformers.utils.logging import tqdm
 
 from ..adapter.blocks import final_norm
-from ..adapter.model import memory_layers, writes_last
-from ..adapter.tail import gated_sum
+from ..adapter.layers import gated_sum
+from ..adapter.memories import memory_layers, writes_last
+from ..artifacts import fingerprint_base
+from ..atomic import write_atomically
 from ..background.scoping import Supervised
 from ..background.states import layer_inputs, supervised
 from ..data.records import collate
-from ..files import fingerprint_base
 from ..precision import autocast, precision_of
-from ..writing import write_atomically
 
 logger = logging.getLogger(__name__)
 

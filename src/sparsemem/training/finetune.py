@@ -8,7 +8,7 @@ resident set, or of the GPU's allocations.
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,25 +19,33 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
+    TrainerState,
+    TrainingArguments,
     set_seed,
 )
 
 from ..background.background import Background
 from ..data.models import tokenizer_of
 from ..data.records import batches as batched
+from ..data.records import collate
 from ..optim.rows import REST_LR, RowOptimizer
 from ..optim.selection import Rule
 from ..patches.patch import RowPatch
 from ..precision import computing_in, precision_of
 from .arguments import WARMUP_STEPS, check_arguments, training_arguments
-from .cached import train_states
-from .callbacks import METRICS_FILE, MetricsFile, StopAtLoss, Stopwatch, recent_loss
-from .checkpoints import check_writable, keep_run, last_checkpoint, run_of
-from .footprint import peak_memory
-from .interrupts import StopAtSignal
-from .loading import MENTION_FORMS, Data, known_batches, load_data, mention_examples
-from .methods import TOP_T, prepare
-from .running import last_with, train, trainer_of, without_cache
+from .cached import StateRows, collate_states, train_states
+from .checkpoints import StopAtSignal, check_writable, keep_run, last_checkpoint, run_of
+from .loading import MENTION_FORMS, Data, RunData, known_batches, load_data, mention_examples
+from .methods import TOP_T, Prepared, prepare
+from .trainer import (
+    METRICS_FILE,
+    FinetuneTrainer,
+    MetricsFile,
+    StopAtLoss,
+    Stopwatch,
+    peak_memory,
+    recent_loss,
+)
 
 CACHE_BYTES = 2**31
 
@@ -252,3 +260,69 @@ def finetune(
         background=getattr(prepared.optimizer, "background", None),
         precision=used,
     )
+
+
+def trainer_of(
+    prepared: Prepared,
+    loaded: RunData,
+    arguments: TrainingArguments,
+    callbacks: list[TrainerCallback],
+    cache_bytes: int,
+    folder: Path,
+) -> FinetuneTrainer:
+    """The trainer, of the whole model or, if `prepare` returned states, of the head on these states."""
+    if isinstance(prepared.optimizer, RowOptimizer):
+        # a row optimizer clips the gradients of all that it trains itself
+        arguments.max_grad_norm = 0.0
+    head, rows = prepared.states or (None, loaded.examples)
+    held_out = loaded.held_out
+    if head is not None and held_out is not None:
+        held_out = StateRows(head, held_out, cache_bytes, folder)
+    return FinetuneTrainer(
+        head,
+        model=prepared.model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=partial(collate, pad_token_id=loaded.pad) if head is None else collate_states,
+        eval_dataset=held_out,
+        optimizers=(prepared.optimizer, None),
+        callbacks=callbacks,
+    )
+
+
+def train(trainer: FinetuneTrainer, checkpoint: str | None, stopwatch: Stopwatch) -> None:
+    """Train to the end, from a checkpoint if there is one, and measure the loss on the held-out data."""
+    reached = None
+    if checkpoint is not None:
+        reached = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
+        stopwatch.add_earlier(reached)
+    if checkpoint and reached and reached.global_step >= trainer.args.max_steps:
+        # Trainer would take one more step before it compares the number of steps
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = reached
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.skipped.in_a_row and trainer.skipped.in_a_row * 2 >= trainer.state.global_step:
+            raise ValueError(
+                f"the loss is NaN or infinite in the last {trainer.skipped.in_a_row} of "
+                f"{trainer.state.global_step} steps; choose a smaller lr or check the data"
+            )
+    if trainer.eval_dataset is None:
+        return
+    if last_with(trainer.state.log_history, "eval_loss").get("step", -1) < trainer.state.global_step:
+        trainer.evaluate()
+
+
+@contextmanager
+def without_cache(model: Any):
+    """Restore `use_cache` after the block: Trainer switches the key-value cache off for good."""
+    before = model.config.use_cache
+    try:
+        yield
+    finally:
+        model.config.use_cache = before
+
+
+def last_with(log_history: list[dict], key: str) -> dict:
+    """The last entry with this key; an empty one where there is none."""
+    return next((entry for entry in reversed(log_history) if key in entry), {})

@@ -12,9 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..background.background import Background
-from ..data.elsewhere import answers_elsewhere
 from ..data.general import general_background, say_shipped
-from ..data.mentions import KEEP_FORMS, mention_records
+from ..data.known import KEEP_FORMS, answers_elsewhere, mention_records
 from ..data.reading import read_records
 from ..data.records import batches as batched
 from ..data.records import encode, truncate

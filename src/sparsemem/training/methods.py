@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ..adapter.blocks import num_blocks
 from ..adapter.config import SparseMemoryConfig
-from ..adapter.model import memory_layers, set_trainable
+from ..adapter.memories import memory_layers, set_trainable
 from ..background.background import Background
 from ..background.calibration import calibrate
 from ..background.scoping import TAUGHT_SIZE, check_background, set_scope, set_scope_of

@@ -9,7 +9,7 @@ Reference: 2605.03229, stage 1.
 from pathlib import Path
 from typing import Any
 
-from ..adapter.model import set_trainable
+from ..adapter.memories import set_trainable
 from ..background.background import Background
 from ..background.calibration import observe
 from ..data.reading import read_records

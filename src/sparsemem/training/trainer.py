@@ -1,23 +1,31 @@
 """The Trainer of `finetune`: it trains the whole model, or a tail memory on cached states."""
 
+import ctypes
+import gc
+import json
 import math
-from contextlib import AbstractContextManager
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from ..optim.rows import RowOptimizer
 from ..optim.skipping import SkippedSteps
 from ..precision import autocast, takes
 from ..processes import summed
 from .cached import TailHead
-from .callbacks import Progress
 from .checkpoints import list_files
-from .uneven import first_records, no_loss, num_own
 
 
 class FinetuneTrainer(Trainer):
@@ -139,3 +147,150 @@ class FinetuneTrainer(Trainer):
     def floating_point_ops(self, inputs):
         # Trainer would count a pass through the model, which training on states does not make
         return 0 if self.head is not None else super().floating_point_ops(inputs)
+
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class StopAtLoss(TrainerCallback):
+    """Stop at a loss. It is computed from Trainer's own log, which checkpoints contain."""
+
+    def __init__(self, stop_loss: float | None, window: int) -> None:
+        self.stop_loss, self.window = stop_loss, window
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.stop_loss is None or state.global_step < self.window:
+            return
+        if recent_loss(state.log_history, self.window) < self.stop_loss:
+            control.should_training_stop = True
+            # a run resumed from a checkpoint at this step would train further
+            control.should_save = False
+
+
+class MetricsFile(TrainerCallback):
+    """Write Trainer's log as JSON lines; a resumed run begins with the lines in its checkpoint's log.
+
+    With several processes only the first one writes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(f"{json.dumps(entry)}\n" for entry in state.log_history))
+
+    def on_log(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        with self.path.open("a") as file:
+            file.write(f"{json.dumps(state.log_history[-1])}\n")
+
+
+class Stopwatch(TrainerCallback, ExportableState):
+    """Seconds since it was created, plus those of the earlier parts of a resumed run."""
+
+    def __init__(self) -> None:
+        self.begun = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begun
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def add_earlier(self, reached: TrainerState) -> None:
+        """Add the seconds that are stored in a checkpoint's state, if there are any."""
+        held: dict = (reached.stateful_callbacks or {}).get("Stopwatch") or {}  # type: ignore[union-attr]
+        self.begun -= held.get("attributes", {}).get("seconds", 0.0)
+
+
+class Progress(ProgressCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
+def recent_loss(log_history: list[dict], window: int) -> float:
+    """Mean of the last `window` training losses without those of skipped steps; NaN if there are none."""
+    losses = [entry["loss"] for entry in log_history if "loss" in entry][-window:]
+    losses = [loss for loss in losses if math.isfinite(loss)]
+    return sum(losses) / len(losses) if losses else math.nan
+
+
+def num_own(num_examples: int, batch_size: int, rank: int, num_processes: int) -> int:
+    """How many records of a process's last batch in an epoch are not there to fill it up."""
+    rest = num_examples % (batch_size * num_processes) or batch_size * num_processes
+    return min(max(rest - rank * batch_size, 0), batch_size)
+
+
+def first_records(batch: dict[str, Any], number: int) -> dict[str, Any]:
+    """A batch of `collate` or `collate_states` without the records after the first `number`.
+
+    A batch of `collate` keeps at least one record, which has no labels if `number` is 0.
+    """
+    if "sizes" in batch:
+        sizes = batch["sizes"][:number]
+        positions = int(sizes.sum())
+        states = batch["states"]
+        states = states[:positions] if isinstance(states, Tensor) else states[:number]
+        labels = batch["labels"][:positions]
+        return {"states": states, "shift_labels": labels, "labels": labels, "sizes": sizes}
+    kept = {key: value[: max(number, 1)] for key, value in batch.items()}
+    if number == 0:
+        kept["labels"] = torch.full_like(kept["labels"], -100)
+    return kept
+
+
+def no_loss(model: nn.Module) -> Tensor:
+    """A loss of 0 that gives every trained parameter a gradient of 0, as other processes give it one."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.stack([parameter.flatten()[0].float() * 0 for parameter in trained]).sum()
+
+
+INTERVAL = 0.02
+
+
+@dataclass
+class Peak:
+    """The largest growth of memory, in bytes; set at the end of the block."""
+
+    peak_bytes: int = 0
+
+
+@contextmanager
+def peak_memory(model: torch.nn.Module) -> Iterator[Peak]:
+    """Measure how much memory grows within the block: the GPU's if the model is on it, else the process's.
+
+    The process's resident set is sampled every INTERVAL seconds. Before that, freed memory is returned to the
+    system and all weights are read once, so that neither counts as growth.
+    """
+    peak = Peak()
+    if next(model.parameters()).is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield peak
+        peak.peak_bytes = torch.cuda.max_memory_allocated() - before
+        return
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    for parameter in model.parameters():
+        parameter.detach().sum()
+    process, done = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def sample() -> None:
+        while not done.wait(INTERVAL):
+            peak.peak_bytes = max(peak.peak_bytes, process.memory_info().rss - before)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        sampler.join()

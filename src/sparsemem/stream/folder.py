@@ -1,0 +1,220 @@
+"""What `sparsemem learn` does with a folder: teach tasks, take one back, say what is there, check it.
+
+Reading and checking need no base model.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..artifacts import ArtifactError
+from ..atomic import finish_save, refuse_existing
+from ..data.gguf import packaged_name
+from ..data.names import public_model
+from ..data.reading import read_records
+from ..layer.scope import Scope
+from ..patches.facts import composed, silenced
+from ..patches.space import load_spaces, memory_digest, space_digest
+from .ledger import FILE, LEARN, Ledger, checked_patch
+from .tasks import Task, tasks_of
+
+
+def learn(
+    model: str | None,
+    source: str,
+    out: Path,
+    *,
+    every: int = 1,
+    background: str | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Teach the tasks of a stream one after another, each on the disk before the next begins.
+
+    Args:
+        model: name of a base model; may be None where the folder is there.
+        source: whatever `read_records` takes; records with a `task` field, else `every` records are a task.
+        background: general text for a new folder; None: the text that ships with the package.
+        resume: continue the folder that is there; tasks that were taught before are not taught again.
+
+    Returns:
+        What was taught and skipped, and what it took.
+
+    Raises:
+        ValueError: bad data, a folder that is there and not to be continued, a task of other data under a
+            name that is taken, or a full disk.
+    """
+    from ..training.retrofit import general_records
+    from .stream import Stream, data_digest
+
+    tasks = tasks_of(read_records(source, mixed=True), every)
+    is_there = is_stream(out)
+    if is_there and not resume:
+        raise ValueError(f"--out {out} holds a stream; add --resume to continue it, or name another folder")
+    if not is_there:
+        refuse_existing(out)
+        if model is None:
+            raise ValueError(f"--out {out} holds no stream yet; give the MODEL that is to be taught")
+    elif background is not None:
+        raise ValueError(f"--background {background}: {out} keeps its own; leave it out")
+    before = _refuse_other_data(Ledger(out / FILE), tasks, data_digest) if is_there else set()
+    general = None if background is None else general_records(background)
+    with _one_sentence(out):
+        stream = Stream(model or model_of(out), out, background=general, seed=seed)
+        began, num_bytes, taught = time.perf_counter(), 0, 0
+        for number, task in enumerate(tasks, start=1):
+            if task.name in before:
+                continue
+            entry = stream.teach(task.name, task.records)
+            taught += 1
+            num_bytes += entry["bytes"]
+            say(f"[{number}/{len(tasks)}] {task.name}: {entry['seconds']:.2f} s, {entry['bytes']:,} bytes")
+        stream.save()
+    seconds = round(time.perf_counter() - began, 3)
+    counts = {"taught": taught, "skipped": len(tasks) - taught, "tasks": len(stream.tasks)}
+    return {"out": str(out), **counts, "seconds": seconds, "bytes": num_bytes}
+
+
+def undo(out: Path, task: str, model: str | None = None) -> dict[str, Any]:
+    """Take a task back; says which older facts speak again that its own had taken the place of.
+
+    Raises:
+        ValueError: no such task, or a folder that is none or was altered.
+    """
+    from .stream import Stream
+
+    _refuse_unknown(Ledger(out / FILE), task)
+    with _one_sentence(out):
+        stream = Stream(model or model_of(out), out)
+        silent = _silent(out, stream.ledger)
+        stream.undo(task)
+        stream.save()
+    again = sorted(silent - _silent(out, stream.ledger))
+    return {
+        "out": str(out),
+        "task": task,
+        "tasks": len(stream.tasks),
+        "again": [question for name, question in again if name != task],
+    }
+
+
+def status(out: Path) -> dict[str, Any]:
+    """What the folder's ledger says: its model, the tasks it holds and those taken back.
+
+    Raises:
+        ArtifactError: no ledger, or one that was altered.
+    """
+    ledger = Ledger(out / FILE)
+    keys = ("task", "records", "bytes", "seconds")
+    active = ledger.active()
+    held = {entry["task"] for entry in active}
+    undone = [e["task"] for e in ledger.entries[1:] if e["op"] != LEARN and e["task"] not in held]
+    return {
+        "out": str(out),
+        "model": public_model(ledger.about["model"]),
+        "tasks": [{key: entry[key] for key in keys} for entry in active],
+        "undone": list(dict.fromkeys(undone)),
+        "bytes": sum(entry["bytes"] for entry in active),
+        "interrupted": ledger.torn,
+    }
+
+
+def verify(out: Path) -> dict[str, Any]:
+    """Check every line, every patch, the space, and that the adapter is what follows from them.
+
+    Raises:
+        ArtifactError: naming the first that is not as it was written.
+    """
+    finish_save(out)
+    ledger = Ledger(out / FILE)
+    taught = [entry for entry in ledger.entries[1:] if entry["op"] == LEARN]
+    patches = {entry["patch"]: checked_patch(out, entry) for entry in taught}
+    spaces, _ = load_spaces(out / "space.safetensors")
+    ((name, space),) = spaces.items()
+    if space_digest(space) != ledger.about["space"]:
+        raise ArtifactError(f"{out / 'space.safetensors'}: is not the ledger's; get an undamaged copy")
+    scope = composed(name, [patches[entry["patch"]] for entry in ledger.active()], space)
+    weights = out / SAFETENSORS_WEIGHTS_NAME
+    try:
+        held = {key.rpartition(".")[2]: tensor for key, tensor in load_file(weights).items()}
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{weights}: cannot be read ({error}); get an undamaged copy") from error
+    if memory_digest(held) != ledger.about["memory"]:
+        raise ArtifactError(f"{weights}: was altered; get an undamaged copy")
+    for field in fields(Scope):
+        there = held.get(f"scope_{field.name}")
+        if there is None:
+            raise ArtifactError(f"{weights}: was altered; get an undamaged copy")
+        wanted = there[:0] if scope is None else getattr(scope, field.name)
+        if not torch.equal(wanted, there):
+            raise ArtifactError(f"{weights}: is not what the ledger says; learn --resume writes it again")
+    return {"out": str(out), "lines": len(ledger.entries), "patches": len(patches), "ok": True}
+
+
+def _silent(out: Path, ledger: Ledger) -> set[tuple[str, str]]:
+    """Task and question of each fact that a newer one has taken the place of."""
+    entries = ledger.active()
+    patches = [checked_patch(out, entry) for entry in entries]
+    ((name, _),) = load_spaces(out / "space.safetensors")[0].items()
+    return {
+        (entries[place]["task"], fact.question)
+        for place, facts in silenced(name, patches).items()
+        for fact in facts
+    }
+
+
+def _refuse_other_data(ledger: Ledger, tasks: list[Task], digest: Callable[[Any], str]) -> set[str]:
+    """Names of tasks that were taught before, whether they were taken back or not.
+
+    Raises:
+        ValueError: one of them was taught from other data.
+    """
+    before = {entry["task"]: entry["data"] for entry in ledger.entries[1:] if entry["op"] == LEARN}
+    for task in tasks:
+        if before.get(task.name, digest(task.records)) != digest(task.records):
+            raise ValueError(
+                f"task {task.name!r} was taught from other records before; give the new ones another name"
+            )
+    return {task.name for task in tasks if task.name in before}
+
+
+def _refuse_unknown(ledger: Ledger, task: str) -> None:
+    held = [entry["task"] for entry in ledger.active()]
+    if task not in held:
+        last = ", ".join(held[-5:]) or "none"
+        raise ValueError(f"--undo {task}: no such task is held; the last ones that are: {last}")
+
+
+def is_stream(folder: Path) -> bool:
+    """Whether `learn` or the page made this folder."""
+    return (folder / FILE).is_file()
+
+
+def model_of(out: Path) -> str:
+    """Name of the base model that a stream's folder belongs to.
+
+    Raises:
+        ArtifactError: its ledger cannot be read.
+    """
+    name = Ledger(out / FILE).about["model"]
+    return packaged_name(Path(name).name) or name
+
+
+@contextmanager
+def _one_sentence(out: Path) -> Iterator[None]:
+    """Within, a disk that is full ends in one sentence, as bad input does."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{out} cannot be written ({error}); what was taught before is safe: make room, then add --resume"
+        ) from error
