@@ -19,8 +19,9 @@ from transformers import Trainer, TrainingArguments
 
 from conftest import CHAT_TEMPLATE, make_tokenizer
 from sparsemem import RowAdamW, SparseMemoryConfig, calibrate, finetune, memory_layers, processes
-from sparsemem.atomic import checkpoints_of, new_folder
+from sparsemem.atomic import new_folder
 from sparsemem.data.records import batches, collate, encode
+from sparsemem.saved.making import checkpoints_of
 from sparsemem.training.checkpoints import last_checkpoint
 from tiny import SMALL, tiny_model
 

@@ -179,7 +179,7 @@ def test_verify_finds_what_was_altered(whole, tmp_path, name):
 
 _FULL = """
 import resource, sys
-from sparsemem.patches import ledger
+from sparsemem.stream import ledger
 before = ledger.Ledger.append
 def append(self, entry):
     if len(self.entries) == 3:
