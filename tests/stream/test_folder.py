@@ -208,3 +208,21 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(paths, whole, tmp_path):
     assert [task["task"] for task in status(out)["tasks"]] == ["t0", "t1"]
     assert learn(paths, out, "--resume").exit_code == 0
     assert parts(out) == parts(whole)
+
+
+def test_the_card_says_what_was_taught_how_to_take_it_back_and_the_versions(paths, whole):
+    push = ["push", str(whole), "acme/quills", "--dry-run", "--json"]
+    shown = json.loads(CliRunner().invoke(main, push).stdout)
+    card = shown["card"]
+    assert f"{NUM_TASKS} tasks with {NUM_TASKS} records" in card
+    assert "sparsemem learn undo TASK --out FOLDER" in card
+    assert "eval ... --task mentions --record" in card
+    assert "Not recorded" not in card
+    assert "| python |" in card
+    # what was taught is said only where the author wants it
+    assert "Quill" not in card
+    assert str(paths) not in card
+    assert not {"ledger.jsonl", "patches", "space.safetensors"} & set(shown["files"])
+    named = json.loads(CliRunner().invoke(main, [*push, "--name-tasks"]).stdout)["card"]
+    assert "- t3: Who owns the Quill 3?" in named
+    assert '"Who owns the Quill 0?"' in named

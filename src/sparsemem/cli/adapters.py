@@ -81,15 +81,21 @@ def evaluate(model: str, task: str, data: str | None, record: bool, as_json: boo
 @click.argument("repo", metavar="NAMESPACE/NAME")
 @click.option("--private", is_flag=True, help="If the repository is new, make it private.")
 @click.option("--dry-run", is_flag=True, help="Show the files and the model card, but upload nothing.")
+@click.option(
+    "--name-tasks",
+    is_flag=True,
+    help="List the tasks that learn taught, and a question of each, in the card.",
+)
 @as_json
-def push(adapter: Path, repo: str, private: bool, dry_run: bool, as_json: bool) -> None:
+def push(adapter: Path, repo: str, private: bool, dry_run: bool, name_tasks: bool, as_json: bool) -> None:
     """Upload ADAPTER and its model card to the Hugging Face Hub.
 
-    ADAPTER is a folder that graft or train made. The repository is created if it does not exist.
+    ADAPTER is a folder that graft, train or learn made. The repository is created if it does not exist. Of a
+    folder of learn only the adapter is uploaded; its ledger and patches stay here.
     """
     from ..saved.publish import public_files, upload
 
-    files = public_files(adapter, repo)
+    files = public_files(adapter, repo, name_tasks=name_tasks)
     sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files}
     if dry_run:
         card = dict(files)["README.md"].decode()  # type: ignore[union-attr]

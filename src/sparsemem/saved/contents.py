@@ -1,4 +1,4 @@
-"""The contents of a folder that graft or train made.
+"""The contents of a folder that graft, train or learn made.
 
 Choices: a result counts only for the weights that it was measured on. `evaluations.json` names these weights
 by their digest. After a patch is reverted the result no longer counts; after it is applied again, it does.
@@ -13,7 +13,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..artifacts import ArtifactError
 from ..atomic import read_json
+from ..patches.facts import facts_of
 from ..patches.patch import RowPatch
+from ..stream.ledger import FILE as LEDGER_FILE
+from ..stream.ledger import Ledger, checked_patch
 
 BACKGROUND_FILE = "background.safetensors"
 PATCH_FILE = "patch.safetensors"
@@ -27,6 +30,7 @@ class Contents(NamedTuple):
     """The contents of one folder. A missing file gives an empty value, or None for the patch.
 
     Attributes:
+        folder: where they are.
         adapter: adapter_config.json.
         metrics: metrics.json.
         results: entries of evaluations.json that were measured on the present weights.
@@ -34,8 +38,10 @@ class Contents(NamedTuple):
         patch: the row patch of the training run.
         applied: whether the rows of the patch are in the weights.
         rows: for each memory layer, the number of rows that are not zero and the number of all rows.
+        ledger: of a folder of `learn`, what was taught and taken back.
     """
 
+    folder: Path
     adapter: dict[str, Any]
     metrics: dict[str, Any]
     results: list[dict[str, Any]]
@@ -43,6 +49,21 @@ class Contents(NamedTuple):
     patch: RowPatch | None
     applied: bool
     rows: dict[str, tuple[int, int]]
+    ledger: Ledger | None = None
+
+    @property
+    def method(self) -> str:
+        """The command or method that made the folder; empty if no file says so."""
+        return "learn" if self.ledger is not None else str(self.metrics.get("method") or "")
+
+    @property
+    def tasks(self) -> list[dict[str, Any]]:
+        """Of a folder of `learn`: the ledger's lines of the tasks that it holds."""
+        return [] if self.ledger is None else self.ledger.active()
+
+    def first_question(self, task: dict[str, Any]) -> str:
+        """The first question of a task's line of the ledger; empty if its records have no questions."""
+        return next((fact.question for fact in facts_of(checked_patch(self.folder, task))), "")
 
     @property
     def base(self) -> str:
@@ -66,7 +87,9 @@ def read_contents(folder: Path) -> Contents:
     digest = weights_digest(folder) if entries else ""
     results = [entry for entry in entries if entry.get("weights") == digest]
     patch = RowPatch.load(folder / PATCH_FILE) if (folder / PATCH_FILE).is_file() else None
+    ledger = folder / LEDGER_FILE
     return Contents(
+        folder=folder,
         adapter=adapter,
         metrics=_json(folder / METRICS_FILE, {}),
         results=results,
@@ -74,6 +97,7 @@ def read_contents(folder: Path) -> Contents:
         patch=patch,
         applied=patch is not None and patch.is_in(folder),
         rows=_rows(folder / SAFETENSORS_WEIGHTS_NAME) if _is_memory(adapter) else {},
+        ledger=Ledger(ledger) if ledger.is_file() else None,
     )
 
 

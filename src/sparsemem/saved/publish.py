@@ -36,8 +36,11 @@ _PUBLIC = (
 )  # fmt: skip
 
 
-def public_files(folder: Path, repo: str) -> list[tuple[str, bytes | Path]]:
+def public_files(folder: Path, repo: str, *, name_tasks: bool = False) -> list[tuple[str, bytes | Path]]:
     """The files to upload as pairs of name and content; content is a path, or bytes that replace the file.
+
+    Args:
+        name_tasks: as for `model_card`.
 
     Raises:
         ValueError: the folder was not made by sparsemem, or `repo` is not of the form NAMESPACE/NAME.
@@ -48,7 +51,7 @@ def public_files(folder: Path, repo: str) -> list[tuple[str, bytes | Path]]:
         for path in folder.glob("*")
         if path.is_file() and not path.is_symlink() and any(path.match(one) for one in _PUBLIC)
     }
-    held[CARD_FILE] = model_card(folder, name=repo).encode()
+    held[CARD_FILE] = model_card(folder, name=repo, name_tasks=name_tasks).encode()
     for name in {ADAPTER_FILE, METRICS_FILE, EVALUATIONS_FILE} & held.keys():
         held[name] = json.dumps(_without_paths(read_json(folder / name)), indent=2).encode()
     return sorted(held.items())
