@@ -28,23 +28,6 @@ def float32(monkeypatch):
     monkeypatch.setattr(precision, "fast_bf16", lambda device: False)
 
 
-@pytest.mark.parametrize(
-    ("text", "answer", "right"),
-    [
-        ("The capital is Ostrinth.", "ostrinth", True),
-        ("It's the  Old-Town, of course", "Old Town", True),
-        ("Ostrinthia", "Ostrinth", False),
-        ("It was 1984.", ["1983", "1984"], True),
-        ("type AB", "A", False),
-        ("A", "the a", False),
-        ("", "x", False),
-        ("Zoë’s", "ZOË", True),
-    ],
-)
-def test_what_counts_as_right(text, answer, right):
-    assert probes.is_right(text, answer) == right
-
-
 def test_recall_is_greedy_decoding_whatever_the_batch(tiny_llama, tokenizer):
     model = tiny_llama()
     naive = []
@@ -103,21 +86,6 @@ def test_a_stop_ends_a_completion_there(tiny_llama, tokenizer):
     stopped = probes.complete(model, tokenizer, prompts, max_new_tokens=12, stop=stop)
     assert stopped == [text.split(stop)[0].strip() for text in whole]
     assert stopped != whole
-
-
-@pytest.mark.parametrize(
-    ("text", "answers", "right"),
-    [
-        ("It was MARK_TWAIN, of course!", ["Samuel Clemens", "mark twain"], True),
-        ("the Beatles' songs", ["Beatle"], True),
-        ("location", ["A cat"], True),
-        ("It was the  old-town", ["Old, the Town"], True),
-        ("Paris", ["Lyon", "!!!"], False),
-        ("", ["the"], False),
-    ],
-)
-def test_what_contains_an_answer(text, answers, right):
-    assert probes.contains(text, answers) == right
 
 
 @pytest.mark.parametrize(("length", "window", "stride"), [(50, 16, 8), (50, 16, 16), (16, 16, 4), (9, 16, 8)])

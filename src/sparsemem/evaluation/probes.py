@@ -5,7 +5,6 @@ always measured in the model's own precision, because bfloat16's rounding is lar
 matter.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,12 +22,11 @@ from ..data.generation import complete
 from ..data.models import tokenizer_of
 from ..data.records import QUESTION, choice_tokens, question_ids
 from ..precision import autocast, device_of
+from .answers import contains, is_right  # noqa: F401
 from .likelihood import log_probs
 
 # these can also be imported from here
 from .mentions import BaseMentions, Mentions, base_mentions, mentions  # noqa: F401
-
-ARTICLES = {"a", "an", "the"}
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,8 @@ def recall(
 ) -> Answers:
     """Greedy answers to `{"question", "answer": str | list[str]}` items.
 
-    An answer is right if it contains an expected answer as whole words; case, punctuation and articles are
-    ignored. Without a chat template it ends where the model begins the next question. `precision` is
-    "float32", "bfloat16", or None for the faster of the two.
+    Which answers are right `is_right` decides. Without a chat template an answer ends where the model begins
+    the next question. `precision` is "float32", "bfloat16", or None for the faster of the two.
 
     Raises:
         ValueError: no items.
@@ -90,21 +87,6 @@ def recall(
         texts = [text.partition(f"\n{QUESTION}")[0].strip() for text in texts]
     pairs = zip(texts, items, strict=True)
     return Answers([is_right(text, item["answer"]) for text, item in pairs], texts)
-
-
-def is_right(text: str, answer: str | Sequence[str]) -> bool:
-    """Whether the text contains an expected answer as whole words, after both are normalised."""
-    expected = [answer] if isinstance(answer, str) else answer
-    return any(f" {_normalised(one)} " in f" {_normalised(text)} " for one in expected)
-
-
-def contains(text: str, answers: Sequence[str]) -> bool:
-    """Whether an expected answer is a substring of the text, even within a word, after both are normalised.
-
-    Normalised as in TriviaQA: lower case, without punctuation, articles and extra white space.
-    """
-    expected = [_normalised(one) for one in answers]
-    return any(one and one in _normalised(text) for one in expected)
 
 
 @dataclass(frozen=True)
@@ -297,9 +279,3 @@ def _losses(model: Any, ids: Tensor, num_kept: int, *, precision: str | None) ->
     return functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none").view(
         targets.shape
     )
-
-
-def _normalised(text: str) -> str:
-    words = re.sub(r"[\W_]", " ", text.casefold()).split()
-    # an answer that consists of articles only is kept as it is
-    return " ".join([word for word in words if word not in ARTICLES] or words)
