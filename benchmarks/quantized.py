@@ -15,7 +15,7 @@ import torch
 
 from sparsemem import load, memory_layers, quantize_rows
 from sparsemem.atomic import write_json
-from sparsemem.data.reading import read_jsonl
+from sparsemem.data.reading import read_records
 from sparsemem.data.records import batches, encode
 from sparsemem.provenance import environment
 
@@ -43,7 +43,7 @@ def main() -> None:
         size = written if bits == 32 else sum(one.num_bytes() for one in quantize_rows(model, bits).values())
         found["bytes"][str(bits)] = size
         for file in files:
-            examples = encode(read_jsonl(Path(file))[1], tokenizer)
+            examples = encode(read_records(file), tokenizer)
             logits, recall = answers(model, batches(examples, 16, 0))
             row: dict[str, float] = {"recall": recall}
             if bits == 32:

@@ -6,7 +6,8 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsemem.data import records as data
+from conftest import make_tokenizer
+from sparsemem.data import conversations
 from sparsemem.data.records import (
     batches,
     collate,
@@ -137,7 +138,7 @@ def test_messages_without_template_are_questions_and_answers(plain_tokenizer):
 
 
 def test_the_missing_template_is_said_once(plain_tokenizer, caplog):
-    data._say_plain.cache_clear()
+    conversations.say_plain.cache_clear()
     encode([TALK, PAIR, TALK], plain_tokenizer)
     question_ids("Who?", plain_tokenizer)
     assert [record.message for record in caplog.records] == [
@@ -176,14 +177,14 @@ def test_every_record_begins_with_bos_once_where_the_tokenizer_adds_one(kind, re
     assert example["input_ids"] == bos_tokenizer("As it is.").input_ids
 
 
-def test_a_template_that_rewrites_turns_is_refused(tokenizer):
-    forgetful = tokenizer.chat_template.replace("for m in messages", "for m in messages[-1:]")
-    original, tokenizer.chat_template = tokenizer.chat_template, forgetful
-    try:
-        with pytest.raises(ValueError, match="rewrites earlier turns"):
-            encode([TALK], tokenizer)
-    finally:
-        tokenizer.chat_template = original
+def test_a_template_that_rewrites_turns_gives_an_example_for_each_answer(tokenizer):
+    forgetful = tokenizer.chat_template.replace("for m in messages", "for m in messages[-2:]")
+    forgetful = make_tokenizer(forgetful)
+    examples = encode([TALK], forgetful)
+    assert [learnt(example, forgetful) for example in examples] == ["Ho<|im_end|>", "Bye<|im_end|>"]
+    for end, example in zip((1, 3), examples, strict=True):
+        prompt = conversation_ids(TALK["messages"][:end], forgetful)
+        assert example["input_ids"][: len(prompt)] == prompt
 
 
 def test_truncation_counts_and_leaves_out_what_lost_its_loss(tokenizer, caplog):
@@ -194,7 +195,7 @@ def test_truncation_counts_and_leaves_out_what_lost_its_loss(tokenizer, caplog):
     assert (kept, num_cut) == ([examples[0]], 1)
     assert f"1 of 2 records truncated to {length} tokens, 1 left out" in caplog.text
     assert encode([PAIR, long], tokenizer, max_length=length) == kept
-    with pytest.raises(ValueError, match="max_length=5"):
+    with pytest.raises(ValueError, match="max_length is 5"):
         truncate(examples, 5)
 
 

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList, TextStreamer
 
-from ..data.records import QUESTION, conversation_ids, opening_ids
+from ..data.conversations import QUESTION, end_tokens
+from ..data.models import context_length
+from ..data.records import conversation_ids, opening_ids
 from ..evaluation.probes import scope_gate
 from ..precision import autocast
 
@@ -56,7 +58,7 @@ def converse(
 
 def _context(model: Any, tokenizer: Any, history: list[dict[str, str]], max_new_tokens: int) -> torch.Tensor:
     """Token ids [1, seq] of the conversation; drops the oldest turns of `history` if they do not fit."""
-    context = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+    context = context_length(model)
     while True:
         ids = conversation_ids(history, tokenizer)
         if len(ids) + max_new_tokens <= context or len(history) < 3:
@@ -71,11 +73,10 @@ def _context(model: Any, tokenizer: Any, history: list[dict[str, str]], max_new_
 def _answer(
     model: Any, tokenizer: Any, ids: torch.Tensor, write: Callable[[str], None], max_new_tokens: int
 ) -> str:
-    stop = model.generation_config.eos_token_id
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id if stop is None else stop,
+        eos_token_id=sorted(end_tokens(model, tokenizer)) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
     next_question = None if tokenizer.chat_template else f"\n{QUESTION}"

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..precision import autocast, device_of, takes
-from .records import QUESTION
+from .conversations import QUESTION, end_tokens
 
 
 def complete(
@@ -56,13 +56,12 @@ def complete_tokens(
         precision: "float32", "bfloat16", or None for the faster of the two.
     """
     model.eval()
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends: Any = tokenizer.eos_token_id if own is None else own
+    ends = end_tokens(model, tokenizer)
     pad: Any = tokenizer.pad_token_id
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=ends,
+        eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
         stop_strings=stop,
     )
@@ -101,10 +100,9 @@ def answer_tokens(
     )
 
 
-def _until_end(tokens: list[int], ends: int | list[int] | None, pad: int | None) -> list[int]:
+def _until_end(tokens: list[int], ends: set[int], pad: int | None) -> list[int]:
     """The tokens up to and including the first end token, or without trailing padding if there is none."""
-    final = {ends} if isinstance(ends, int) else set(ends or ())
-    last = next((place for place, token in enumerate(tokens) if token in final), None)
+    last = next((place for place, token in enumerate(tokens) if token in ends), None)
     if last is not None:
         return tokens[: last + 1]
     while tokens and tokens[-1] == pad:

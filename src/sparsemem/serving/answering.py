@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ..adapter.layers import BASE_ROW, tail_of
 from ..background.states import layer_inputs
+from ..data.conversations import QUESTION, end_tokens
 from ..data.general import prose
 from ..data.known import PROBE_FORMS, mention_texts, prose_texts
-from ..data.records import QUESTION, question_ids
+from ..data.records import question_ids
 from ..data.subjects import subjects_of
 from ..precision import autocast, device_of
-from .decoding import Decoder, Row, Sampling, end_tokens
+from .decoding import Decoder, Row, Sampling
 from .engine import AnswerText
 
 MAX_BATCH = 16

@@ -21,9 +21,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from starlette.exceptions import HTTPException
 
+from ..data.models import context_length
 from . import engine as engines
 from .bodies import Answered, ApiError, Asked, Chat, Completion, Form, read_chat, read_completion
-from .decoding import Row, Sampling, room_of
+from .decoding import Row, Sampling
 from .engine import AnswerText, Engine, Piece, QueueFull
 from .listen import LOOPBACK_HOSTS, new_app
 from .memories import Served
@@ -63,7 +64,7 @@ def build_app(
     limits = limits or Limits()
     engine = Engine(served.model, served.tokenizer, max_batch=limits.max_batch, max_queue=limits.max_queue)
     started = int(time.time())
-    room = room_of(served.model)
+    room = context_length(served.model)
     metrics = Metrics(engine)
 
     @asynccontextmanager

@@ -5,9 +5,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
-from ..data.records import QUESTION, conversation_ids
+from ..data.records import QUESTION, conversation_ids, text_ids, too_long
 from .decoding import Sampling
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -69,10 +67,8 @@ def read_chat(body: Any, tokenizer: Any, room: int, limit: int) -> Asked:
     _check_fields(body, {"messages", "max_completion_tokens"})
     try:
         prompt = conversation_ids(_turns(body.get("messages")), tokenizer)
-    except TemplateError as error:
-        raise ApiError(
-            400, f"messages: the model's chat template refuses them: {error}", param="messages"
-        ) from None
+    except ValueError as error:
+        raise ApiError(400, f"messages: {error}", param="messages") from None
     name = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     asked = _common(body, [prompt], name, None, room, limit)
     if not tokenizer.chat_template:
@@ -114,8 +110,7 @@ def _common(
     longest = max(map(len, prompts))
     if longest >= room:
         raise ApiError(
-            400, f"the prompt has {longest} tokens, and this model's maximum context length is {room}; "
-            "shorten the prompt", param="messages" if "messages" in body else "prompt",
+            400, too_long(longest, room), param="messages" if "messages" in body else "prompt",
             code="context_length_exceeded",
         )  # fmt: skip
     most = min(limit, room - longest)
@@ -203,7 +198,7 @@ def _prompts(prompt: Any, tokenizer: Any) -> list[list[int]]:
 def _prompt(prompt: Any, tokenizer: Any) -> list[int]:
     if isinstance(prompt, str):
         # a text as it is: no chat template
-        return tokenizer(prompt).input_ids or [tokenizer.eos_token_id]
+        return text_ids(prompt, tokenizer) or [tokenizer.eos_token_id]
     if isinstance(prompt, list) and prompt and all(type(one) is int for one in prompt):
         if not all(0 <= one < len(tokenizer) for one in prompt):
             raise ApiError(400, f"prompt: a token id is outside 0 to {len(tokenizer) - 1}", param="prompt")

@@ -149,19 +149,6 @@ class Decoder:
         return out.logits[:, -1]
 
 
-def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends = tokenizer.eos_token_id if own is None else own
-    return {ends} if isinstance(ends, int) else set(ends or ())
-
-
-def room_of(model: Any) -> int:
-    """How many tokens a prompt and its answer may have together."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or 1 << 30
-
-
 def _stacked(parts: Sequence[tuple[DynamicCache, Tensor]]) -> tuple[DynamicCache, Tensor]:
     """One cache and one mask of several batches' rows, padded on the left to one length."""
     length = max(mask.shape[1] for _, mask in parts)

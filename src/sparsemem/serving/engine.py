@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from tokenizers.decoders import DecodeStream
 
-from .decoding import Decoder, Row, end_tokens
+from ..data.conversations import end_tokens
+from .decoding import Decoder, Row
 
 
 class AnswerText:

@@ -19,7 +19,7 @@ from ..artifacts import ArtifactError
 from ..atomic import finish_save, refuse_existing
 from ..data.gguf import packaged_name
 from ..data.names import public_model
-from ..data.reading import read_records
+from ..data.reading import digest_of, read_records
 from ..layer.scope import Scope
 from ..patches.facts import composed, silenced
 from ..patches.space import load_spaces, memory_digest, space_digest
@@ -54,7 +54,7 @@ def learn(
             name that is taken, or a full disk.
     """
     from ..training.retrofit import general_records
-    from .stream import Stream, data_digest
+    from .stream import Stream
 
     tasks = tasks_of(read_records(source, mixed=True), every)
     is_there = is_stream(out)
@@ -66,7 +66,7 @@ def learn(
             raise ValueError(f"--out {out} holds no stream yet; give the MODEL that is to be taught")
     elif background is not None:
         raise ValueError(f"--background {background}: {out} keeps its own; leave it out")
-    before = _refuse_other_data(Ledger(out / FILE), tasks, data_digest) if is_there else set()
+    before = _refuse_other_data(Ledger(out / FILE), tasks) if is_there else set()
     general = None if background is None else general_records(background)
     with _one_sentence(out):
         stream = Stream(model or model_of(out), out, background=general, seed=seed)
@@ -172,7 +172,7 @@ def _silent(out: Path, ledger: Ledger) -> set[tuple[str, str]]:
     }
 
 
-def _refuse_other_data(ledger: Ledger, tasks: list[Task], digest: Callable[[Any], str]) -> set[str]:
+def _refuse_other_data(ledger: Ledger, tasks: list[Task]) -> set[str]:
     """Names of tasks that were taught before, whether they were taken back or not.
 
     Raises:
@@ -180,7 +180,7 @@ def _refuse_other_data(ledger: Ledger, tasks: list[Task], digest: Callable[[Any]
     """
     before = {entry["task"]: entry["data"] for entry in ledger.entries[1:] if entry["op"] == LEARN}
     for task in tasks:
-        if before.get(task.name, digest(task.records)) != digest(task.records):
+        if before.get(task.name, digest := digest_of(task.records)) != digest:
             raise ValueError(
                 f"task {task.name!r} was taught from other records before; give the new ones another name"
             )

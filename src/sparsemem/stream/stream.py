@@ -10,7 +10,6 @@ takes. The ledger decides what was taught: whenever a process is killed, the fol
 """
 
 import hashlib
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +32,8 @@ from ..background.background import Background, addressing_fingerprint
 from ..background.calibration import calibrate
 from ..data.general import general_background, say_shipped
 from ..data.gguf import packaged_name
-from ..data.models import load_base, tokenizer_of
+from ..data.models import context_length, load_base, tokenizer_of
+from ..data.reading import digest_of, read_records
 from ..data.records import batches, encode
 from ..patches.facts import composed, owners
 from ..patches.patch import RowPatch
@@ -163,6 +163,7 @@ class Stream:
         if task in self.tasks:
             raise ValueError(f"task {task!r} is taught already; undo it first, or give another name")
         began = time.perf_counter()
+        records = read_records(records, mixed=True)
         patch = self._patch_of(task, records, progress)
         name = f"{PATCHES}/{len(self.ledger.entries):06d}.safetensors"
         file = self.folder / name
@@ -172,7 +173,7 @@ class Stream:
                 {
                     "op": LEARN,
                     "task": task,
-                    "data": data_digest(records),
+                    "data": digest_of(records),
                     "records": len(records),
                     "patch": name,
                     "patch_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
@@ -266,11 +267,6 @@ class Stream:
         return own_patch(self._head, self._place, examples, {"task": task, "facts": facts}, progress)
 
 
-def data_digest(records: Sequence[dict[str, Any]]) -> str:
-    """SHA-256 of a task's records."""
-    return hashlib.sha256(json.dumps(list(records), sort_keys=True, default=str).encode()).hexdigest()
-
-
 SPACE_FILE, PATCHES = "space.safetensors", "patches"
 BATCH_SIZE = 8
 
@@ -294,7 +290,7 @@ def begin_stream(
     # PEFT notes the paths in the config that it is given
     prepared: Any = get_peft_model(model, stream_config(model))
     pad = int(tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
-    examples = encode(background, tokenizer, max_length=context_length(model))
+    examples = encode(read_records(background, mixed=True), tokenizer, max_length=context_length(model))
     head = TailHead(prepared, pad)
     if not head.agrees(examples[0]):
         raise ValueError(
@@ -331,10 +327,6 @@ def stream_config(model: PreTrainedModel) -> SparseMemoryConfig:
     deepest = default_targets(model)[-1]
     sizes: dict[str, Any] = {"num_keys": 2, "num_heads": 1, "top_k": 1, "key_dim": 2}
     return SparseMemoryConfig(target_modules=[deepest], task_type="CAUSAL_LM", **sizes)
-
-
-def context_length(model: Any) -> int:
-    return getattr(model.config, "max_position_embeddings", None) or 1 << 30
 
 
 def write_to(path: Path, write: Any) -> None:

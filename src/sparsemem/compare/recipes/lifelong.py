@@ -116,14 +116,14 @@ def read_edits(path: Path, data: str) -> list[Edit]:
     """Raises:
     ValueError: the file cannot be read, or a line lacks a field.
     """
-    from ...data.reading import read_jsonl
+    from ...data.reading import read_rows
 
     fields = {
         "zsre": ("src", "alt", "rephrase", "loc"),
         "counterfact": ("prompt", "target_new", "rephrase_prompt", "locality_prompt"),
     }[data]
     edits = []
-    for place, row in zip(*read_jsonl(path), strict=True):
+    for place, row in zip(*read_rows(path), strict=True):
         if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in fields):
             raise ValueError(f"{place}: has not all of the fields {', '.join(fields)} as text")
         edits.append(Edit(*(row[name].strip() for name in fields)))
