@@ -143,6 +143,11 @@ def test_the_architecture_page_names_files_that_are_there():
     assert {one for one in ROOT if (PACKAGE / f"{one}.py").is_file()} <= {Path(one).stem for one in named}
 
 
+def test_the_reference_names_where_each_public_name_is():
+    named = re.findall(r"^::: (\S+)$", text_of("docs/api.md"), flags=re.MULTILINE)
+    assert sorted(named) == sorted(f"sparsemem.{room}.{name}" for name, room in sparsemem._ROOM.items())
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_broken_link(tmp_path):
     pytest.importorskip("material")
