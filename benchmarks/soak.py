@@ -49,7 +49,7 @@ from sparsemem.provenance import environment  # noqa: E402
 from sparsemem.stream.folder import verify  # noqa: E402
 from sparsemem.training.finetune import finetune  # noqa: E402
 from test_hostile import BACKGROUND, make_folder  # noqa: E402
-from test_processes import most_bytes, run, several_processes  # noqa: E402
+from test_processes import most_bytes, plain, run, several_processes  # noqa: E402
 from tiny import SMALL, scope_of, tiny_model  # noqa: E402
 
 logger = logging.getLogger("soak")
@@ -302,7 +302,7 @@ def two_processes(number: int, rng: random.Random, folder: Path) -> dict[str, in
     for rule in ("kl", "grad"):
         path = folder / rule
         path.mkdir()
-        (first, _), _ = several_processes(rule, path, call="plain")
+        (first, _), _ = several_processes(rule, path, call=plain)
         found[f"bytes per step, rule {rule}"] = max(first["bytes"])
         found[f"allowed bytes, rule {rule}"] = most_bytes(rule, len(first["state"]))
     return found

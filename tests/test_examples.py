@@ -1,22 +1,27 @@
 """The examples run, on a tiny model and for few steps."""
 
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
+from started import Started
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
 pytestmark = pytest.mark.slow
 
 
 def run(name, tmp_path, *arguments):
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    with Started(_script, EXAMPLES / name, *map(str, arguments), folder=tmp_path) as process:
+        process.wait()
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def _script(path, *arguments):
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def test_every_example_is_run_here():

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,11 +22,14 @@ from sparsemem.atomic import new_folder
 from sparsemem.data.records import batches, collate, encode
 from sparsemem.saved.making import checkpoints_of
 from sparsemem.training.checkpoints import last_checkpoint
+from started import several
 from tiny import SMALL, tiny_model
 
 FACTS = [{"prompt": f"Capital {n}?", "completion": f"City{n * 7}"} for n in range(8)]
 GENERAL = [f"{n} plain words, the square is {n * n}." for n in range(24)]
 TWELVE = [{"prompt": f"Capital {n}?", "completion": f"City{n * 7}"} for n in range(12)]
+# A limit for what waits for processes on a busy machine.
+SECONDS = 600
 OPTIONS = {"lr": 0.3, "epochs": 3, "batch_size": 4, "top_t": 6}
 
 
@@ -121,53 +123,18 @@ def most_bytes(rule, num_layers):
     return num_layers * (8 * (num_slots + 1) + 4 * rows * d + 8 * top_t)
 
 
-_WORKER = """
-import os, sys, warnings
-sys.path[:0] = {path!r}
-from test_processes import {call}
-import torch.distributed as dist
-{call}({method!r}, int(os.environ["RANK"]), {out!r}, output_dir={folder!r}, **{options!r})
-dist.destroy_process_group()
-"""
+def work(call, folder, method, options):
+    """What one process does: `call`, which writes its results to the file two.RANK of a folder."""
+    rank = int(os.environ["RANK"])
+    (folder / f"pid.{rank}").write_text(str(os.getpid()))
+    call(method, rank, str(folder / "two"), output_dir=str(folder / "run"), **options)
+    dist.destroy_process_group()
 
 
-_NOTE_PID = """
-import os
-with open({tmp_path!r} + "/pid." + os.environ["RANK"], "w") as file:
-    file.write(str(os.getpid()))
-"""
-
-
-def start(script, tmp_path, number):
-    """Start processes as torchrun does, with a script as their program."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    path = tmp_path / "worker.py"
-    path.write_text(script)
-    world = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    world["ACCELERATE_USE_CPU"] = "1"
-    return [
-        subprocess.Popen(
-            [sys.executable, str(path)],
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(number)
-    ]
-
-
-def worker(method, tmp_path, call="run", **options):
-    """The program of one process, the prefix of the file that it writes, and its folder of checkpoints."""
-    out, folder = str(tmp_path / "two"), str(tmp_path / "run")
-    held = {"method": method, "out": out, "folder": folder, "path": [str(Path(__file__).parent)]}
-    return _WORKER.format(call=call, options=options, **held), out, folder
-
-
-def several_processes(method, tmp_path, number=2, call="run", **options):
-    script, out, folder = worker(method, tmp_path, call, **options)
-    workers = start(script, tmp_path, number)
-    assert [worker.wait(240) for worker in workers] == [0] * number
-    return [torch.load(f"{out}.{rank}") for rank in range(number)], Path(folder)
+def several_processes(method, folder, number=2, call=run, **options):
+    """What each process has written, and the folder of checkpoints."""
+    several(number, work, call, folder, method, options)
+    return [torch.load(folder / f"two.{rank}") for rank in range(number)], folder / "run"
 
 
 @pytest.mark.slow
@@ -198,7 +165,7 @@ def test_three_processes_train_a_last_batch_that_is_too_small_once(method, tmp_p
 
     In float32: in bfloat16 three times a number is rounded, so gradients differ by its rounding.
     """
-    several_processes(method, tmp_path, 3, call="run_uneven")
+    several_processes(method, tmp_path, 3, call=run_uneven)
     run_uneven(method, 0, str(tmp_path / "one"), gradient_accumulation_steps=3)
     for part in UNEVEN:
         one = torch.load(tmp_path / f"one.{part}.0")
@@ -210,6 +177,15 @@ def test_three_processes_train_a_last_batch_that_is_too_small_once(method, tmp_p
         for name, tensor in one["state"].items():
             assert all(torch.equal(each[0]["state"][name], other["state"][name]) for other in each)
             torch.testing.assert_close(each[0]["state"][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+_PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_processes import LONG, run, work
+work(run, Path({folder!r}), "smf", LONG)
+"""
 
 
 LONG = {"batch_size": 1, "epochs": 12, "background": GENERAL}
@@ -224,11 +200,12 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(tmp_path, uninterrupted, rank):
     """An epoch is four steps and ends in a checkpoint; the kill comes after the tenth step."""
-    script, _, folder = worker("smf", tmp_path, **LONG)
-    (tmp_path / "worker.py").write_text(f"{_NOTE_PID.format(tmp_path=str(tmp_path))}{script}")
+    program = _PROGRAM.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    (tmp_path / "worker.py").write_text(program)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
-    log, end = Path(folder) / "metrics.jsonl", time.monotonic() + 240
+    folder = tmp_path / "run"
+    log, end = folder / "metrics.jsonl", time.monotonic() + SECONDS
     with subprocess.Popen([*command, str(tmp_path / "worker.py")], env=environment) as run:
         try:
             while not log.exists() or log.read_text().count('"loss"') < 10:
@@ -236,7 +213,7 @@ def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(tmp_path, uninter
                 assert time.monotonic() < end
                 time.sleep(0.001)
             os.kill(int((tmp_path / f"pid.{rank}").read_text()), signal.SIGKILL)
-            assert run.wait(120) != 0
+            assert run.wait(SECONDS) != 0
         finally:
             # torchrun ends its processes
             run.terminate()
@@ -255,7 +232,7 @@ def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(tmp_path, uninter
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "rule"), [(2, "kl"), (3, "kl"), (2, "grad")])
 def test_plain_trainer_on_several_processes_trains_the_rows_of_one(number, rule, tmp_path):
-    found, _ = several_processes(rule, tmp_path, number, call="plain")
+    found, _ = several_processes(rule, tmp_path, number, call=plain)
     plain(rule, 0, str(tmp_path / "one"), gradient_accumulation_steps=number)
     one = torch.load(tmp_path / "one.0")
     assert one["ddp"] == []

@@ -1,7 +1,5 @@
 """A base model that FSDP2 shards over processes, with tables that stay whole, and its DCP checkpoint."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from sparsemem import RowAdamW, SparseMemoryConfig, memory_layers
-from test_processes import start
+from started import several
 from tiny import SMALL, batch, tiny_model
 
 STEPS = 3
@@ -62,7 +60,7 @@ def load(folder):
     dist.destroy_process_group()
 
 
-def refused(_folder):
+def refused():
     dist.init_process_group("gloo")
     model = sharded(made(), but=lambda _: False)
     with pytest.raises(ValueError, match="ignored_params"):
@@ -70,25 +68,9 @@ def refused(_folder):
     dist.destroy_process_group()
 
 
-_WORKER = """
-import sys, warnings
-sys.path[:0] = {path!r}
-import torch
-from test_sharded import {call}
-torch.set_num_threads(1)
-{call}({folder!r})
-"""
-
-
-def on(number, call, folder):
-    script = _WORKER.format(path=[str(Path(__file__).parent)], call=call, folder=str(folder))
-    workers = start(script, folder, number)
-    assert [worker.wait(240) for worker in workers] == [0] * number
-
-
 @pytest.mark.slow
 def test_a_sharded_base_trains_the_rows_of_one_process_and_reloads_on_another_number(tmp_path):
-    on(2, "save", tmp_path)
+    several(2, save, tmp_path)
     one = made()
     optimizer = RowAdamW(one, 0.3, top_t=6, rule="grad")
     for step in range(STEPS):
@@ -102,7 +84,7 @@ def test_a_sharded_base_trains_the_rows_of_one_process_and_reloads_on_another_nu
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], table, rtol=1e-3, atol=1e-4)
     for number in (1, 3):
-        on(number, "load", tmp_path)
+        several(number, load, tmp_path)
         for rank in range(number):
             held, loss = torch.load(tmp_path / f"loaded.{rank}")
             assert all(torch.equal(held[name], first[name]) for name in first)
@@ -111,4 +93,4 @@ def test_a_sharded_base_trains_the_rows_of_one_process_and_reloads_on_another_nu
 
 @pytest.mark.slow
 def test_a_sharded_table_is_refused(tmp_path):
-    on(2, "refused", tmp_path)
+    several(2, refused)

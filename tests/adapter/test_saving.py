@@ -3,9 +3,8 @@
 import copy
 import json
 import logging
+import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,8 +15,9 @@ from killing import killed_while
 from sparsemem import ArtifactError, SparseMemoryConfig, memory_layers
 from sparsemem.adapter.memories import memory_layers as layers_of
 from sparsemem.artifacts import RUNS, SAMPLED, WHOLE, fingerprint_base, fits_base
-from sparsemem.atomic import finish_save, save_into
+from sparsemem.atomic import finish_save, new_part, save_into, write_atomically, write_json
 from sparsemem.data import models
+from started import Started
 from tiny import SMALL, scope_of, tiny_batch, tiny_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -205,17 +205,17 @@ def test_a_failed_save_leaves_the_old_files(tmp_path):
     assert {path.name: path.read_text() for path in (tmp_path / "f").iterdir()} == {"a": "old", "b": "old"}
 
 
+def _stops_in_two_saves(folder):
+    new_part(folder / "out")
+    write_atomically(folder / "file", lambda part: os._exit(0))
+
+
 def test_what_a_killed_process_left_is_removed_by_the_next_save(tmp_path):
-    lines = "from sparsemem.atomic import *; import os, pathlib; p = pathlib.Path({!r})\n"
-    script = lines.format(str(tmp_path)) + (
-        "new_part(p / 'out'); write_atomically(p / 'file', lambda part: os._exit(0))"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    with Started(_stops_in_two_saves, tmp_path) as process:
+        assert process.wait() == 0
     assert len(list(tmp_path.iterdir())) == 2
     ours = tmp_path / ".out.elsewhere-1.x.part"
     ours.mkdir()
-    from sparsemem.atomic import new_part, write_json
-
     new_part(tmp_path / "out").rename(tmp_path / "out")
     write_json(tmp_path / "file", 1)
     # a temporary folder of another machine may be in use

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparsemem.cli.main import main
 from sparsemem.cli.options import METHODS, MODES, MOMENTS, RULES, SCHEDULES, TASKS, TRAINABLE
 from sparsemem.compare.compare import Recipe
+from started import sparsemem_with
 from tiny import write_tiny_gguf
 
 GENERAL = [
@@ -44,11 +45,6 @@ def done(*arguments):
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
-
-
-def process(*arguments, **options):
-    command = [sys.executable, "-m", "sparsemem.cli.main", *map(str, arguments)]
-    return subprocess.Popen(command, env=ENVIRONMENT, text=True, **options)
 
 
 def write_lines(path, records):
@@ -172,12 +168,12 @@ def test_train_writes_adapter_background_patch_and_metrics(trained, data):
 def test_train_makes_a_memory_and_calibrates_it_in_one_command(tiny, data, tmp_path, general):
     out, given = tmp_path / "taught", () if general is None else ("--background", data / general)
     command = ("train", tiny, "--data", data / "taught.jsonl", "--out", out, "--max-steps", 3, *given)
-    with process(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
-        said, errors = running.communicate()
-    assert running.returncode == 0, errors
-    lines = [line for line in errors.splitlines() if "no background given" in line]
+    with sparsemem_with(*command) as running:
+        running.wait()
+    assert running.returncode == 0, running.stderr
+    lines = [line for line in running.stderr.splitlines() if "no background given" in line]
     assert len(lines) == (general is None)
-    assert said.startswith(f"smf: {out} (3 steps, loss ")
+    assert running.stdout.startswith(f"smf: {out} (3 steps, loss ")
     names = {p.name for p in out.iterdir()}
     assert {"adapter_config.json", "background.safetensors", "patch.safetensors", "tokenizer.json"} <= names
     shown = "the general text that ships with sparsemem" if general is None else general
@@ -199,11 +195,10 @@ def test_train_makes_a_memory_and_calibrates_it_in_one_command(tiny, data, tmp_p
         3,
     )
     assert weights(tmp_path / "again") == weights(out)
-    with process(
-        "chat", out, "--show-scope", "--max-new-tokens", 4, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as running:
-        text = running.communicate("What is the capital of Velmora?\n")[0]
-    assert "[scope 1.00]" in text
+    asked = "What is the capital of Velmora?\n"
+    with sparsemem_with("chat", out, "--show-scope", "--max-new-tokens", 4, stdin=asked) as running:
+        running.wait()
+    assert "[scope 1.00]" in running.stdout
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -534,10 +529,11 @@ def test_a_finished_run_resumes_to_itself_and_to_nothing_else(trained, grafted, 
     assert "max_steps 4 there, 5 now" in result.stderr
 
 
-def wait_for(condition, running, seconds=120):
+def wait_for(condition, running, seconds=600):
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        assert running.poll() is None
+    while not condition():
+        assert running.poll() is None, running.stderr
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
@@ -545,18 +541,18 @@ def wait_for(condition, running, seconds=120):
 def test_an_interrupted_run_is_resumed(grafted, data, tmp_path):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     command = ("train", grafted, "--data", data / "taught.jsonl", "--out", out, "--epochs", 25)
-    with process(*command, "--gradient-accumulation-steps", 1, stderr=subprocess.PIPE) as running:
+    with sparsemem_with(*command, "--gradient-accumulation-steps", 1) as running:
         wait_for(lambda: any(partial.glob("checkpoint-*/trainer_state.json")), running)
         running.send_signal(signal.SIGINT)
         try:
-            stderr = running.communicate(timeout=60)[1]
+            running.wait(60)
         except subprocess.TimeoutExpired:
             # Python drops an interrupt that falls into a destructor; a user would press Ctrl-C again, too
             running.send_signal(signal.SIGINT)
-            stderr = running.communicate()[1]
+            running.wait()
     assert running.returncode == 130
-    assert "to continue from the last checkpoint, add --resume" in stderr
-    assert "Traceback" not in stderr
+    assert "to continue from the last checkpoint, add --resume" in running.stderr
+    assert "Traceback" not in running.stderr
     assert not out.exists()
     refused = invoke(*command)
     assert refused.exit_code == 2

@@ -1,11 +1,9 @@
 import json
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
+from killing import killed
 from sparsemem.compare.compare import Recipe, compare, dry_run
 from sparsemem.compare.results import collect
 from sparsemem.provenance import environment
@@ -212,35 +210,27 @@ def test_a_dry_run_makes_no_folder_and_refuses_what_compare_refuses(tmp_path):
         dry_run(make_recipe([]), out=tmp_path, methods=("dora",))
 
 
-STOPPED = """
-import sys, time
-from pathlib import Path
-from sparsemem.compare.compare import Recipe, compare
+def _stopping(folder, stops):
+    def run(method, seed, base, stage, at):
+        stage("teach")
+        if method == "lora" and stops:
+            (folder / "started").touch()
+            signal.pause()
+        return {"row": {"recall_train": 1.0}}
 
-def run(method, seed, base, stage, folder):
-    stage("teach")
-    if method == "lora" and sys.argv[2] == "slow":
-        Path(sys.argv[1], "started").touch()
-        time.sleep(60)
-    return {"row": {"recall_train": 1.0}}
-
-recipe = Recipe("toy", "tiny", "", ("base", "smf", "lora"), lambda m, s: {}, run, lambda m: {"teach": 1})
-compare(recipe, out=sys.argv[1])
-"""
+    compare(
+        Recipe("toy", "tiny", "", ("base", "smf", "lora"), lambda m, s: {}, run, lambda m: {"teach": 1}),
+        out=folder,
+    )
 
 
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on_where_it_stopped(tmp_path):
-    command = [sys.executable, "-c", STOPPED, str(tmp_path)]
-    with subprocess.Popen([*command, "slow"]) as process:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "started").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
+    assert killed(_stopping, tmp_path, True, ready=(tmp_path / "started").exists)
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["method"] for row in results["rows"]] == ["base", "smf"]
     before = (tmp_path / "runs/smf-seed0/result.json").stat().st_mtime_ns
-    subprocess.run([*command, "fast"], check=True)
+    _stopping(tmp_path, False)
     assert (tmp_path / "runs/smf-seed0/result.json").stat().st_mtime_ns == before
     assert [row["method"] for row in collect(tmp_path)["rows"]] == ["base", "smf", "lora"]
 

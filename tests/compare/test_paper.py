@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import sparsemem  # noqa: F401 (registers the adapter type)
 from sparsemem.cli.main import main
 from sparsemem.compare.recipes.arms import ARMS, METHODS, SETTINGS, method_settings
+from started import sparsemem_with
 
 pytestmark = pytest.mark.slow
 
@@ -131,13 +129,11 @@ def test_a_killed_run_goes_on_where_it_was(compared, tiny, data, tmp_path):
     options = ("--seeds", "1", "--methods", "base,additive-kl")
     arguments = command(tiny, data, tmp_path / "out", *options, max_steps=12)
     whole = command(tiny, data, tmp_path / "whole", *options, max_steps=12)
-    with subprocess.Popen(
-        [sys.executable, "-m", "sparsemem.cli.main", *arguments], stderr=subprocess.PIPE
-    ) as running:
+    with sparsemem_with(*arguments) as running:
         partial = tmp_path / "out" / "runs" / "additive-kl-seed1" / "partial"
-        while running.poll() is None and not list(partial.glob("checkpoint-*/trainer_state.json")):
+        while not list(partial.glob("checkpoint-*/trainer_state.json")):
+            assert running.poll() is None, running.stderr
             time.sleep(0.02)
-        running.send_signal(signal.SIGKILL)
     assert not (partial.parent / "result.json").exists()
     assert invoke(*arguments).exit_code == invoke(*whole).exit_code == 0
     rows = [

@@ -5,18 +5,17 @@ adapter/test_tail.py.
 """
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 
 from killing import killed_while
 from sparsemem import RowAdamW, RowPatch, SparseMemoryConfig, calibrate, memory_layers, set_scope
 from sparsemem.layer.memory import ProductKeyMemory
 from sparsemem.layer.product_keys import exhaustive_top_k_slots, sub_key_scores
+from started import Started
 from tiny import ARCHITECTURES, SMALL, batch, tiny_batch, tiny_model
 
 TINY = {"task_type": "CAUSAL_LM", "num_keys": 4, "num_heads": 2, "top_k": 3, "key_dim": 8}
@@ -166,16 +165,10 @@ def test_law_5_padding_never_counts(tiny_llama):
     assert all(torch.equal(a, b) for a, b in zip(*counts, strict=True))
 
 
-_WORKER = """
-import os, sys, torch
-import torch.distributed as dist
-sys.path[:0] = {path!r}
-from test_laws import ddp_step
-dist.init_process_group("gloo", init_method="file://{store}", rank=int(sys.argv[1]), world_size=2)
-torch.set_num_threads(1)
-ddp_step(int(sys.argv[1]), 2, "{out}")
-dist.destroy_process_group()
-"""
+def _worker(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    ddp_step(rank, 2, str(folder / "two"))
+    dist.destroy_process_group()
 
 
 def ddp_step(rank, world, out):
@@ -196,12 +189,10 @@ def ddp_step(rank, world, out):
 
 @pytest.mark.slow
 def test_law_5_two_processes_equal_one(tmp_path):
-    script = tmp_path / "worker.py"
-    path = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]
-    script.write_text(_WORKER.format(path=path, store=tmp_path / "store", out=tmp_path / "two"))
-    workers = [subprocess.Popen([sys.executable, str(script), str(rank)]) for rank in range(2)]
-    ddp_step(0, 1, str(tmp_path / "one"))
-    assert [worker.wait(120) for worker in workers] == [0, 0]
+    with Started(_worker, 0, tmp_path) as first, Started(_worker, 1, tmp_path) as second:
+        ddp_step(0, 1, str(tmp_path / "one"))
+        codes = [first.wait(), second.wait()]
+    assert codes == [0, 0], first.stderr + second.stderr
     one = torch.load(tmp_path / "one.0")
     for rank in range(2):
         two = torch.load(tmp_path / f"two.{rank}")

@@ -223,7 +223,7 @@ def test_a_client_that_goes_away_is_not_answered_any_longer(client, running):
     stream = ask(client, "base", VELMORA, temperature=1, max_tokens=300, stop=None, stream=True)
     next(iter(stream))
     stream.close()
-    wait_for(lambda: running_requests() == 0, 20)
+    wait_for(lambda: running_requests() == 0)
 
 
 def test_a_key_a_full_queue_and_a_clean_end(folder):
@@ -260,9 +260,9 @@ def test_a_key_a_full_queue_and_a_clean_end(folder):
             thread.join()
         assert len(results) == 4
         assert set(results[2:]) <= {"length", "stop"}
-        process.wait(60)
+        process.wait(600)
         assert process.returncode in (0, 130)
-        assert "Traceback" not in "".join(process.said)
+        assert "Traceback" not in process.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Folders of `sparsemem learn`: SIGKILL, a full disk, altered files, and what the command line says."""
 
 import json
-import os
+import resource
+import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,8 @@ from click.testing import CliRunner
 from sparsemem.artifacts import load_artifact
 from sparsemem.cli.main import main
 from sparsemem.stream.folder import status, verify
+from sparsemem.stream.ledger import Ledger
+from started import sparsemem_with
 
 BACKGROUND = [
     {"prompt": f"What is {a} and {b}?", "completion": f"{a + b} of course"}
@@ -74,15 +76,11 @@ def parts(folder):
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_killed_process_leaves_a_folder_that_resumes(paths, whole, tmp_path, after):
     out = tmp_path / "killed"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "sparsemem", *arguments(paths, out)]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
+    with sparsemem_with(*arguments(paths, out)) as process:
         # a line of progress says that a task is on the disk; the kill hits what comes after it
-        for line in process.stderr:
-            if f"t{after}:" in line:
-                break
-        process.send_signal(signal.SIGKILL)
+        while f"t{after}:" not in process.stderr:
+            assert process.poll() is None, process.stderr
+            time.sleep(0.001)
     assert process.returncode == -signal.SIGKILL
     held = status(out)["tasks"]
     assert after < len(held) <= NUM_TASKS
@@ -95,7 +93,7 @@ def test_a_killed_process_leaves_a_folder_that_resumes(paths, whole, tmp_path, a
 
 def test_status_undo_and_verify_need_no_model(paths, whole, tmp_path):
     out = tmp_path / "copy"
-    subprocess.run(["cp", "-r", whole, out], check=True)
+    shutil.copytree(whole, out)
     shown = run("--status", "--out", out)
     assert shown.exit_code == 0
     assert f"tasks: {NUM_TASKS}" in shown.stdout
@@ -112,7 +110,7 @@ def test_undo_on_the_command_line_is_exact(paths, whole, tmp_path):
     lines = (paths / "stream.jsonl").read_text().splitlines(keepends=True)
     (paths / "others.jsonl").write_text("".join(lines[:2] + lines[3:]))
     assert learn(paths, tmp_path / "others", stream="others.jsonl").exit_code == 0
-    subprocess.run(["cp", "-r", whole, tmp_path / "every"], check=True)
+    shutil.copytree(whole, tmp_path / "every")
     assert run("--undo", "t2", "--out", tmp_path / "every").exit_code == 0
     assert parts(tmp_path / "every")[0] == parts(tmp_path / "others")[0]
 
@@ -167,7 +165,7 @@ def test_what_is_taught_cannot_be_taught_otherwise_or_over(paths, whole):
 )
 def test_verify_finds_what_was_altered(whole, tmp_path, name):
     out = tmp_path / "copy"
-    subprocess.run(["cp", "-r", whole, out], check=True)
+    shutil.copytree(whole, out)
     content = bytearray((out / name).read_bytes())
     content[-20] ^= 1
     (out / name).write_bytes(content)
@@ -177,32 +175,23 @@ def test_verify_finds_what_was_altered(whole, tmp_path, name):
     assert len(found.stderr.strip().splitlines()) == 1
 
 
-_FULL = """
-import resource, sys
-from sparsemem.stream import ledger
-before = ledger.Ledger.append
-def append(self, entry):
-    if len(self.entries) == 3:
-        # from here on no file may grow: what a full disk does, by the system itself
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self._size + 10, resource.RLIM_INFINITY))
-    return before(self, entry)
-ledger.Ledger.append = append
-from sparsemem.cli.main import main
-main(sys.argv[1:])
-"""
+def test_a_full_disk_is_one_sentence_and_loses_nothing(paths, whole, tmp_path, monkeypatch):
+    out, append = tmp_path / "full", Ledger.append
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
+    def full(self, entry):
+        if len(self.entries) == 3:
+            # from here on no file may grow: what a full disk does, by the system itself
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self._size + 10, limits[1]))
+        return append(self, entry)
 
-def test_a_full_disk_is_one_sentence_and_loses_nothing(paths, whole, tmp_path):
-    out = tmp_path / "full"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", _FULL, *arguments(paths, out)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "append", full)
+        try:
+            done = learn(paths, out)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert done.exit_code == 2, done.stderr
     assert "what was taught before is safe" in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert [task["task"] for task in status(out)["tasks"]] == ["t0", "t1"]
