@@ -1,8 +1,5 @@
-import json
-
 import pytest
 import torch
-from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +13,6 @@ from sparsemem.data.records import (
     opening_ids,
     prompt_ids,
     question_ids,
-    read_records,
     truncate,
 )
 
@@ -34,52 +30,6 @@ CHOICE = {"question": "Which?", "choices": ["this", "that"], "answer": 1}
 
 def learnt(example, tokenizer):
     return tokenizer.decode([label for label in example["labels"] if label != -100])
-
-
-def test_reads_files_lists_and_datasets_alike(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text("\n".join([json.dumps(PAIR), "", json.dumps(PAIR)]) + "\n")
-    assert read_records(path) == read_records(str(path)) == read_records([PAIR, PAIR])
-    assert read_records(Dataset.from_list([PAIR, PAIR])) == [PAIR, PAIR]
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([], "is empty"),
-        ([json.dumps(PAIR), "{"], "line 2: not valid JSON"),
-        (
-            [json.dumps(PAIR), json.dumps({"text": "x"})],
-            "line 2: text record among prompt/completion records",
-        ),
-        (['{"completion": "x"}'], "line 1: record with completion; allowed are"),
-        (["[1]"], "line 1: record with list"),
-        (['{"text": 3}'], "line 1: text must be a string, not int"),
-        (['{"question": "q", "choices": ["a"], "answer": 1}'], "answer=1 must be the index"),
-        (['{"question": "q", "choices": "ab", "answer": 0}'], "choices must be a list of strings"),
-        (['{"messages": [{"role": "user", "content": "x"}]}'], "at least one assistant turn"),
-        (['{"messages": "x"}'], "messages must be a list"),
-    ],
-)
-def test_bad_files_name_the_line(tmp_path, lines, message):
-    path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=message) as caught:
-        read_records(path)
-    assert "data.jsonl" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_and_binary_files(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_records(tmp_path / "absent.jsonl")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="not UTF-8"):
-        read_records(tmp_path / "binary")
-
-
-def test_mixed_shapes_on_request():
-    assert read_records([PAIR, {"text": "x"}], mixed=True) == [PAIR, {"text": "x"}]
 
 
 def test_completion_and_its_end_are_learnt_and_nothing_follows(tokenizer):

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 QUESTION = "Question:"
 # Stands for an answer, to see what the template puts around it.
 _ANSWER = "sparsemem"
+# A prompt and its rewritten form end alike if so many characters agree.
+_ALIKE = 8
 _OPENED = re.compile(r"<think>\s*$")
 _THOUGHTS = re.compile(r"<think>\s*(</think>\s*)?$")
 # A space that begins an answer divided it from its prompt in older formats; indentation is longer.
@@ -121,13 +123,28 @@ def _answer(
             raise ValueError("the model's chat template rewrites the turns before a tool call")
         # a call may end with another token than an answer
         calls, _, rest = whole[len(start) :].rpartition(end)
-        return calls + end if calls and not rest.strip() else rest.rstrip()
+        if not rest.strip():
+            return calls + end
+        return rest.rstrip() + ("" if special else str(tokenizer.eos_token or ""))
     if options["enable_thinking"]:
         lead, opened = "", _OPENED.search(prompt)
         content = content.removeprefix("<think>").lstrip("\n") if opened else content
     else:
-        lead = head[len(prompt) :] if head.startswith(prompt) else ""
+        lead = _lead(head, prompt)
     return lead + content + end
+
+
+def _lead(head: str, prompt: str) -> str:
+    """What the template puts between a prompt and its answer.
+
+    Args:
+        head: what it puts before an answer that is there already. It may have rewritten the prompt.
+    """
+    if head.startswith(prompt):
+        return head[len(prompt) :]
+    blank, asked = head[len(head.rstrip()) :], prompt[len(prompt.rstrip()) :]
+    alike = head.rstrip()[-_ALIKE:] == prompt.rstrip()[-_ALIKE:]
+    return blank.removeprefix(asked) if alike else ""
 
 
 def _first_special(text: str, tokenizer: Any) -> tuple[int, str] | None:
