@@ -35,8 +35,10 @@ from sparsemem.optim.rows import RowAdamW
 from sparsemem.precision import autocast
 from sparsemem.provenance import environment
 from sparsemem.training.cached import collate_states, train_states
-from sparsemem.training.finetune import CACHE_BYTES, finetune
-from sparsemem.training.methods import MAX_GRAD_NORM, TOP_T, lora_config, prepare
+from sparsemem.training.finetune import finetune
+from sparsemem.training.loading import RunData
+from sparsemem.training.methods import lora_config, prepare
+from sparsemem.training.options import CACHE_BYTES, MAX_GRAD_NORM, TOP_T, Options
 
 BATCH_SIZE, LENGTH, NEW_TOKENS = 8, 64, 32
 NUM_RUNS, NUM_STEPS = 7, 20
@@ -98,7 +100,7 @@ def measure(adapter: str) -> dict[str, Any]:
             top_t=TOP_T,
             max_grad_norm=MAX_GRAD_NORM,
         )
-        lora = prepare(with_lora(base()[0]), "lora", batches=())
+        lora = prepare(with_lora(base()[0]), RunData(tokenizer, []), Options("lora"), Path(folder))
 
         def several(run: int) -> range:
             return range(BATCH_SIZE * run, BATCH_SIZE * (run + 1))

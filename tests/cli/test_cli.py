@@ -88,11 +88,10 @@ def test_choices_are_those_of_the_library():
     from sparsemem.evaluation.tasks import TASKS as tasks
     from sparsemem.optim import rows as optim
     from sparsemem.optim.selection import RULES as rules
-    from sparsemem.training import arguments as train
-    from sparsemem.training.methods import METHODS as methods
+    from sparsemem.training import options as train
 
     # an adapter of another kind is made in Python, so it is trained there
-    assert (set(METHODS) | {"peft"}, set(TASKS), set(RULES)) == (set(methods), set(tasks), set(rules))
+    assert (set(METHODS) | {"peft"}, set(TASKS), set(RULES)) == (set(train.METHODS), set(tasks), set(rules))
     assert (MODES, TRAINABLE, MOMENTS) == (config.MODES, config.TRAINABLE, optim.MOMENTS)
     assert set(SCHEDULES) == set(train.SCHEDULES)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from sparsemem import finetune
-from sparsemem.training.arguments import check_trackers
+from sparsemem.training.options import check_trackers
 
 RECORDS = [{"prompt": "What is the capital of Velmora?", "completion": "Tarsipol"}]
 
@@ -27,6 +27,6 @@ def test_tensorboard_gets_the_loss_of_every_step(tiny_llama, tokenizer, tmp_path
     ],
 )
 def test_trackers_that_are_not_there(name, message, monkeypatch):
-    monkeypatch.setattr("sparsemem.training.arguments.find_spec", lambda name: None)
+    monkeypatch.setattr("sparsemem.training.options.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
         check_trackers([name])

@@ -133,20 +133,17 @@ def train(
         ValueError: the data or the model is bad, the folder exists, the run to resume has other settings, or
             a background is given that the method does not use.
     """
-    from peft import get_peft_model
-    from transformers import set_seed
-
-    from ..adapter.memories import set_trainable
     from ..data.models import load
-    from ..training.arguments import check_trackers
     from ..training.finetune import finetune
-    from ..training.methods import check_method, memory_config
+    from ..training.options import Options, check_trackers
 
-    check_method(method)
+    options = {**options, "method": method, "trainable": trainable}
+    # refused before the model is loaded
+    Options(**{key: value for key, value in options.items() if key != "keep"})
     check_trackers(report_to)
     records = read_records(source)
     settings = {"model": _absolute(name), "data": public_data(source), "records": digest_of(records)}
-    settings |= {"method": method, "trainable": trainable, **options}
+    settings |= options
     is_adapter = (Path(name).expanduser() / ADAPTER_FILE).is_file()
     general = _general(method, background, is_adapter)
     if general is not None:
@@ -159,20 +156,14 @@ def train(
     refuse_existing(out)
     model, tokenizer = load(_absolute(name))
     kept: Any = general
-    if general is not None:
-        set_seed(options["seed"])
-        model = get_peft_model(model, memory_config(trainable=trainable))
-        if background is None:
-            say_shipped()
+    if general is not None and background is None:
+        say_shipped()
     elif is_adapter and method in CALIBRATED:
         kept = Background.load(Path(name).expanduser() / BACKGROUND_FILE)
-    if trainable is not None:
-        set_trainable(model, trainable)
     with checkpoints_of(out, settings, resume) as checkpoints:
         done = finetune(
             model,
             records,
-            method,
             tokenizer=tokenizer,
             background=kept,
             output_dir=checkpoints,

@@ -5,19 +5,18 @@ a checkpoint that was being deleted is recognised too. `run.json` beside the che
 digests of the data of their run.
 """
 
-import hashlib
 import json
 import logging
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from ..artifacts import comparable_base, fingerprint_base
@@ -55,12 +54,16 @@ def list_files(checkpoint: Path) -> None:
     write_json(checkpoint / _FILES, sizes)
 
 
-def check_writable(folder: Path) -> None:
-    """Check that files can be written into a folder, which is made if it does not exist.
+def check_folder(folder: Path, resume: bool) -> None:
+    """Check that a run can be written into a folder, which is made if it does not exist.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: it cannot, or it holds checkpoints that are not resumed.
     """
+    if not resume and any(folder.glob("checkpoint-*")):
+        raise ValueError(
+            f"output_dir {str(folder)!r} holds checkpoints; pass resume=True or give another folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -71,20 +74,15 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def run_of(model: nn.Module, settings: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+def run_of(model: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
     """What decides the course of a run, as JSON values.
 
     Args:
         model: before training.
-        settings: by name of the argument; values without JSON form are given by name.
-        data: by name of the argument, examples as `encode` returns them, or None.
+        settings: JSON values: options and digests of the data.
     """
-    about = {
-        key: value if _is_json(value) else getattr(value, "__name__", "?") for key, value in settings.items()
-    }
-    about |= {key: None if value is None else _digest(value) for key, value in data.items()}
     base = fingerprint_base(model) if comparable_base(model) else None
-    return json.loads(json.dumps({**about, "model": base, "processes": num_processes()}))
+    return json.loads(json.dumps({**settings, "model": base, "processes": num_processes()}))
 
 
 def keep_run(folder: Path, run: dict[str, Any], *, resumes: bool) -> None:
@@ -115,16 +113,6 @@ def _is_complete(checkpoint: Path) -> bool:
 def _step(path: Path) -> int:
     number = path.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
-
-
-def _digest(examples: Sequence[dict[str, Any]]) -> str:
-    parts = [one.get(key) for one in examples for key in ("input_ids", "labels")]
-    text = repr([part.tolist() if isinstance(part, Tensor) else part for part in parts])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _is_json(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float | list | tuple | dict)
 
 
 class StopAtSignal(TrainerCallback):

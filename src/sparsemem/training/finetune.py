@@ -26,17 +26,24 @@ from transformers import (
 
 from ..background.background import Background
 from ..data.models import tokenizer_of
-from ..data.records import batches as batched
 from ..data.records import collate
 from ..optim.rows import REST_LR, RowOptimizer
 from ..optim.selection import Rule
 from ..patches.patch import RowPatch
 from ..precision import computing_in, precision_of
-from .arguments import WARMUP_STEPS, check_arguments, training_arguments
-from .cached import StateRows, collate_states, train_states
-from .checkpoints import StopAtSignal, check_writable, keep_run, last_checkpoint, run_of
-from .loading import MENTION_FORMS, Data, RunData, known_batches, load_data, mention_examples
-from .methods import TOP_T, Prepared, prepare
+from .cached import StateRows, collate_states
+from .checkpoints import StopAtSignal, check_folder, keep_run, last_checkpoint, run_of
+from .loading import Data, RunData, load_data
+from .methods import Prepared, prepare
+from .options import (
+    CACHE_BYTES,
+    MENTION_FORMS,
+    TOP_T,
+    WARMUP_STEPS,
+    Options,
+    check_trackers,
+    training_arguments,
+)
 from .trainer import (
     METRICS_FILE,
     FinetuneTrainer,
@@ -46,8 +53,6 @@ from .trainer import (
     peak_memory,
     recent_loss,
 )
-
-CACHE_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ def finetune(
     warmup_steps: int = WARMUP_STEPS,
     validation: Data | None = None,
     quirks: Sequence[str] = (),
+    trainable: str | None = None,
     cache_bytes: int = CACHE_BYTES,
     precision: str | None = None,
     resume: bool = False,
@@ -141,6 +147,8 @@ def finetune(
         stop_loss: stop when the mean loss of the last steps, as many as one epoch has, is below this.
         top_t, rule: for sparse memory: which rows a step may change, see `select_rows`.
         moments, quirks: for sparse memory, see `RowAdamW` and `ReleaseAdamW`.
+        trainable: for sparse memory: which of its parameters train, as in `SparseMemoryConfig`. None: as the
+            model's adapter says, and only the rows of a new memory.
         schedule: of the learning rate, after `warmup_steps` of linear increase: "constant", or "linear" or
             "cosine" down to 0. None: "linear" for sparse memory, "constant" for other methods.
         validation: data on which the loss is measured before training, after each epoch, and at the end.
@@ -164,82 +172,50 @@ def finetune(
         KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM, with output_dir, when a checkpoint of the last
             step has been written; continue with resume=True.
     """
-    counts = {"epochs": epochs, "batch_size": batch_size, "max_steps": max_steps, "max_length": max_length}
-    check_arguments(method, mentions, schedule, output_dir, resume, cache_bytes, **counts)
+    options = Options(
+        method=method, lr=lr, rest_lr=rest_lr, max_steps=max_steps, epochs=epochs, batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps, max_length=max_length, loss_on=loss_on,
+        stop_loss=stop_loss, seed=seed, top_t=top_t, rule=rule, moments=moments, schedule=schedule,
+        warmup_steps=warmup_steps, quirks=tuple(quirks), mentions=mentions, trainable=trainable,
+        cache_bytes=cache_bytes, precision=precision,
+    )  # fmt: skip
+    check_trackers(report_to)
     if output_dir is not None:
-        check_writable(Path(output_dir))
+        check_folder(Path(output_dir), resume)
+    elif resume:
+        raise ValueError(
+            "resume=True needs output_dir=; give the folder with the checkpoints to continue from"
+        )
     tokenizer = tokenizer or tokenizer_of(model)
-    loaded = load_data(
-        model,
-        method,
-        tokenizer,
-        data=data,
-        validation=validation,
-        keep=keep,
-        background=background,
-        max_length=max_length,
-        loss_on=loss_on,
+    taught = load_data(
+        model, tokenizer, options, data=data, validation=validation, keep=keep, background=background
     )
     with ExitStack() as stack:
         stack.enter_context(computing_in(precision))
         used = precision_of(model)
         folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         checkpoint = last_checkpoint(folder) if resume else None
+        if output_dir:
+            run = run_of(model, {**options.record(), **taught.digests, "precision": used})
+            keep_run(folder, run, resumes=checkpoint is not None)
         arguments, steps_per_epoch = training_arguments(
+            options,
             folder,
-            len(loaded.examples),
-            method,
-            epochs=epochs,
-            max_steps=max_steps,
-            batch_size=batch_size,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            schedule=schedule,
-            warmup_steps=warmup_steps,
-            seed=seed,
+            len(taught.examples),
             validates=validation is not None,
             resumes=checkpoint is not None,
             saves=bool(output_dir),
             report_to=report_to,
         )
-        if output_dir:
-            chosen = {"method": method, "lr": lr, "rest_lr": rest_lr, "batch_size": batch_size}
-            chosen |= {"gradient_accumulation_steps": gradient_accumulation_steps, "seed": seed}
-            chosen |= {"top_t": top_t, "rule": rule, "moments": moments, "schedule": schedule}
-            chosen |= {"warmup_steps": warmup_steps, "quirks": list(quirks), "mentions": mentions}
-            chosen |= {"precision": used}
-            general = loaded.general
-            taught: dict[str, Any] = {"data": loaded.examples, "keep": loaded.kept}
-            if isinstance(general, Background):
-                chosen["background"] = general.corpus
-            else:
-                taught["background"] = general
-            keep_run(folder, run_of(model, chosen, taught), resumes=checkpoint is not None)
         memory = stack.enter_context(peak_memory(model.to(arguments.device)))  # type: ignore[arg-type]
         stopwatch = Stopwatch()
         set_seed(seed)
-        if method == "smf" and mentions:
-            named = mention_examples(model, data, tokenizer, mentions)
-            loaded = loaded._replace(kept=[*loaded.kept, *named])
-        prepared = prepare(
-            model,
-            method,
-            batches=batched(loaded.examples, batch_size, loaded.pad),
-            background=loaded.general,
-            lr=lr,
-            rest_lr=rest_lr,
-            top_t=top_t,
-            rule=rule,
-            moments=moments,
-            quirks=quirks,
-            seed=seed,
-            known=partial(known_batches, loaded, tokenizer),
-            states=lambda ready: train_states(ready, loaded.examples, loaded.pad, cache_bytes, folder),
-        )
+        prepared = prepare(model, taught, options, folder)
         stack.enter_context(without_cache(prepared.model))
         stop = StopAtSignal()
         ours = [stopwatch, StopAtLoss(stop_loss, steps_per_epoch)]
         ours += [stop, MetricsFile(folder / METRICS_FILE)] if output_dir else []
-        trainer = trainer_of(prepared, loaded, arguments, [*ours, *callbacks], cache_bytes, folder)
+        trainer = trainer_of(prepared, taught, options, arguments, [*ours, *callbacks])
         with stop.listening() if output_dir else nullcontext():
             train(trainer, checkpoint, stopwatch)
         seconds = stopwatch.seconds
@@ -255,7 +231,7 @@ def finetune(
         seconds=seconds,
         trained_params=sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
         peak_bytes=memory.peak_bytes,
-        truncated=loaded.truncated,
+        truncated=taught.truncated,
         patch=None if prepared.before is None else RowPatch.diff(prepared.model, since=prepared.before),
         background=getattr(prepared.optimizer, "background", None),
         precision=used,
@@ -264,26 +240,22 @@ def finetune(
 
 def trainer_of(
     prepared: Prepared,
-    loaded: RunData,
+    data: RunData,
+    options: Options,
     arguments: TrainingArguments,
     callbacks: list[TrainerCallback],
-    cache_bytes: int,
-    folder: Path,
 ) -> FinetuneTrainer:
     """The trainer, of the whole model or, if `prepare` returned states, of the head on these states."""
-    if isinstance(prepared.optimizer, RowOptimizer):
-        # a row optimizer clips the gradients of all that it trains itself
-        arguments.max_grad_norm = 0.0
-    head, rows = prepared.states or (None, loaded.examples)
-    held_out = loaded.held_out
+    head, rows = prepared.states or (None, data.examples)
+    held_out = data.held_out
     if head is not None and held_out is not None:
-        held_out = StateRows(head, held_out, cache_bytes, folder)
+        held_out = StateRows(head, held_out, options.cache_bytes, Path(arguments.output_dir or "."))
     return FinetuneTrainer(
         head,
         model=prepared.model,
         args=arguments,
         train_dataset=rows,
-        data_collator=partial(collate, pad_token_id=loaded.pad) if head is None else collate_states,
+        data_collator=partial(collate, pad_token_id=data.pad) if head is None else collate_states,
         eval_dataset=held_out,
         optimizers=(prepared.optimizer, None),
         callbacks=callbacks,
@@ -316,11 +288,15 @@ def train(trainer: FinetuneTrainer, checkpoint: str | None, stopwatch: Stopwatch
 @contextmanager
 def without_cache(model: Any):
     """Restore `use_cache` after the block: Trainer switches the key-value cache off for good."""
-    before = model.config.use_cache
+    # the outer config of a model of several modalities has none
+    before = getattr(model.config, "use_cache", None)
     try:
         yield
     finally:
-        model.config.use_cache = before
+        if before is not None:
+            model.config.use_cache = before
+        elif hasattr(model.config, "use_cache"):
+            del model.config.use_cache
 
 
 def last_with(log_history: list[dict], key: str) -> dict:

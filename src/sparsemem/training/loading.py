@@ -1,10 +1,10 @@
-"""Load the data of one training run: what is taught, kept and held out, and the general text."""
+"""The data of one training run: what is taught, kept and held out, and the general text."""
 
 import logging
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 from peft import PeftModel
@@ -14,110 +14,136 @@ from transformers import PreTrainedTokenizerBase
 from ..background.background import Background
 from ..data.general import general_background, say_shipped
 from ..data.known import KEEP_FORMS, answers_elsewhere, mention_records
-from ..data.reading import read_records
-from ..data.records import batches as batched
-from ..data.records import encode, truncate
+from ..data.models import context_length
+from ..data.reading import Records, digest_of, read_records
+from ..data.records import batches, encode, truncate
 from ..data.subjects import subjects_of
-from .methods import MEMORY_METHODS
+from .options import Options
 
 logger = logging.getLogger(__name__)
 
 BACKGROUND_BATCH_SIZE = 8
-# Default number of other questions per subject, tokens of an answer, and the most subjects that are facts.
-MENTION_FORMS, MENTION_LENGTH, MENTION_SUBJECTS = 4, 12, 256
+# Tokens of a kept answer to another question about a subject, and the most subjects that are facts.
+MENTION_LENGTH, MENTION_SUBJECTS = 12, 256
 
 Data = str | Path | Sequence[dict] | Sequence[str] | datasets.Dataset
+Batches = list[dict[str, Tensor]]
 
 
-class RunData(NamedTuple):
+@dataclass(frozen=True)
+class RunData:
     """The data of a run, as `encode` returns it, cut to `max_length` or to the model's context length.
 
     Attributes:
+        tokenizer: with which it was encoded.
         examples: what is taught.
-        truncated: how many of them were cut.
+        records: the same as it was read; empty if it was encoded before.
+        truncated: how many of the examples were cut.
         held_out: validation examples; None without validation data.
         kept: examples whose answers must not change.
-        general: the memory's Background, or batches of general text to calibrate it on; None if not given.
-        pad: token id for padding.
+        general: the memory's Background, or examples of general text to calibrate it on; None if not given.
+        digests: of what the user gave, by argument of `finetune`; a Background is known by its corpus.
     """
 
+    tokenizer: PreTrainedTokenizerBase
     examples: list[dict]
-    truncated: int
-    held_out: list[dict] | None
-    kept: list[dict]
-    general: Background | list[dict[str, Tensor]] | None
-    pad: int
+    records: Sequence[dict] = ()
+    truncated: int = 0
+    held_out: list[dict] | None = None
+    kept: Sequence[dict] = ()
+    general: Background | list[dict] | None = None
+    digests: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def pad(self) -> int:
+        # with an attention mask and labels of -100, any token can be used as padding
+        return int(self.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
+
+    def batches(self, batch_size: int) -> Batches:
+        """What is taught, in batches."""
+        return batches(self.examples, batch_size, self.pad)
+
+    def general_batches(self) -> Batches:
+        """The general text, in batches of records of about the same length."""
+        assert isinstance(self.general, list)
+        return batches(_by_length(self.general), BACKGROUND_BATCH_SIZE, self.pad)
+
+    def known_batches(self, background: Background) -> Batches:
+        """Batches of known states: taught answers within the background's text, and the kept examples."""
+        elsewhere = answers_elsewhere(self.examples, self.tokenizer, background.contexts)
+        return batches([*elsewhere, *self.kept], BACKGROUND_BATCH_SIZE, self.pad)
+
+    def with_mentions(self, model: Any, forms: int) -> "RunData":
+        """This data, in which the model's answers to other questions about the taught subjects are kept.
+
+        Args:
+            model: before it is taught.
+            forms: number of questions about each subject.
+        """
+        facts = forms and any("text" not in record for record in self.records)
+        subjects = subjects_of(list(self.records)) if facts else []
+        if len(subjects) > MENTION_SUBJECTS:
+            logger.info(
+                "%d subjects are a domain rather than facts, so other questions about them are not kept",
+                len(subjects),
+            )
+        if not 0 < len(subjects) <= MENTION_SUBJECTS:
+            return self
+        options: dict[str, Any] = {"forms": KEEP_FORMS[:forms], "max_new_tokens": MENTION_LENGTH}
+        named = mention_records(model, self.tokenizer, list(self.records), **options)
+        return replace(self, kept=[*self.kept, *encode(named, self.tokenizer)])
 
 
 def load_data(
     model: Any,
-    method: str,
     tokenizer: PreTrainedTokenizerBase,
+    options: Options,
     *,
     data: Data,
-    validation: Data | None,
-    keep: Data | None,
-    background: Background | Data | None,
-    max_length: int | None,
-    loss_on: str,
+    validation: Data | None = None,
+    keep: Data | None = None,
+    background: Background | Data | None = None,
 ) -> RunData:
     """Read and encode the data of a run; the arguments are those of `finetune`.
 
     Raises:
         ValueError: bad data.
     """
-    # with an attention mask and labels of -100, any token can be used as padding
-    pad: Any = tokenizer.pad_token_id or 0
-    length = max_length or getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    examples, truncated = truncate(_examples(data, tokenizer, loss_on), length)
-    held_out = None if validation is None else truncate(_examples(validation, tokenizer, loss_on), length)[0]
-    kept = [] if keep is None else truncate(_examples(keep, tokenizer, "completion"), length)[0]
-    general = _general(background, model, method, tokenizer, length, pad)
-    return RunData(examples, truncated, held_out, kept, general, pad)
+    length = options.max_length or context_length(model)
 
+    digests: dict[str, str | None] = {}
 
-def mention_examples(model: Any, data: Any, tokenizer: PreTrainedTokenizerBase, number: int) -> list[dict]:
-    """The base model's own answers to other questions about the taught subjects, encoded."""
-    if not isinstance(data, str | Path):
-        data = [record for record in data if isinstance(record, dict) and "input_ids" not in record]
-    records = read_records(data) if data else []
-    subjects = subjects_of(records) if any("text" not in record for record in records) else []
-    if not subjects:
-        return []
-    if len(subjects) > MENTION_SUBJECTS:
-        logger.info(
-            "%d subjects are a domain rather than facts, so other questions about them are not kept",
-            len(subjects),
-        )
-        return []
-    options = {"forms": KEEP_FORMS[:number], "max_new_tokens": MENTION_LENGTH}
-    return encode(mention_records(model, tokenizer, records, **options), tokenizer)
+    def cut(name: str, source: Any, loss_on: str = "completion") -> tuple[list[dict], list[dict], int]:
+        records, examples = _read(source, tokenizer, loss_on, mixed=name == "background")
+        digests[name] = digest_of(records or examples)
+        return records, *truncate(examples, length)
 
-
-def known_batches(
-    loaded: RunData, tokenizer: PreTrainedTokenizerBase, seen: Background
-) -> list[dict[str, Tensor]]:
-    """Batches of known states: taught answers within the background's text, and the kept examples."""
-    elsewhere = answers_elsewhere(loaded.examples, tokenizer, seen.contexts)
-    return batched([*elsewhere, *loaded.kept], BACKGROUND_BATCH_SIZE, loaded.pad)
-
-
-def _general(
-    background: Any, model: Any, method: str, tokenizer: PreTrainedTokenizerBase, length: int, pad: int
-) -> Background | list[dict[str, Tensor]] | None:
-    """The given Background, or batches of general text for a new memory."""
-    if background is None and method in MEMORY_METHODS and not isinstance(model, PeftModel):
+    records, examples, truncated = cut("data", data, options.loss_on)
+    held_out = None if validation is None else cut("validation", validation, options.loss_on)[1]
+    kept = [] if keep is None else cut("keep", keep)[1]
+    if background is None and options.has_memory and not isinstance(model, PeftModel):
         say_shipped()
         background = general_background()
-    if background is None or isinstance(background, Background):
-        return background
-    general = truncate(_examples(background, tokenizer, "completion", mixed=True), length)[0]
-    return batched(sorted(general, key=lambda one: len(one["input_ids"])), BACKGROUND_BATCH_SIZE, pad)
+    if isinstance(background, Background):
+        digests["background"] = background.corpus
+    elif background is not None:
+        background = cut("background", background)[1]
+    # the loss on other held-out records may be measured in each part of a run
+    digests.pop("validation", None)
+    return RunData(tokenizer, examples, records, truncated, held_out, kept, background, digests)
 
 
-def _examples(data: Any, tokenizer: PreTrainedTokenizerBase, loss_on: str, mixed: bool = False) -> list[dict]:
-    if not isinstance(data, str | Path):
-        data = [{"text": record} if isinstance(record, str) else record for record in data]
-        if data and isinstance(data[0], dict) and "input_ids" in data[0]:
-            return data
-    return encode(read_records(data, mixed=mixed), tokenizer, loss_on=loss_on)
+def _by_length(examples: list[dict]) -> list[dict]:
+    return sorted(examples, key=lambda one: len(one["input_ids"]))
+
+
+def _read(
+    source: Any, tokenizer: PreTrainedTokenizerBase, loss_on: str, mixed: bool
+) -> tuple[list[dict], list[dict]]:
+    """Records and their encoding; no records of data that is encoded already."""
+    if not isinstance(source, str | Path | Records):
+        source = [{"text": record} if isinstance(record, str) else record for record in source]
+        if source and isinstance(source[0], dict) and "input_ids" in source[0]:
+            return [], source
+    records = read_records(source, mixed=mixed)
+    return records, encode(records, tokenizer, loss_on=loss_on)

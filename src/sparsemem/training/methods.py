@@ -12,7 +12,7 @@
 Reference: 2605.03229 for LoRA, full finetuning and the dense retrofit; the rates of sparse memory are ours.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,21 +27,17 @@ from ..background.background import Background
 from ..background.calibration import calibrate
 from ..background.scoping import TAUGHT_SIZE, check_background, set_scope, set_scope_of
 from ..optim.release import ReleaseAdamW
-from ..optim.rows import REST_LR, RowAdamW
-from ..optim.selection import Rule, check_selection
+from ..optim.rows import RowAdamW
 from ..patches.patch import RowPatch
 from ..processes import num_processes, object_of_first, of_first
-from .cached import StateRows, TailHead
+from .cached import StateRows, TailHead, train_states
+from .loading import Batches, RunData
+from .options import MAX_GRAD_NORM, Options
 
-LEARNING_RATES = {"smf": 0.4, "smf-open": 0.4, "lora": 2e-4, "peft": None, "full": 5e-5, "dense": 5e-4}
-METHODS = ("smf", "smf-open", "lora", "peft", "full")
-MEMORY_METHODS = ("smf", "smf-open")
-# Defaults: a step may change TOP_T of a table's NUM_KEYS ** 2 rows; a head reads TOP_K rows per token.
-TOP_T, NUM_KEYS, TOP_K = 1024, 64, 64
+# Size of a new memory's tables, and how many rows a head reads for each token.
+NUM_KEYS, TOP_K = 64, 64
 
-MAX_GRAD_NORM = 1.0
-
-Batches = Sequence[Mapping[str, Tensor]]
+States = tuple[TailHead, StateRows]
 
 
 class Prepared(NamedTuple):
@@ -54,16 +50,8 @@ class Prepared(NamedTuple):
 
     model: PreTrainedModel | PeftModel
     optimizer: torch.optim.Optimizer
-    before: dict[str, Tensor] | None
-    states: tuple[TailHead, StateRows] | None = None
-
-
-def check_method(method: str) -> None:
-    """Raises:
-    ValueError: an unknown method.
-    """
-    if method not in LEARNING_RATES:
-        raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(LEARNING_RATES)}")
+    before: dict[str, Tensor] | None = None
+    states: States | None = None
 
 
 def memory_config(**chosen: Any) -> SparseMemoryConfig:
@@ -106,113 +94,114 @@ def lora_config() -> LoraConfig:
     )
 
 
-def prepare(
-    model: PreTrainedModel | PeftModel,
-    method: str,
-    *,
-    batches: Batches,
-    background: Background | Batches | None = None,
-    lr: float | None = None,
-    rest_lr: float = REST_LR,
-    top_t: int = TOP_T,
-    rule: Rule = "grad",
-    moments: str = "table",
-    quirks: Sequence[str] = (),
-    seed: int = 0,
-    known: Callable[[Background], Batches] | None = None,
-    states: Callable[[PeftModel], tuple[TailHead, StateRows] | None] | None = None,
-) -> Prepared:
+def prepare(model: PreTrainedModel | PeftModel, data: RunData, options: Options, folder: Path) -> Prepared:
     """Add a method's parameters to the model, in place, and create the optimizer that trains them.
 
     A base model gets a new adapter. A model that has an adapter of the same method is trained further.
 
     Args:
         model: a causal language model, with or without an adapter.
-        method: one of METHODS.
-        batches: the training data with labels; "smf" sets its scope from them.
-        background: for sparse memory: the Background that `calibrate` returned, or batches of general text.
-        lr: learning rate; None: the method's own, LEARNING_RATES.
-        rest_lr: for sparse memory: learning rate of what trains besides rows, see `RowAdamW`.
-        top_t, rule: for sparse memory: which rows a step may change, see `select_rows`.
-        moments: for sparse memory: second moments, see `RowAdamW`.
-        quirks: for sparse memory: deviations of the authors' release, see `ReleaseAdamW`.
-        seed: for calibration and for rule "random".
-        known: returns batches of further known states for `set_scope`, given the background.
-        states: returns the head and the states of the training data, given the model with its memory. None:
-            the model is trained and the scope is set on the batches themselves.
+        folder: for states that need more than `options.cache_bytes`.
 
     Raises:
-        ValueError: an unknown method, a model with an adapter of another method, or a background that is
-            missing or does not fit.
+        ValueError: a model with an adapter of another method, or a background that is missing or does not
+            fit.
     """
-    check_method(method)
-    check_selection(top_t, rule)
-    lr = LEARNING_RATES[method] if lr is None else lr
-    if lr is None:
-        raise ValueError(f"lr=None, and method {method!r} has no rate of its own; give one")
-    if method not in MEMORY_METHODS:
-        if quirks:
-            raise ValueError(
-                f"quirks={list(quirks)} are for sparse memory only and method is {method!r}; give none"
-            )
-        model = {"lora": _lora, "peft": _peft, "full": _full, "dense": _dense}[method](model)
+    if not options.has_memory:
+        model = {"lora": _lora, "peft": _peft, "full": _full, "dense": _dense}[options.method](model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return Prepared(model, torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True), None)
-    model, own = _with_memory(model, background, seed)
-    general: Background | None = object_of_first(own)
-    _take_memories_of_first(model)
+        return Prepared(model, torch.optim.AdamW(trained, lr=options.rate, weight_decay=0.0, fused=True))
+    data = data.with_mentions(model, options.mentions if options.method == "smf" else 0)
+    model, background = add_memory(model, data, options)
     before = RowPatch.snapshot(model)
-    held = None if states is None or quirks else states(model)
-    if method == "smf":
-        if general is None:
-            raise ValueError(
-                "method='smf' needs background=; give general text, from which the taught data is told apart"
-            )
-        check_background(memory_layers(model), general)
-        also = [] if known is None else known(general)
-        if held is None:
-            set_scope(model, batches, general, extend=True, known=also)
-        else:
-            taught = held[1].supervised(held[0], TAUGHT_SIZE)
-            set_scope_of(model, taught, general, extend=True, known=also)
-        _take_memories_of_first(model)
+    states = taught_states(model, data, options, folder)
+    if options.method == "smf":
+        scope_on(model, data, options, background, states)
     elif any(memory.has_scope for memory in memory_layers(model).values()):
         raise ValueError(
             "method='smf-open' trains without a scope and the model has one; call clear_scope(model)"
         )
-    # With one second moment per table, rows keep the proportions of their gradients (dev/LOG.md, section 4).
-    betas = (0.9, 0.95) if moments == "table" else (0.9, 0.999)
-    options: dict[str, Any] = {"top_t": top_t, "rule": rule, "background": general, "moments": moments}
-    options |= {"rest_lr": rest_lr, "betas": betas, "max_grad_norm": MAX_GRAD_NORM, "seed": seed}
-    optimizer = (
-        ReleaseAdamW(model, lr, quirks=quirks, **options) if quirks else RowAdamW(model, lr, **options)
-    )
-    return Prepared(model, optimizer, before, held)
+    return Prepared(model, row_optimizer(model, options, background), before, states)
 
 
-def _with_memory(
-    model: PreTrainedModel | PeftModel, background: Background | Batches | None, seed: int
+def add_memory(
+    model: PreTrainedModel | PeftModel, data: RunData, options: Options
 ) -> tuple[PeftModel, Background | None]:
-    """The model with a calibrated memory, and its background; None if none was given."""
+    """The model with a calibrated memory, and its background; None if none was given.
+
+    Raises:
+        ValueError: a model with another adapter, or a background that is missing or does not fit.
+    """
+    given = data.general
     if isinstance(model, PeftModel):
-        _train_on(model, "smf", "SPARSE_MEMORY")
-        if isinstance(background, Background | None):
-            return model, background
-        if any(memory.values.any() for memory in memory_layers(model).values()):
+        _train_on(model, options.method, "SPARSE_MEMORY")
+        if given and not isinstance(given, Background) and _in_use(model):
             raise ValueError(
                 "background= is text and the memory is in use; give the Background that calibrate returned"
             )
-        return model, calibrate(model, background, seed=seed)
-    if background is None:
+        if options.trainable is not None:
+            set_trainable(model, options.trainable)
+    elif given is None:
         raise ValueError(
             "background=None: a new memory is calibrated on general text; give records, texts or a JSONL file"
         )
-    if isinstance(background, Background):
+    elif isinstance(given, Background):
         raise ValueError(
             "background= is a Background but the model has no memory; give the model that was calibrated"
         )
-    model = get_peft_model(model, memory_config())  # type: ignore[arg-type,assignment]
-    return model, calibrate(model, background, seed=seed)  # type: ignore[return-value]
+    else:
+        model = get_peft_model(model, memory_config(trainable=options.trainable))  # type: ignore[assignment]
+    if not isinstance(given, Background | None):
+        given = calibrate(model, data.general_batches(), seed=options.seed)
+    background: Background | None = object_of_first(given)
+    _take_memories_of_first(model)
+    return model, background
+
+
+def taught_states(model: PeftModel, data: RunData, options: Options, folder: Path) -> States | None:
+    """The head and the states of what is taught; None if the whole model trains."""
+    if options.quirks:
+        return None
+    return train_states(model, data.examples, data.pad, options.cache_bytes, folder)
+
+
+def scope_on(
+    model: PeftModel, data: RunData, options: Options, background: Background | None, states: States | None
+) -> None:
+    """Set the memory's scope on what is taught, or extend it; what is known keeps out of it.
+
+    Raises:
+        ValueError: a background that is missing or does not fit.
+    """
+    if background is None:
+        raise ValueError(
+            "method='smf' needs background=; give general text, from which the taught data is told apart"
+        )
+    check_background(memory_layers(model), background)
+    known: Batches = data.known_batches(background)
+    if states is None:
+        set_scope(model, data.batches(options.batch_size), background, extend=True, known=known)
+    else:
+        head, rows = states
+        set_scope_of(model, rows.supervised(head, TAUGHT_SIZE), background, extend=True, known=known)
+    _take_memories_of_first(model)
+
+
+def row_optimizer(model: PeftModel, options: Options, background: Background | None) -> RowAdamW:
+    """The optimizer of the memory's rows.
+
+    With one second moment per table, rows keep the proportions of their gradients (dev/LOG.md, section 4).
+    """
+    given: dict[str, Any] = {"background": background, "max_grad_norm": MAX_GRAD_NORM}
+    given |= {key: getattr(options, key) for key in ("top_t", "rule", "moments", "rest_lr", "seed")}
+    given["betas"] = (0.9, 0.95) if options.moments == "table" else (0.9, 0.999)
+    if options.quirks:
+        return ReleaseAdamW(model, options.rate, quirks=options.quirks, **given)
+    return RowAdamW(model, options.rate, **given)
+
+
+def _in_use(model: PeftModel) -> bool:
+    return any(memory.values.any() for memory in memory_layers(model).values())
 
 
 def _take_memories_of_first(model: PeftModel) -> None:

@@ -183,38 +183,27 @@ def teach_gated_lora(
     """
     from transformers import set_seed
 
-    from ...data.records import batches
-    from ...optim.rows import RowOptimizer
-    from ...training.cached import train_states
-    from ...training.finetune import CACHE_BYTES
-    from ...training.loading import MENTION_FORMS, known_batches, load_data, mention_examples
-    from ...training.methods import prepare
+    from ...adapter.memories import memory_layers
+    from ...training.loading import load_data
+    from ...training.methods import add_memory, scope_on, taught_states
+    from ...training.options import Options
     from ...training.trainer import peak_memory
 
-    options = {"validation": None, "keep": None, "max_length": None, "loss_on": "completion"}
-    loaded = load_data(model, "smf", tokenizer, data=records, background=background, **options)
+    options = Options(batch_size=batch_size, seed=seed)
+    taught = load_data(model, tokenizer, options, data=records, background=background)
     start = time.perf_counter()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         memory = stack.enter_context(peak_memory(model))
         set_seed(seed)
-        named = mention_examples(model, records, tokenizer, MENTION_FORMS)
-        loaded = loaded._replace(kept=[*loaded.kept, *named])
-        prepared = prepare(
-            model,
-            "smf",
-            batches=batches(loaded.examples, batch_size, loaded.pad),
-            background=loaded.general,
-            seed=seed,
-            known=partial(known_batches, loaded, tokenizer),
-            states=lambda ready: train_states(ready, loaded.examples, loaded.pad, CACHE_BYTES, folder),
-        )
-        assert prepared.states is not None
-        assert isinstance(prepared.optimizer, RowOptimizer)
-        prepared.optimizer.release()
-        trained = _put_low_rank(prepared.model, rank)
-        loss = _train(*prepared.states, trained, lr, steps, batch_size, seed)
-    return prepared.model.eval(), {
+        taught = taught.with_mentions(model, options.mentions)
+        model, seen = add_memory(model, taught, options)
+        states = taught_states(model, taught, options, folder)
+        assert states is not None
+        scope_on(model, taught, options, seen, states)
+        trained = _put_low_rank(memory_layers(model), rank)
+        loss = _train(*states, trained, lr, steps, batch_size, seed)
+    return model.eval(), {
         "loss": loss,
         "steps": steps,
         "samples": steps * batch_size,
@@ -224,14 +213,12 @@ def teach_gated_lora(
     }
 
 
-def _put_low_rank(model: Any, rank: int) -> list[Any]:
+def _put_low_rank(layers: Mapping[str, Any], rank: int) -> list[Any]:
     """Replace every memory's read by a low-rank map; returns the maps' parameters."""
     from torch import nn
 
-    from ...adapter.memories import memory_layers
-
     trained: list[Any] = []
-    for memory in memory_layers(model).values():
+    for memory in layers.values():
         memory.values.requires_grad_(False)
         down, up = nn.Linear(memory.d_in, rank, bias=False), nn.Linear(rank, memory.d_out, bias=False)
         nn.init.zeros_(up.weight)
@@ -254,7 +241,7 @@ def _train(
 
     from ...precision import autocast
     from ...training.cached import collate_states
-    from ...training.methods import MAX_GRAD_NORM
+    from ...training.options import MAX_GRAD_NORM
 
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
