@@ -127,7 +127,10 @@ def test_a_subject_travels_with_every_record(record, subject):
         ),
         ({**PAIR, "subject": 3}, "subject=3 must be a name or a list of names"),
         ({"prompt": "\ud800", "completion": "x"}, r"prompt has half a character \(a lone surrogate\)"),
-        ({"messages": [TURNS[0], {"role": "assistant", "content": "a\udfff"}]}, r"messages\[1\].content has half a character"),
+        (
+            {"messages": [TURNS[0], {"role": "assistant", "content": "a\udfff"}]},
+            r"messages\[1\].content has half a character",
+        ),
     ],
 )
 def test_a_bad_record_is_refused_in_one_sentence_with_its_line(tmp_path, record, message):
