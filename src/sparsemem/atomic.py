@@ -20,8 +20,6 @@ from typing import Any
 
 import psutil
 
-from .processes import is_first
-
 _SAVED = ".saved"
 # An empty file NAME.removed in a save means: remove NAME from the folder.
 _REMOVED = ".removed"
@@ -177,6 +175,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: `path` is a file, or a folder that is not empty.
     """
+    # imports torch, which takes seconds
+    from .processes import is_first
+
     if not is_first():
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)

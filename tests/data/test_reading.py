@@ -208,7 +208,8 @@ def test_parquet_datasets_and_a_folder(tmp_path):
     [
         ("absent.jsonl", None, r"cannot be read \(No such file"),
         ("absent.parquet", None, r"cannot be read \(No such file"),
-        ("x.parquet", b"PAR1", "cannot be read as Parquet"),
+        ("x.parquet", b"PAR1 and more", "cannot be read as Parquet"),
+        ("x.parquet", b"prompt", "is not Parquet; give JSON lines"),
         (
             "x",
             b"\xff\xfe\x00",

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import DTYPES, NAMES, PRECISIONS, TASKS, as_json
+from .options import DTYPES, NAMES, PRECISIONS, TASKS, as_json, check_inputs
 
 
 @click.command("eval", short_help="Evaluate a model or adapter on a task.", epilog=NAMES)
@@ -51,6 +51,11 @@ def evaluate(model: str, task: str, data: str | None, record: bool, as_json: boo
 
     Tasks of lm-evaluation-harness need the optional packages of `pip install "sparsemem[eval]"`.
     """
+    check_inputs(model)
+    if data is not None and task in TASKS:
+        from ..evaluation.items import read_items
+
+        read_items(task, data, limit=options["limit"], num_fewshot=options["num_fewshot"] or 0)
     from ..evaluation.tasks import evaluate_named
     from ..saved import card as recording
     from ..saved.contents import check_made

@@ -6,7 +6,17 @@ from typing import Any
 
 import click
 
-from .options import MODEL_NAMES, MODES, WRITES, as_json, comma_numbers, out_folder, say_stopped, seed_option
+from .options import (
+    MODEL_NAMES,
+    MODES,
+    WRITES,
+    as_json,
+    check_inputs,
+    comma_numbers,
+    out_folder,
+    say_stopped,
+    seed_option,
+)
 
 
 @click.command(short_help="Add an empty sparse memory to a model.", epilog=MODEL_NAMES)
@@ -88,6 +98,7 @@ def graft(
 
     With --retrofit calibrate the model's answers do not change at all; with dense they change slightly.
     """
+    check_inputs(model, out=None if resume else out, general=background)
     from ..saved import making
 
     given = {"lr": lr, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}

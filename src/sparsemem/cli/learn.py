@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .options import as_json, say, seed_option
+from .options import as_json, check_inputs, say, seed_option
 
 
 @click.command(short_help="Teach tasks one after another; undo any.")
@@ -37,6 +37,8 @@ def learn(
     Each task leaves a patch and a line in the ledger of the --out folder, which is an adapter too. After an
     interruption --resume continues. --undo, --status and --verify need no MODEL.
     """
+    check_inputs(model, general=stream)
+    check_inputs(None, general=background)
     from ..stream import folder as streams
 
     asked = {"--stream": stream, "--undo": undo, "--status": status, "--verify": verify}

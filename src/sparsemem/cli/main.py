@@ -21,7 +21,7 @@ from .config_file import add_config, show_config
 from .env import env
 from .graft import graft
 from .learn import learn
-from .options import NAMES, as_json, comma_names, comma_numbers, say, seed_option
+from .options import NAMES, as_json, check_inputs, comma_names, comma_numbers, say, seed_option
 from .patches import patch
 from .serve import serve, ui
 from .train import train
@@ -207,6 +207,7 @@ def _show_report(out: Path, as_json: bool) -> None:
 )
 def chat(model: str, show_scope: bool, max_new_tokens: int) -> None:
     """Talk to MODEL or ADAPTER in the terminal; end with /exit, Ctrl-D or Ctrl-C."""
+    check_inputs(model)
     from ..adapter.memories import memory_layers
     from ..data.models import load
     from .chat import converse

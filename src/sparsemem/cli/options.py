@@ -1,6 +1,7 @@
 """Options, choices and messages that several commands use."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,31 @@ def comma_numbers(context: click.Context, parameter: click.Parameter, value: str
         raise click.BadParameter(
             f"{value!r} is not a list of whole numbers separated by commas, for example 0,1,2"
         ) from None
+
+
+def check_inputs(
+    model: str | None, *, out: Path | None = None, data: Sequence[str | None] = (), general: str | None = None
+) -> None:
+    """Refuse names and files that cannot be right, within a second: torch takes longer to import.
+
+    Args:
+        out: a folder that must be free.
+        data: sources whose records have one shape each.
+        general: a source whose records may be mixed.
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
+    from ..atomic import refuse_existing
+    from ..data.names import check_model
+    from ..data.reading import check_records
+
+    check_model(model)
+    if out is not None:
+        refuse_existing(out)
+    for source in data:
+        check_records(source)
+    check_records(general, mixed=True)
 
 
 def say(message: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import DTYPES, NAMES, say
+from .options import DTYPES, NAMES, check_inputs, say
 
 # Modules that are not installed with the package, and the command that installs each.
 SERVER = dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "pip install 'sparsemem[serve]'")
@@ -78,13 +78,15 @@ def serve(
     different patches are answered in one batch.
     """
     check_installed(model)
+    check_inputs(model)
+    named = _named(patches)
     import torch
 
     from ..serving.api import Limits, build_app
     from ..serving.listen import hosts_for, is_loopback, listen
     from ..serving.memories import load_served
 
-    served = load_served(model, _named(patches), dtype=getattr(torch, dtype))
+    served = load_served(model, named, dtype=getattr(torch, dtype))
     limits = Limits(max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens, max_body=max_body)
     app = build_app(served, api_key=api_key, limits=limits, hosts=hosts_for(host))
     if not is_loopback(host) and api_key is None:
@@ -117,6 +119,8 @@ def _named(patches: tuple[str, ...]) -> dict[str, Path]:
                 f"--patch {given!r}: the name {name!r} is given twice; name each patch differently"
             )
         named[name] = Path(path).expanduser()
+        if not named[name].exists():
+            raise ValueError(f"--patch {given}: there is no such file or folder")
     return named
 
 
@@ -141,6 +145,7 @@ def ui(model: str, out: Path | None, host: str, port: int) -> None:
     was taught and taken back.
     """
     check_installed(model)
+    check_inputs(model)
     from ..serving.lessons import open_lessons
     from ..serving.listen import hosts_for, is_loopback, listen
     from ..serving.page import build_page

@@ -15,6 +15,7 @@ from .options import (
     SCHEDULES,
     TRAINABLE,
     as_json,
+    check_inputs,
     comma_names,
     out_folder,
     say_stopped,
@@ -28,8 +29,8 @@ from .options import (
     "--data",
     required=True,
     metavar="FILE|hub:NAME",
-    help="Training data: a JSONL file or a dataset on the Hub, with records of the form "
-    '{"prompt", "completion"}, {"messages"}, {"text"} or {"question", "choices", "answer"}.',
+    help="Training data: a file or folder of JSON lines, CSV or Parquet, or a dataset on the Hub, with "
+    'records such as {"prompt", "completion"}, {"messages"} or {"text"}; the guide lists all of them.',
 )
 @out_folder
 @click.option(
@@ -150,7 +151,7 @@ from .options import (
 @seed_option
 @as_json
 def train(
-    model: str, data: str, out: Path, background: str | None, method: str, resume: bool,
+    model: str, data: str, out: Path, background: str | None, keep: str | None, method: str, resume: bool,
     trainable: str | None, report_to: list[str] | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train MODEL or ADAPTER on the data and save the result in a new folder.
@@ -158,12 +159,13 @@ def train(
     With --method smf or smf-open, a MODEL first gets an empty memory, as `graft` creates by default. An
     ADAPTER can be trained further with a method of its own kind.
     """
+    check_inputs(model, out=None if resume else out, data=[data, keep], general=background)
     from ..saved import making
 
     try:
         metrics = making.train(
             model, data, out, method=method, resume=resume, background=background, trainable=trainable,
-            options=options, report_to=report_to or (),
+            options={**options, "keep": keep}, report_to=report_to or (),
         )  # fmt: skip
     except (KeyboardInterrupt, SystemExit) as stop:
         raise say_stopped(stop, out) from None

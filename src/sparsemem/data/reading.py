@@ -41,19 +41,7 @@ def read_records(source: "str | Path | Sequence[Any] | datasets.Dataset", *, mix
     Raises:
         ValueError: a missing file, a line that is not JSON, an unknown record, mixed shapes, or no records.
     """
-    records, first = Records(), None
-    for place, raw in _rows(source):
-        record = raw if isinstance(source, Records) else checked(raw, place)
-        form = form_of(record)
-        first = first or form
-        if form != first and not mixed:
-            raise ValueError(
-                f"{place}: {'/'.join(form)} record among {'/'.join(first)} records; use one shape per file"
-            )
-        records.append(record)
-    if not records:
-        raise ValueError(f"data is empty ({source}); give at least one record")
-    return records
+    return _checked(source, None, mixed)
 
 
 def check_records(source: str | None, *, mixed: bool = False, most: int = 10_000) -> None:
@@ -63,8 +51,7 @@ def check_records(source: str | None, *, mixed: bool = False, most: int = 10_000
         ValueError: as `read_records`.
     """
     if source is not None and hub_dataset(source) is None:
-        first = list(islice(_rows(source), most))
-        read_records([checked(raw, place) for place, raw in first] or source, mixed=mixed)
+        _checked(source, most, mixed)
 
 
 def digest_of(records: Iterable[Any]) -> str:
@@ -116,6 +103,22 @@ def read_rows(path: Path) -> tuple[list[str], list[Any]]:
     """
     rows = list(_file(path))
     return [place for place, _ in rows], [row for _, row in rows]
+
+
+def _checked(source: Any, most: int | None, mixed: bool) -> Records:
+    records, first = Records(), None
+    for place, raw in islice(_rows(source), most):
+        record = raw if isinstance(source, Records) else checked(raw, place)
+        form = form_of(record)
+        first = first or form
+        if form != first and not mixed:
+            raise ValueError(
+                f"{place}: {'/'.join(form)} record among {'/'.join(first)} records; use one shape per file"
+            )
+        records.append(record)
+    if not records:
+        raise ValueError(f"data is empty ({source}); give at least one record")
+    return records
 
 
 def _rows(source: Any) -> Iterator[tuple[str, Any]]:
@@ -221,11 +224,12 @@ def _table(text: TextIO, path: Path, delimiter: str) -> Iterator[tuple[str, Any]
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        if file.read(4) != b"PAR1":
+            raise ValueError(f"data file {str(path)!r} is not Parquet; {WANTED}")
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
-    if not path.is_file():
-        raise FileNotFoundError(2, "No such file or directory")
     try:
         rows: Any = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         yield from ((f"{path}, record {number}", row) for number, row in enumerate(rows, start=1))
