@@ -1,6 +1,7 @@
 """The package imported: any name first, peft before or after it or not at all; and the command line alone."""
 
 import ast
+import json
 import os
 import runpy
 import subprocess
@@ -16,62 +17,91 @@ from peft import get_peft_model
 
 import sparsemem
 from sparsemem import SparseMemoryConfig
+from started import ENVIRONMENT
 from tiny import SMALL
 
 # nearly all of them are about whole starts of Python
 pytestmark = pytest.mark.slow
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
-# Each name in a process of its own, in which nothing of peft and sparsemem has been imported (but "before").
+# Each program of a list in a process of its own, in which nothing of peft and sparsemem has been imported.
 # What these wait for is there already: whole starts of Python for all of them would take minutes.
-EACH_NAME = """
-import os, sys, traceback
-import accelerate, datasets, torch, transformers
+EACH = """
+import json, os, sys, traceback
+import accelerate, datasets, psutil, torch, transformers
 from transformers import AutoModelForCausalLM, BloomPreTrainedModel, PreTrainedModel
 
-order, names = sys.argv[1], sys.argv[2:]
-if order == "before":
-    import peft
-
-def first(name):
-    assert ("peft" in sys.modules, "sparsemem" in sys.modules) == (order == "before", False)
-    exec(f"from sparsemem import {name}")
-    assert "peft" in sys.modules
-    exec("import peft")
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-    from sparsemem import SparseMemoryConfig
-    assert PEFT_TYPE_TO_CONFIG_MAPPING["SPARSE_MEMORY"] is SparseMemoryConfig
-    assert PEFT_TYPE_TO_TUNER_MAPPING["SPARSE_MEMORY"].__name__ == "SparseMemoryModel"
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 4}
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=8, **sizes))
-    sys.modules["peft"].get_peft_model(llama, SparseMemoryConfig(num_keys=4, num_heads=2, top_k=2))
-
-failed = []
-for name in names:
-    child = os.fork()
-    if not child:
+assert not {"peft", "sparsemem"} & set(sys.modules)
+assert psutil.Process().num_threads() == 1, "a fork of threads"
+for name, program in json.load(sys.stdin).items():
+    if not os.fork():
         try:
-            first(name)
+            exec(program, {"__name__": "__main__"})
+        except SystemExit as end:
+            os._exit(end.code or 0)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        failed.append(name)
-sys.exit(f"failed: {failed}" if failed else 0)
+    if os.wait()[1]:
+        print(name)
+"""
+FIRST = """
+from sparsemem import {name}
+import sys, transformers
+assert "peft" in sys.modules
+import peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from sparsemem import SparseMemoryConfig
+assert PEFT_TYPE_TO_CONFIG_MAPPING["SPARSE_MEMORY"] is SparseMemoryConfig
+assert PEFT_TYPE_TO_TUNER_MAPPING["SPARSE_MEMORY"].__name__ == "SparseMemoryModel"
+sizes = {{"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 4}}
+llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=8, **sizes))
+peft.get_peft_model(llama, SparseMemoryConfig(num_keys=4, num_heads=2, top_k=2))
+"""
+LOADED = """
+import sparsemem
+from transformers import AutoModelForCausalLM
+import peft
+model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {adapter!r})
+assert type(model.base_model).__name__ == "SparseMemoryModel"
+assert any("sparse_memory" in name and one.any() for name, one in model.named_parameters())
+"""
+COMMAND = """
+import sys
+from sparsemem_cli import main
+sys.argv = ["sparsemem", "eval", {adapter!r}, "--task", "recall", "--data", {data!r}]
+main()
 """
 
 
-def run(program, *arguments):
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+def run(program, stdin=None):
+    command = [sys.executable, "-c", program]
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, env=os.environ | ENVIRONMENT, check=False
+    )
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-def test_every_name_can_be_the_first_import(order):
-    done = run(EACH_NAME, order, *sparsemem.__all__, "__version__")
+def test_each_import_can_be_the_first(tiny, tmp_path, tiny_llama):
+    """A name of each module, peft before or after it; a load by PEFT; a command of the console script."""
+    model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5 if parameter.requires_grad else 0.0)
+    model.save_pretrained(tmp_path / "adapter")
+    config = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    config = config.replace('"base_model_name_or_path": null', f'"base_model_name_or_path": "{tiny}"')
+    (tmp_path / "adapter" / "adapter_config.json").write_text(config)
+    (tmp_path / "q.jsonl").write_text('{"question": "Who?", "answer": "she"}\n')
+    paths = {"base": str(tiny), "adapter": str(tmp_path / "adapter"), "data": str(tmp_path / "q.jsonl")}
+    names = [*{room: name for name, room in sparsemem._ROOM.items()}.values(), "__version__"]
+    programs = {f"{name}, then peft": FIRST.format(name=name) for name in names}
+    programs |= {f"peft, then {name}": "import peft" + FIRST.format(name=name) for name in names}
+    programs |= {"a load": LOADED.format(**paths), "a command": COMMAND.format(**paths)}
+    done = run(EACH, json.dumps(programs))
     assert done.returncode == 0, done.stderr
+    assert "(base " in done.stdout
+    assert [one for one in done.stdout.splitlines() if one in programs] == [], done.stderr
 
 
 def test_the_lists_of_public_names_agree():
@@ -83,26 +113,6 @@ def test_the_lists_of_public_names_agree():
     named = {alias.name: node.module for node in for_types.body for alias in node.names}
     assert named == sparsemem._ROOM
     assert sparsemem.__all__ == sorted(named)
-
-
-def test_an_adapter_is_loaded_by_peft_imported_after_the_package(tiny, tmp_path, tiny_llama):
-    model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.5 if parameter.requires_grad else 0.0)
-    model.save_pretrained(tmp_path)
-    done = run(
-        "import sys, sparsemem\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "import peft\n"
-        "base = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "model = peft.PeftModel.from_pretrained(base, sys.argv[2])\n"
-        "print(type(model.base_model).__name__, sum(p.sum().item() != 0 for p in model.parameters()))\n",
-        tiny,
-        tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("SparseMemoryModel ")
 
 
 def test_the_console_script_says_its_help_without_torch():
@@ -123,18 +133,6 @@ def test_the_console_script_says_its_help_without_torch():
         assert f"\n  {command} " in done[0].stdout
     # of processor time: a busy machine must not fail it
     assert min(float(one.stderr) for one in done) < 0.3
-
-
-def test_commands_of_the_console_script_register_the_method(tiny, tmp_path, tiny_llama):
-    get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL)).save_pretrained(tmp_path / "adapter")
-    config = (tmp_path / "adapter" / "adapter_config.json").read_text()
-    config = config.replace('"base_model_name_or_path": null', f'"base_model_name_or_path": "{tiny}"')
-    (tmp_path / "adapter" / "adapter_config.json").write_text(config)
-    (tmp_path / "q.jsonl").write_text('{"question": "Who?", "answer": "she"}\n')
-    program = "import sys; from sparsemem_cli import main; main()"
-    done = run(program, "eval", tmp_path / "adapter", "--task", "recall", "--data", tmp_path / "q.jsonl")
-    assert done.returncode == 0, done.stderr
-    assert "(base " in done.stdout
 
 
 def test_the_package_runs_as_a_module(monkeypatch, capsys):
