@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -118,17 +119,19 @@ def test_a_hostile_config_file_is_refused_in_one_short_sentence(tmp_path, text):
 
 
 @given(place=st.integers(0), byte=st.integers(1, 255))
-@settings(max_examples=150, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_changed_byte_of_a_patch_is_seen_or_means_nothing(made, tmp_path, place, byte):
     data = bytearray((made / "patch.safetensors").read_bytes())
     data[place % len(data)] ^= byte
     path = tmp_path / "patch.safetensors"
     path.write_bytes(data)
-    expected = mutants.loaded_patch(made / "patch.safetensors")
+    expected, begun = mutants.loaded_patch(made / "patch.safetensors"), time.process_time()
     try:
         found = mutants.loaded_patch(path)
     except ArtifactError:
         return
+    finally:
+        assert time.process_time() - begun < mutants.SECONDS
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 

@@ -204,7 +204,7 @@ def client(tiny, tmp_path):
 
 
 def finished(client):
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while (state := client.get("/api/state").json())["job"]:
         assert time.monotonic() < end
         time.sleep(0.05)
