@@ -3,7 +3,9 @@
 import torch
 import transformers
 
-from sparsemem.layer.scope import KNOWN_WEIGHT, Scope
+from sparsemem.layer.facts import Facts
+from sparsemem.layer.scope import KNOWN_WEIGHT, centre_scope
+from sparsemem.layer.space import plain_space
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")
 # Room for the ids of conftest's byte-level tokenizer.
@@ -119,7 +121,31 @@ def scope_of(centres, lo, hi, known=None):
     """A scope in a space that is not whitened."""
     d = centres.shape[1]
     known = torch.zeros(0, d) if known is None else known
-    thresholds = torch.as_tensor(lo), torch.as_tensor(hi)
-    return Scope(
-        torch.zeros(d), torch.eye(d), known, torch.tensor([KNOWN_WEIGHT]), known[:0], centres, *thresholds
+    space = plain_space(torch.zeros(d), torch.eye(d), known, KNOWN_WEIGHT)
+    return centre_scope(space, known[:0], centres, torch.as_tensor(lo), torch.as_tensor(hi))
+
+
+def facts_with(answers, keys, names=(), *, states=None, least=(0.5, -2.0), openings=None, rows=None):
+    """Facts with identities 1, 2, ...
+
+    Args:
+        answers: the tokens of each fact's answer.
+        keys: [num_facts, key_width].
+        names: (fact's place, token classes) of each name.
+        rows: [num_tokens, d_out]; None: a row of ones for each token.
+    """
+    number = len(answers)
+    length = max((len(run) for _, run in names), default=0)
+    table = [[place + 1, *run, *[-1] * (length - len(run))] for place, run in names]
+    tokens = torch.tensor([token for answer in answers for token in answer])
+    return Facts(
+        fact_ids=torch.arange(1, number + 1),
+        fact_keys=torch.as_tensor(keys, dtype=torch.float32),
+        fact_states=torch.eye(4)[:1].repeat(number, 1) if states is None else states,
+        fact_least=torch.tensor([least] * number),
+        fact_openings=torch.tensor([[-1, -1]] * number if openings is None else openings),
+        fact_sizes=torch.tensor([len(answer) for answer in answers]),
+        names=torch.tensor(table, dtype=torch.int64).view(-1, 1 + length),
+        answers=tokens,
+        rows=torch.ones(len(tokens), 3) if rows is None else rows,
     )

@@ -3,8 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsemem.layer.scope import KNOWN_WEIGHT, whiten
-from tiny import scope_of
+from sparsemem.layer.facts import FACT_TENSORS
+from sparsemem.layer.scope import KNOWN_WEIGHT, fact_scope
+from sparsemem.layer.space import whiten
+from tiny import facts_with, scope_of
 
 
 def test_gate_is_exactly_zero_below_lo_and_one_above_hi():
@@ -46,20 +48,21 @@ def test_whitened_states_have_unit_length():
     torch.testing.assert_close(z.norm(dim=-1), torch.ones(9))
 
 
-def test_the_nearest_open_centre_speaks_and_the_last_of_equals():
-    centres = torch.eye(4)[[0, 1, 1, 2]]
-    rows = torch.arange(12.0).view(4, 3)
-    scope = replace(scope_of(centres, torch.full((4,), 0.5), torch.full((4,), 0.6)), rows=rows)
-    states = torch.tensor([[1.0, 0.2, 0, 0], [0.2, 1.0, 0, 0], [0, 0, 1.0, 0.9], [0, 0, 0.1, 1.0]])
-    assert torch.equal(scope.own_read(states), torch.stack([rows[0], rows[2], rows[3], torch.zeros(3)]))
+def test_facts_join_and_leave():
+    centres = scope_of(torch.eye(4)[:2], [0.5, 0.5], [0.6, 0.6])
+    facts = facts_with([[5, 6], [7]], torch.eye(2), [(0, [3, 4]), (1, [9])])
+    both = centres.joined(fact_scope(centres.space, facts))
+    alone = replace(both, facts=facts.chosen(torch.tensor([False, True])))
+    assert torch.equal(alone.facts.answers, torch.tensor([7]))
+    assert torch.equal(alone.facts.names, torch.tensor([[2, 9]]))
+    left = both.without(fact_scope(centres.space, facts))
+    assert torch.equal(left.centres, centres.centres)
+    assert len(left.facts) == len(left.facts.names) == len(left.facts.rows) == 0
+    other = both.without(centres)
+    assert all(torch.equal(a, b) for a, b in zip(vars_of(other.facts), vars_of(facts), strict=True))
+    with pytest.raises(ValueError, match="not in the scope"):
+        centres.without(fact_scope(centres.space, facts))
 
 
-def test_rows_join_and_leave_with_their_centres():
-    thresholds = torch.full((2,), 0.5), torch.full((2,), 0.6)
-    plain = scope_of(torch.eye(4)[:2], *thresholds)
-    owned = replace(scope_of(torch.eye(4)[2:], *thresholds), rows=torch.ones(2, 3))
-    both = plain.joined(owned)
-    assert torch.equal(both.rows, torch.cat([torch.zeros(2, 3), torch.ones(2, 3)]))
-    left, other = both.without(owned), both.without(plain)
-    assert left.rows.shape == (0, 0)
-    assert torch.equal(other.rows, owned.rows)
+def vars_of(facts):
+    return [getattr(facts, key) for key in FACT_TENSORS]

@@ -1,14 +1,17 @@
 """Merge, dial and subset of patches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sparsemem import ArtifactError
-from sparsemem.layer.scope import Scope
+from sparsemem.layer.scope import fact_scope
 from sparsemem.patches.algebra import dial, merge, subset
 from sparsemem.patches.layers import LayerPatch
 from sparsemem.patches.patch import RowPatch
 from sparsemem.patches.tensors import TensorPatch
+from tiny import facts_with, scope_of
 
 WIDTH = 3
 
@@ -19,18 +22,15 @@ def table_patch(slots, value, *, base="b", before=0.0, tensors=None):
     return RowPatch({"l": LayerPatch(slots, rows, rows + value, "a")}, base, {}, tensors or {})
 
 
-def own_patch(task, question, value, centres):
-    """A patch as `Stream` makes it: one fact of two centres with rows of their own."""
-    facts = [{"key": question, "subject": "", "question": question, "centres": 2}]
-    centres = torch.eye(6)[centres]
-    two = torch.tensor([0.5, 0.5])
-    scope = Scope(
-        torch.zeros(6), torch.eye(6), torch.zeros(0, 6), torch.tensor([0.1]), torch.zeros(0, 6), centres,
-        two, two + 0.1, torch.full((2, WIDTH), value),
-    )  # fmt: skip
+def fact_patch(task, question, value):
+    """A patch as `Stream` makes it: one fact of two tokens with rows of their own."""
+    told = [{"key": question, "subject": "", "question": question, "answers": 1}]
+    facts = facts_with([[5, 6]], torch.eye(4)[:1], rows=torch.full((2, WIDTH), value))
+    facts = replace(facts, fact_ids=torch.tensor([sum(map(ord, task))]))
     none = torch.zeros(0, WIDTH)
+    scope = fact_scope(scope_of(torch.eye(4)[:0], [], []).space, facts)
     layer = LayerPatch(torch.zeros(0, dtype=torch.int64), none, none, "a", scope)
-    return RowPatch({"l": layer}, "b", {"task": task, "facts": facts}).referring()
+    return RowPatch({"l": layer}, "b", {"task": task, "facts": told}).referring()
 
 
 def test_patches_that_share_nothing_are_a_union():
@@ -75,24 +75,24 @@ def test_patches_of_different_starts_or_bases_are_refused():
 
 
 def test_contradicting_facts_are_named_and_the_last_one_wins():
-    patches = [own_patch("old", "who?", 1.0, [0, 1]), own_patch("new", "who?", 2.0, [0, 2])]
+    patches = [fact_patch("old", "who?", 1.0), fact_patch("new", "who?", 2.0)]
     with pytest.raises(ArtifactError, match="the answer to 'who\\?'"):
         merge(patches)
     last, report = merge(patches, "last")
     assert report.facts == ["who?"]
-    assert last.layers["l"].scope.rows[:, 0].tolist() == [2.0, 2.0]
+    assert last.layers["l"].scope.facts.rows[:, 0].tolist() == [2.0, 2.0]
     both, _ = merge(patches, "sum")
-    assert both.layers["l"].scope.rows[:, 0].tolist() == [1.0, 1.0, 2.0, 2.0]
+    assert both.layers["l"].scope.facts.rows[:, 0].tolist() == [1.0, 1.0, 2.0, 2.0]
 
 
 def test_a_subset_of_a_merge_is_the_tasks_own_patch(tmp_path):
-    patches = [own_patch("a", "who?", 1.0, [0, 1]), own_patch("b", "where?", 2.0, [2, 3])]
+    patches = [fact_patch("a", "who?", 1.0), fact_patch("b", "where?", 2.0)]
     merged, report = merge(patches)
     assert not report
     merged.save(tmp_path / "m.safetensors")
     part = subset(RowPatch.load(tmp_path / "m.safetensors"), ["b"])
-    for key in ("centres", "lo", "hi", "rows"):
-        assert torch.equal(getattr(part.layers["l"].scope, key), getattr(patches[1].layers["l"].scope, key))
+    held, alone = (one.layers["l"].scope.tensors() for one in (part, patches[1]))
+    assert all(torch.equal(held[key], alone[key]) for key in held)
     with pytest.raises(ValueError, match="sun not in the patch; it holds a, b"):
         subset(merged, ["sun"])
     with pytest.raises(ValueError, match="it holds none"):
@@ -104,18 +104,18 @@ def test_dial_scales_every_change():
     assert dial(patch, 1) is patch
     assert dial(patch, 0.5).layers["l"].after.tolist() == [[5.0] * WIDTH] * 2
     assert len(dial(patch, 0).layers["l"].slots) == 0
-    own = own_patch("a", "who?", 1.0, [0, 1])
-    assert torch.equal(dial(own, 0.25).layers["l"].scope.rows, torch.full((2, WIDTH), 0.25))
+    own = fact_patch("a", "who?", 1.0)
+    assert torch.equal(dial(own, 0.25).layers["l"].scope.facts.rows, torch.full((2, WIDTH), 0.25))
     assert dial(own, 0).layers["l"].scope is None
     with pytest.raises(ValueError, match="out of range"):
         dial(patch, 1.5)
 
 
 def test_a_patch_that_refers_to_its_space_is_small(tmp_path):
-    patch = own_patch("a", "who?", 1.0, [0, 1])
+    patch = fact_patch("a", "who?", 1.0)
     patch.save(tmp_path / "p.safetensors")
     loaded = RowPatch.load(tmp_path / "p.safetensors")
     scope = loaded.layers["l"].scope
-    assert len(scope.mean) == len(scope.known) == 0
+    assert len(scope.space.mean) == len(scope.space.known) == 0
     assert loaded.layers["l"].space == patch.layers["l"].space
-    assert torch.equal(scope.rows, patch.layers["l"].scope.rows)
+    assert torch.equal(scope.facts.rows, patch.layers["l"].scope.facts.rows)

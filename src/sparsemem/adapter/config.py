@@ -42,7 +42,7 @@ _ONE_OF = {
 _BOUND = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
     "num_keys", "num_heads", "top_k", "key_dim", "query_norm", "write", "mode", "value_gate",
-    "scope_sizes", "base_fingerprint", "digests",
+    "key_layers", "scope_shapes", "base_fingerprint", "digests",
 )  # fmt: skip
 
 _DAMAGED = (
@@ -95,8 +95,9 @@ class SparseMemoryConfig(PeftConfig):
         trainable: "values" (only the rows), "values+scale" (rows and alpha) or "memory" (all parameters).
         init_weights: True: rows are zero, so the memory changes nothing until it is trained. "paper": the
             start of the dense retrofit. False: random.
-        scope_sizes: by module path, the numbers of centres, of known states, of known states of tasks and of
-            own rows. Filled in when the adapter is saved.
+        key_layers: paths of the middle modules whose inputs say what is asked (`background.question_key`).
+            None: the memory cannot hold facts.
+        scope_shapes: by module path, the shapes of the scope's tensors. Filled in when the adapter is saved.
         base_fingerprint: fingerprint of the base model that the memory was calibrated on. Filled in by
             `calibrate`, and when the adapter is saved.
         digests: SHA-256 of the saved tensors, by name. Filled in when the adapter is saved.
@@ -124,7 +125,8 @@ class SparseMemoryConfig(PeftConfig):
     scale_init: float = 1.0
     trainable: str = "values"
     init_weights: bool | str = True
-    scope_sizes: dict[str, list[int]] = field(default_factory=dict, repr=False)
+    key_layers: list[str] | None = None
+    scope_shapes: dict[str, dict[str, list[int]]] = field(default_factory=dict, repr=False)
     base_fingerprint: str | None = field(default=None, repr=False)
     requires: str = field(default=REQUIRES, repr=False)
     digests: dict[str, str] = field(default_factory=dict, repr=False)

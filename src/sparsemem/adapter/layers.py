@@ -2,7 +2,8 @@
 
     x_l = input of module l in the base model, for each read layer l
     g   = relevance gate of the deepest read layer, one number per token
-    h'  = h_last + g * sum_l scale_l * read_l(x_l), then final norm and head as in the base model
+    r   = row of the taught answer that is given at the token, if one is (see `layer.facts`)
+    h'  = h_last + g * (r + sum_l scale_l * read_l(x_l)), then final norm and head as in the base model
 
 A read layer is a module with a memory that has `write="last"`. It does not change the module's output. Only
 the input of the final norm changes. So all hidden states up to the last block's output and all KV cache
@@ -12,18 +13,18 @@ the blocks.
 Reference: ours (no paper).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..layer.facts import given_at, noted
 from ..layer.memory import ProductKeyMemory
 from .config import SparseMemoryConfig
-
-if TYPE_CHECKING:
-    pass
+from .context import CallContext
 
 BASE_ROW = "__base__"
 
@@ -33,16 +34,22 @@ class Tail:
 
     Attributes:
         layers: by module path, from first to last layer.
+        key_layers: by adapter, the paths of the modules whose inputs give the question key.
         row_adapters: the adapter name for each row of the current batch, or a tuple of several names, whose
             reads are added. None: every row uses the active adapters.
+        call: the tokens and the KV cache of the current call; None outside calls.
     """
 
     def __init__(self, model: nn.Module, norm: nn.Module) -> None:
         self.model = model
         self.layers: dict[str, SparseMemoryLayer] = {}
+        self.key_layers: dict[str, list[str]] = {}
         self.row_adapters: Sequence[str | tuple[str, ...]] | None = None
+        self.call: CallContext | None = None
         self._states: dict[str, Tensor] = {}
-        self._hook = norm.register_forward_pre_hook(self._write, with_kwargs=True)
+        self._hooks = [norm.register_forward_pre_hook(self._write, with_kwargs=True)]
+        self._watched: set[str] = set()
+        self._recorded: dict[str, Tensor] | None = None
 
     def see(self, layer: "SparseMemoryLayer", x: Tensor) -> None:
         """Keep the input of a read layer until the final norm runs, if the current batch needs it.
@@ -58,6 +65,49 @@ class Tail:
         else:
             self._states.pop(layer.path, None)
 
+    def watch(self, adapter: str, paths: Sequence[str]) -> None:
+        """Keep the inputs of these modules in each pass in which a memory of the adapter needs them."""
+        self.key_layers[adapter] = list(paths)
+        for path in [path for path in paths if path not in self._watched]:
+            self._watched.add(path)
+            module = self.model.get_submodule(path)
+            keep = _Keep(self, path)
+            self._hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+
+    def needs(self, path: str) -> bool:
+        """Whether a memory of the current batch needs the input of a watched module."""
+        wanted = [name for name, paths in self.key_layers.items() if path in paths]
+        used = self._names() if wanted else ()
+        return any(self._gate_memory(name) is not None for name in wanted if name in used)
+
+    def has_facts(self) -> bool:
+        """Whether a memory of the current batch holds facts."""
+        return any(self._gate_memory(name) is not None for name in self._names())
+
+    def keep(self, path: str, x: Tensor) -> None:
+        self._states[f"{_WATCHED}{path}"] = x.detach()
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, Tensor]]:
+        """Within, holds by adapter which tokens of taught answers the last pass gave, see `places_of`."""
+        self._recorded = recorded = {}
+        try:
+            yield recorded
+        finally:
+            self._recorded = None
+
+    def _names(self) -> list[str]:
+        """The adapters of the current batch."""
+        if self.row_adapters is not None:
+            return list(dict.fromkeys(name for row in self.row_adapters for name in adapters_of(row)))
+        layers = [layer for layer in self.layers.values() if not layer.disable_adapters]
+        return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+
+    def _gate_memory(self, adapter: str) -> ProductKeyMemory | None:
+        """The memory of an adapter that holds facts, if it has any."""
+        memories = list(self.memories(adapter).values())
+        return memories[-1] if memories and memories[-1].has_facts else None
+
     def _reads(self, layer: "SparseMemoryLayer") -> bool:
         """Whether the current batch uses a memory of this layer that has `write="last"`."""
         rows = layer.active_adapters if self.row_adapters is None else self.row_adapters
@@ -66,7 +116,8 @@ class Tail:
         return any(name in held and held[name].write == "last" for name in names)
 
     def remove(self) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def memories(self, adapter: str) -> dict[str, ProductKeyMemory]:
         """The memories of an adapter that have `write="last"`, by module path."""
@@ -79,7 +130,7 @@ class Tail:
 
     def _write(self, norm: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         states, self._states = self._states, {}
-        if not states:
+        if not any(path in self.layers for path in states):
             return None
         hidden, *rest = args or (kwargs.pop("hidden_states"),)
         if hidden.requires_grad and not self._base_trains():
@@ -89,9 +140,8 @@ class Tail:
 
     def _written(self, hidden: Tensor, states: Mapping[str, Tensor]) -> Tensor:
         if self.row_adapters is None:
-            active = {name: None for layer in self.layers.values() for name in layer.active_adapters}
-            for adapter in active:
-                hidden = add_reads(hidden, self.memories(adapter), states)
+            for adapter in self._names():
+                hidden = self._added(hidden, adapter, states, None)
             return hidden
         names = list(self.row_adapters)
         if len(hidden) % len(names):
@@ -104,13 +154,65 @@ class Tail:
             if adapter == BASE_ROW:
                 continue
             rows = torch.tensor([adapter in row for row in several], device=hidden.device)
-            hidden = add_reads(hidden, self.memories(adapter), states, rows)
+            hidden = self._added(hidden, adapter, states, rows)
         return hidden
+
+    def _added(
+        self, hidden: Tensor, adapter: str, states: Mapping[str, Tensor], rows: Tensor | None
+    ) -> Tensor:
+        """The residual stream with the gated reads of one adapter; `rows` as for `add_reads`."""
+        memory = self._gate_memory(adapter)
+        places = None
+        if memory is not None and self.call is not None and self.call.ids is not None:
+            shape = hidden.shape[:2]
+            middle = [states.get(f"{_WATCHED}{path}") for path in self.key_layers.get(adapter, ())]
+            late = next(states[path] for path in reversed(list(self.memories(adapter))))
+            places = places_of(
+                memory,
+                self.call,
+                late.reshape(*shape, -1),
+                torch.cat([x.reshape(*shape, -1) for x in middle], -1) if middle else None,  # type: ignore[union-attr]
+                rows,
+            )
+            if self._recorded is not None:
+                self._recorded[adapter] = places
+        return add_reads(hidden, self.memories(adapter), states, rows, places)
 
     def _base_trains(self) -> bool:
         return any(
             p.requires_grad for name, p in self.model.named_parameters() if "sparse_memory_" not in name
         )
+
+
+class _Keep:
+    """A hook that gives the tail the input of a watched module. A copy of the model has it too."""
+
+    def __init__(self, tail: Tail, path: str) -> None:
+        self.tail, self.path = tail, path
+
+    def __call__(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.tail.needs(self.path):
+            self.tail.keep(self.path, args[0] if args else next(iter(kwargs.values())))
+
+
+@torch.no_grad()
+def places_of(
+    memory: ProductKeyMemory, call: CallContext, late: Tensor, middle: Tensor | None, rows: Tensor | None
+) -> Tensor:
+    """`given_at` for the new tokens of a call, [batch, new]; -1 in rows that do not use this memory.
+
+    What is found is noted in the call, for the passes that continue it. Of several memories that have an
+    answer for one token, the first gives it.
+    """
+    scope = memory.scope
+    assert scope is not None
+    with torch.autocast(late.device.type, enabled=False):
+        places = given_at(scope.facts, scope.space, call.context(), late, middle)
+    if rows is not None:
+        places = places.masked_fill(~rows[:, None], -1)
+    places = places.masked_fill(call.taken(), -1)
+    call.note(noted(scope.facts, places))
+    return places
 
 
 def adapters_of(row: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -123,6 +225,7 @@ def add_reads(
     memories: Mapping[str, ProductKeyMemory],
     states: Mapping[str, Tensor],
     rows: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Add the gated sum of one adapter's reads to the residual stream.
 
@@ -131,6 +234,7 @@ def add_reads(
         memories: by module path, the deepest last.
         states: by module path, the inputs [..., d_in] of the read layers.
         rows: [batch] bool, the rows that use this adapter. None: all rows.
+        places: [batch, seq] int64, which token of a taught answer is given, -1 for none. None: none anywhere.
 
     Returns:
         [batch, seq, d]. With gradients switched off and no token in scope, `hidden` itself or a view of it.
@@ -143,14 +247,23 @@ def add_reads(
     g = gate_memory.relevance(flat[gate_path])
     if rows is not None:
         g = g * rows.repeat_interleave(len(out) // len(rows))
+    taught = None
+    if places is not None and gate_memory.scope is not None:
+        places = places.reshape(-1)
+        g = torch.where(places >= 0, 1.0, g)
+        taught = (gate_memory.scope.facts.rows, places)
     gate = None if rows is None and not gate_memory.has_scope else g
-    return gated_sum(out, memories, flat, gate).view_as(hidden)
+    return gated_sum(out, memories, flat, gate, taught).view_as(hidden)
 
 
 def gated_sum(
-    hidden: Tensor, memories: Mapping[str, ProductKeyMemory], states: Mapping[str, Tensor], g: Tensor | None
+    hidden: Tensor,
+    memories: Mapping[str, ProductKeyMemory],
+    states: Mapping[str, Tensor],
+    g: Tensor | None,
+    taught: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """hidden + g * sum_l scale_l * read_l(x_l). Only tokens with g > 0 read.
+    """hidden + g * (r + sum_l scale_l * read_l(x_l)). Only tokens with g > 0 read.
 
     A read is counted only if the loss depends on it. So padding and positions without a label are not
     counted.
@@ -160,6 +273,8 @@ def gated_sum(
         memories: by module path.
         states: by module path, [tokens, d_in].
         g: [tokens] float32. None: 1 everywhere.
+        taught: the rows [num_tokens, d] of taught answers, and the row of each token, [tokens] int64, -1 for
+            none. None: no rows.
 
     Returns:
         [tokens, d]
@@ -172,6 +287,9 @@ def gated_sum(
     if len(inside) == 0 and not torch.is_grad_enabled():
         return hidden
     y = _sum_of_reads(memories, {path: x[inside] for path, x in states.items()})
+    if taught is not None and len(taught[0]):
+        rows, places = taught[0], taught[1][inside]
+        y = y + rows[places.clamp_min(0)] * (places >= 0)[:, None]
     return hidden.index_add(0, inside, (g[inside, None] * y).to(hidden.dtype))
 
 
@@ -191,6 +309,8 @@ def tail_of(model: nn.Module) -> Tail | None:
 
 
 TAIL = "_sparse_memory_tail"
+# before the paths of watched modules, which may be read layers too
+_WATCHED = "key:"
 
 
 _TENSORS = ("values", "query", "query_bias", "keys", "key_bias", "scale", "gate_in", "gate_out")
@@ -233,7 +353,7 @@ class SparseMemoryLayer(nn.Module, BaseTunerLayer):
             value_gate=config.value_gate,
             scale_init=config.scale_init,
             init_weights=config.init_weights,
-            scope_sizes=config.scope_sizes.get(self.path, ()),
+            scope_shapes=config.scope_shapes.get(self.path),
         )
         freeze(memory, config.trainable)
         self.sparse_memory_layers[adapter_name] = memory

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..layer.memory import ProductKeyMemory
 from ..layer.tables import QuantizedRows
 from .config import TRAINABLE
-from .layers import SparseMemoryLayer, freeze
+from .layers import SparseMemoryLayer, freeze, tail_of
 
 
 def memory_layers(model: nn.Module) -> dict[str, ProductKeyMemory]:
@@ -54,15 +55,50 @@ def gated_layers(layers: Mapping[str, ProductKeyMemory]) -> dict[str, ProductKey
     return dict(list(layers.items())[-1:]) if writes_last(layers) else dict(layers)
 
 
-def layer_gates(layers: Mapping[str, ProductKeyMemory], states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def layer_gates(
+    layers: Mapping[str, ProductKeyMemory], states: Mapping[str, Tensor], places: Tensor | None = None
+) -> dict[str, Tensor]:
     """The gate of each layer: by layer name, g [tokens], by which the layer's read is multiplied.
 
     Args:
         layers: all memory layers of one adapter, by name, from first to last.
         states: by layer name, the layer's input [tokens, d_in].
+        places: [tokens] int64, which token of a taught answer is given, as from `fact_places`, -1 for none.
     """
     gates = {name: memory.relevance(states[name]) for name, memory in gated_layers(layers).items()}
+    if places is not None:
+        gates = {name: torch.where(places.to(g.device) >= 0, 1.0, g) for name, g in gates.items()}
     return {name: gates.get(name, next(reversed(gates.values()))) for name in layers}
+
+
+@torch.no_grad()
+def fact_places(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Which token of a taught answer the active adapter gives at each token: [batch, seq] int64, -1 for none.
+
+    Numbers are places in `Scope.facts.answers` of its deepest layer. The model runs once.
+
+    Args:
+        batch: input_ids and, if there is padding, attention_mask, [batch, seq].
+
+    Raises:
+        ValueError: the model has no active sparse memory.
+    """
+    ids = batch["input_ids"]
+    deepest = list(memory_layers(model).values())[-1]
+    tail = tail_of(model)
+    if tail is None or not deepest.has_facts:
+        return torch.full_like(ids, -1)
+    with tail.recording() as found:
+        model(
+            **{key: one.to(deepest.values.device) for key, one in batch.items() if key != "labels"},
+            use_cache=False,
+        )
+    return found.get(model.active_adapter, torch.full_like(ids, -1))  # type: ignore[arg-type]
+
+
+def key_layers_of(model: Any) -> list[str]:
+    """Paths of the modules whose inputs give the active adapter's question key; none: it holds no facts."""
+    return model.peft_config[model.active_adapter].key_layers or []
 
 
 def writes_last(layers: Mapping[str, ProductKeyMemory]) -> bool:

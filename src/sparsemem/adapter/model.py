@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from ..artifacts import ArtifactError, comparable_base, fits_base
 from ..layer.memory import ProductKeyMemory
+from ..layer.scope import SCOPE_TENSORS
 from .blocks import blocks_path, default_targets, final_norm, hidden_size, is_linear, widths
 from .config import SparseMemoryConfig
+from .context import ContextHooks
 from .layers import (
     BASE_ROW,
     CANNOT_MERGE,
@@ -88,15 +90,17 @@ class SparseMemoryModel(BaseTuner):
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         if _MASK_HOOK not in vars(model):
             vars(model)[_MASK_HOOK] = MaskHooks(model)
-        model.register_state_dict_pre_hook(partial(_note_scope_sizes, config, adapter_name))
+        model.register_state_dict_pre_hook(partial(_note_scope_shapes, config, adapter_name))
         if config.write == "last":
             tail = vars(model).get(TAIL)
             if tail is None:
                 _, norm = final_norm(model)  # type: ignore[misc]
                 tail = vars(model)[TAIL] = Tail(model, norm)
+                vars(model)[_CONTEXT_HOOKS] = ContextHooks(model, tail)
             tail.layers = {m.path: m for m in model.modules() if isinstance(m, SparseMemoryLayer)}
             for layer in tail.layers.values():
                 layer.tail = tail
+            tail.watch(adapter_name, config.key_layers or ())
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
@@ -148,7 +152,7 @@ class SparseMemoryModel(BaseTuner):
 
     def unload(self) -> nn.Module:
         model = super().unload()
-        for name in (_MASK_HOOK, TAIL):
+        for name in (_MASK_HOOK, _CONTEXT_HOOKS, TAIL):
             held = vars(model).pop(name, None)
             if held is not None:
                 held.remove()
@@ -179,8 +183,8 @@ def _check_base(model: nn.Module, config: SparseMemoryConfig) -> None:
         )
 
 
-def _note_scope_sizes(config: SparseMemoryConfig, adapter: str, model: nn.Module, *_: Any) -> None:
-    """Before a state dict is made, write the sizes of the scopes to the config, which is saved with it.
+def _note_scope_shapes(config: SparseMemoryConfig, adapter: str, model: nn.Module, *_: Any) -> None:
+    """Before a state dict is made, write the shapes of the scopes to the config, which is saved with it.
 
     A new memory built from this config has buffers of the right shapes. Loaders that compare shapes need
     this, for example the one in transformers.
@@ -189,15 +193,15 @@ def _note_scope_sizes(config: SparseMemoryConfig, adapter: str, model: nn.Module
         m for m in model.modules() if isinstance(m, SparseMemoryLayer) and adapter in m.sparse_memory_layers
     ]
     held: dict[str, Any] = {layer.path: layer.sparse_memory_layers[adapter] for layer in layers}
-    scopes = {path: memory.scope for path, memory in held.items()}
-    config.scope_sizes = {
-        path: [len(part) for part in (scope.centres, scope.known, scope.task_known, scope.rows)]
-        for path, scope in scopes.items()
-        if scope is not None
+    config.scope_shapes = {
+        path: {key: list(memory.get_buffer(f"scope_{key}").shape) for key in SCOPE_TENSORS}
+        for path, memory in held.items()
+        if memory.has_scope
     }
 
 
 _MASK_HOOK = "_sparse_memory_mask_hook"
+_CONTEXT_HOOKS = "_sparse_memory_context_hooks"
 
 
 def take_back_mask(model: nn.Module, *_: Any) -> None:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..layer.scope import KNOWN_WEIGHT, nearest_known
+from ..layer.scope import KNOWN_WEIGHT
+from ..layer.space import nearest_known
 
 # `lo` is at least this quantile of the scores of known states. START_QUANTILE is for known states of answers,
 # STATE_QUANTILE is for a background without answers.

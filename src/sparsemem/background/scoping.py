@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..adapter.memories import gated_layers, memory_layers
 from ..layer.memory import ProductKeyMemory
-from ..layer.scope import KNOWN_WEIGHT, Scope, whiten
+from ..layer.scope import KNOWN_WEIGHT, Scope, centre_scope
+from ..layer.space import plain_space, whiten
 from ..precision import precise
 from .background import Background, LayerBackground
 from .fitting import START_QUANTILE, STATE_QUANTILE, k_means, thresholds, whitening
@@ -257,8 +258,8 @@ def _scope_of(
         logger.info("%s, %s: %d centres, lo %.3f, hi %.3f", name, where, len(centres), lo, hi)
         parts.append((centres, *(centres.new_full((len(centres),), value) for value in (lo, hi))))
     centres, lo, hi = (torch.cat(part) for part in zip(*parts, strict=True))
-    weight = torch.tensor([KNOWN_WEIGHT])
-    return Scope(mean, whitener, torch.cat(known), weight, task_known, centres, lo, hi)
+    space = plain_space(mean, whitener, torch.cat(known), KNOWN_WEIGHT)
+    return centre_scope(space, task_known, centres, lo, hi)
 
 
 def _known(layer: LayerBackground, mean: Tensor, whitener: Tensor) -> tuple[list[Tensor], float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapter.memories import gated_layers, layer_gates, memory_layers
+from ..adapter.memories import fact_places, gated_layers, layer_gates, memory_layers
 from ..background.states import layer_inputs
 from ..data.generation import complete
 from ..data.models import tokenizer_of
@@ -241,12 +241,13 @@ def exposure(
     inputs = [{"input_ids": tokenizer(text, return_tensors="pt").input_ids} for text in texts]
     for batch, states in layer_inputs(model, inputs):
         exposed = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool, device=device_of(model))
-        gates = layer_gates(layers, states)
+        places = fact_places(model, batch).flatten()
+        gates = layer_gates(layers, states, places)
         for name, memory in layers.items():
             slots, _ = memory.address(states[name])
             reads = written[name][slots].any(dim=1)
-            if (scope := memory.scope) is not None and len(scope.rows):
-                reads |= scope.own_read(states[name]).any(dim=1)
+            if (scope := memory.scope) is not None and len(scope.facts.rows):
+                reads |= (places >= 0).to(reads.device)
             exposed |= reads & (gates[name] > 0)
         num_exposed += int(exposed.sum())
         num_tokens += len(exposed)
@@ -264,10 +265,12 @@ def scope_gate(model: PeftModel, batch: Mapping[str, Tensor]) -> dict[str, Tenso
     """
     _, states = next(layer_inputs(model, [batch]))
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().to(device_of(model))
+    places = fact_places(model, batch).to(mask.device)
     gates = {}
     for name, memory in gated_layers(memory_layers(model)).items():
         gates[name] = torch.zeros(mask.shape, device=mask.device)
         gates[name][mask] = memory.relevance(states[name])
+        gates[name][(places >= 0) & mask] = 1.0
     return gates
 
 

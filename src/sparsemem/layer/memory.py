@@ -9,8 +9,7 @@ additive form mlp(x) + scale * y is from the paper (2605.03229). Keys from data 
 ours.
 """
 
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .product_keys import best_pairs, best_sub_keys
-from .scope import Scope
+from .scope import SCOPE_TENSORS, Scope, empty_tensor
 from .tables import QuantizedRows, zero_table
 from .values import ReadLog, read_rows
-
-SCOPE_TENSORS = tuple(f"scope_{field.name}" for field in fields(Scope))
 
 
 class ProductKeyMemory(nn.Module):
@@ -56,7 +53,7 @@ class ProductKeyMemory(nn.Module):
         value_gate: str = "none",
         scale_init: float = 1.0,
         init_weights: bool | str = True,
-        scope_sizes: Sequence[int] = (0, 0, 0, 0),
+        scope_shapes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         self.d_in, self.d_out, self.mode, self.write = d_in, d_out, mode, write
@@ -73,8 +70,11 @@ class ProductKeyMemory(nn.Module):
         if value_gate == "silu":
             self.gate_in = nn.Parameter(torch.empty(d_out, d_in))
             self.gate_out = nn.Parameter(torch.empty(d_out, d_out))
-        for key, shape in scope_shapes(d_in, *scope_sizes, d_out=d_out).items():
-            self.register_buffer(key, torch.zeros(shape))
+        for key in SCOPE_TENSORS:
+            empty = empty_tensor(key)
+            shape = (scope_shapes or {}).get(key, empty.shape)
+            self.register_buffer(f"scope_{key}", empty.new_zeros(tuple(shape)))
+        self._scope: Scope | None = None
         self.log: ReadLog | None = None
         self.token_mask: Tensor | None = None
         self.reset_parameters()
@@ -112,7 +112,11 @@ class ProductKeyMemory(nn.Module):
 
     @property
     def has_scope(self) -> bool:
-        return len(self.get_buffer("scope_centres")) > 0
+        return self.has_facts or len(self.get_buffer("scope_centres")) > 0
+
+    @property
+    def has_facts(self) -> bool:
+        return len(self.get_buffer("scope_fact_ids")) > 0
 
     def queries(self, x: Tensor) -> Tensor:
         """Queries [tokens, num_heads, 2, key_dim / 2] of states [tokens, d_in]."""
@@ -137,28 +141,32 @@ class ProductKeyMemory(nn.Module):
         """The scope, sharing the memory's buffers. None: there is no scope, and the gate is 1 everywhere."""
         if not self.has_scope:
             return None
-        return Scope(**{key.removeprefix("scope_"): self.get_buffer(key) for key in SCOPE_TENSORS})
+        held = {key: self.get_buffer(f"scope_{key}") for key in SCOPE_TENSORS}
+        # a scope knows where to find its facts, which takes a while to make
+        if self._scope is None or any(one is not held[key] for key, one in self._scope.tensors().items()):
+            self._scope = Scope.from_tensors(held)
+        return self._scope
 
     @scope.setter
     @torch.no_grad()
     def scope(self, scope: Scope | None) -> None:
-        device = self.values.device
-        for key, shape in scope_shapes(self.d_in).items():
-            if scope is None:
-                setattr(self, key, torch.zeros(shape, device=device))
-            else:
-                setattr(self, key, getattr(scope, key.removeprefix("scope_")).detach().to(device, copy=True))
+        device, held = self.values.device, {} if scope is None else scope.tensors()
+        self._scope = None
+        for key in SCOPE_TENSORS:
+            tensor = held.get(key, empty_tensor(key))
+            setattr(self, f"scope_{key}", tensor.detach().to(device, copy=True))
 
     def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
         # The size of a scope is not fixed, so the buffers take the shapes of the loaded tensors.
-        for key in SCOPE_TENSORS:
+        self._scope = None
+        for key in (f"scope_{name}" for name in SCOPE_TENSORS):
             loaded = state_dict.get(prefix + key)
             if loaded is not None and loaded.shape != self.get_buffer(key).shape:
                 setattr(self, key, self.get_buffer(key).new_zeros(loaded.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def relevance(self, x: Tensor) -> Tensor:
-        """Gate g [tokens] float32 of states [tokens, d_in]. All ones if there is no scope."""
+        """Gate g [tokens] float32 of states [tokens, d_in], by the scope's centres; 1 without a scope."""
         scope = self.scope
         if scope is None:
             return x.new_ones(x.shape[0], dtype=torch.float32)
@@ -166,7 +174,7 @@ class ProductKeyMemory(nn.Module):
             return scope.gate(x.detach())
 
     def read(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
-        """scale * y [tokens, d_out] float32 of states [tokens, d_in], and the rows of the scope's centres.
+        """scale * y [tokens, d_out] float32 of states [tokens, d_in].
 
         Args:
             x: [tokens, d_in].
@@ -181,9 +189,7 @@ class ProductKeyMemory(nn.Module):
                 y = read_rows(self.values, slots, weights, self.log, counted, reached=self.write == "last")
             if self.gate_in is not None and self.gate_out is not None:
                 y = F.linear(y * F.silu(F.linear(x.float(), self.gate_in.float())), self.gate_out.float())
-            y = self.scale.float() * y
-            scope = self.scope
-            return y if scope is None or not len(scope.rows) else y + scope.own_read(x.detach())
+            return self.scale.float() * y
 
     def forward(self, x: Tensor, base: Tensor) -> Tensor:
         """The layer's output, in the shape and dtype of `base`.
@@ -239,27 +245,3 @@ class ProductKeyMemory(nn.Module):
             f"{self.d_in} -> {self.d_out}, num_slots={self.num_slots}, num_heads={self.num_heads}, "
             f"top_k={self.top_k}, key_dim={self.key_dim}, mode={self.mode}"
         )
-
-
-def scope_shapes(
-    d: int,
-    num_centres: int = 0,
-    num_known: int = 0,
-    num_task_known: int = 0,
-    num_rows: int = 0,
-    *,
-    d_out: int = 0,
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of a memory's scope tensors. With no centres there is no scope, and all tensors are empty."""
-    width = d if num_centres else 0
-    return {
-        "scope_mean": (width,),
-        "scope_whitener": (width, width),
-        "scope_known": (num_known, width),
-        "scope_known_weight": (1 if num_centres else 0,),
-        "scope_task_known": (num_task_known, width),
-        "scope_centres": (num_centres, width),
-        "scope_lo": (num_centres,),
-        "scope_hi": (num_centres,),
-        "scope_rows": (num_rows, d_out if num_rows else 0),
-    }

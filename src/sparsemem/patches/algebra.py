@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..artifacts import ArtifactError
-from ..layer.scope import SPACE_PARTS, TASK_PARTS, Scope
-from .facts import facts_of, silenced
+from ..layer.scope import Scope
+from .facts import facts_of, replaced_facts
 from .layers import LayerPatch
 from .patch import RowPatch
 from .tensors import TensorPatch, same_bytes
@@ -70,7 +70,7 @@ def merge(patches: Sequence[RowPatch], on_conflict: str = "refuse") -> tuple[Row
         having = [place for place, patch in enumerate(patches) if name in patch.layers]
         silent = {}
         if all(patches[place].layers[name].scope for place in having):
-            silent = silenced(name, [patches[place] for place in having])
+            silent = replaced_facts([patches[place] for place in having])
         facts += [fact.question for several in silent.values() for fact in several]
         if on_conflict == "last":
             dropped = {having[index]: several for index, several in silent.items()}
@@ -103,8 +103,9 @@ def dial(patch: RowPatch, amount: float) -> RowPatch:
         after = _between(layer.before, layer.after, amount)
         changed = (after != layer.before).any(1) if len(after) else torch.zeros(0, dtype=torch.bool)
         scope = layer.scope
-        if scope is not None and len(scope.rows):
-            scope = replace(scope, rows=scope.rows * amount) if amount else None
+        if scope is not None and len(scope.facts.rows):
+            facts = replace(scope.facts, rows=scope.facts.rows * amount)
+            scope = replace(scope, facts=facts) if amount else None
         parts = (layer.slots[changed], layer.before[changed], after[changed])
         space = layer.space if scope is not None else None
         layers[name] = LayerPatch(*parts, layer.addressing, scope, space)
@@ -141,21 +142,19 @@ def subset(patch: RowPatch, tasks: Collection[str]) -> RowPatch:
 
 
 def _without_facts(name: str, patch: RowPatch, facts: Sequence[Any]) -> RowPatch:
-    """The patch without these facts' centres and rows in one layer."""
+    """The patch without these facts and their rows in one layer."""
     layer = patch.layers[name]
     if not facts or layer.scope is None:
         return patch
-    kept = torch.ones(len(layer.scope.centres), dtype=torch.bool)
+    kept = torch.ones(len(layer.scope.facts), dtype=torch.bool)
     for fact in facts:
-        kept[fact.start : fact.start + fact.num_centres] = False
-    parts = {key: getattr(layer.scope, key)[kept] for key in ("centres", "lo", "hi", "rows")}
-    gone = {(fact.start, fact.num_centres) for fact in facts}
+        kept[fact.start : fact.start + fact.num_answers] = False
+    gone = {fact.start for fact in facts}
     told = [
-        one
-        for fact, one in zip(facts_of(patch), patch.info["facts"], strict=True)
-        if (fact.start, fact.num_centres) not in gone
+        one for fact, one in zip(facts_of(patch), patch.info["facts"], strict=True) if fact.start not in gone
     ]
-    layers = {**patch.layers, name: replace(layer, scope=replace(layer.scope, **parts))}
+    scope = replace(layer.scope, facts=layer.scope.facts.chosen(kept))
+    layers = {**patch.layers, name: replace(layer, scope=scope)}
     return replace(patch, layers=layers, info={**patch.info, "facts": told})
 
 
@@ -197,13 +196,11 @@ def _joined(parts: Sequence[LayerPatch], name: str) -> tuple[Scope | None, str |
     # one that contains the space, if there is one, since the others can be filled in from it
     whole = next((part for part in parts if part.space is None), parts[0])
     assert whole.scope is not None
-    scope = whole.scope
-    empty = {key: getattr(scope, key)[:0] for key in TASK_PARTS}
-    joined = replace(scope, **empty, rows=scope.rows.new_zeros(0, 0))
-    for part in parts:
+    assert parts[0].scope is not None
+    joined = replace(parts[0].scope, space=whole.scope.space)
+    for part in parts[1:]:
         assert part.scope is not None
-        space = {key: getattr(scope, key) for key in SPACE_PARTS}
-        joined = joined.joined(replace(part.scope, **space))
+        joined = joined.joined(replace(part.scope, space=whole.scope.space))
     return joined, whole.space
 
 
@@ -227,9 +224,9 @@ def _merged_tensors(
 
 
 def _merged_info(patches: Sequence[RowPatch], report: Report, on_conflict: str) -> dict[str, Any]:
-    """Where the parts come from, and the facts with the task of each, in the order of the centres."""
+    """Where the parts come from, and the facts with the task of each, in the order of the answers."""
     facts: list[Mapping[str, Any]] = []
-    # the places of facts are known only where all centres belong to facts
+    # the places of facts are known only where all that is taught is facts
     scoped = [patch for patch in patches if any(layer.scope for layer in patch.layers.values())]
     for patch in scoped if all("facts" in patch.info for patch in scoped) else []:
         own = patch.info.get("task")

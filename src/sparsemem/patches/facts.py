@@ -1,25 +1,24 @@
-"""Many tasks' patches as one scope, in which a newer fact wins over an older one.
+"""Many tasks' patches as one scope, in which a newer fact replaces an older one that it contradicts.
 
 What a model of several tasks does depends on the list of their patches alone: not on what was taught and
 taken back in between, nor on when.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..layer.scope import Scope
+from ..layer.facts import joined_facts
+from ..layer.scope import Scope, fact_scope
+from ..layer.space import Space
 from .patch import RowPatch
-
-# Cosine of two answer starts' states from which two questions about one subject ask the same.
-SAME_FACT = 0.85
 
 
 @dataclass(frozen=True)
 class Fact:
-    """What one record taught: `start` and `num_centres` are its place among its patch's centres.
+    """What one record taught: `start` and `num_answers` are the place of its answers in its patch.
 
     Attributes:
         key: what it is about, where two records of one key contradict each other; empty: unknown.
@@ -28,79 +27,68 @@ class Fact:
     """
 
     start: int
-    num_centres: int
+    num_answers: int
     key: str
     subject: str
     question: str
 
 
 def facts_of(patch: RowPatch) -> list[Fact]:
-    """The facts that a patch of `Stream` holds, in the order of its centres; of other patches none."""
+    """The facts that a patch of `Stream` holds, in the order of its answers; of other patches none."""
     facts, start = [], 0
     for one in patch.info.get("facts", []):
-        facts.append(Fact(start, one["centres"], one["key"], one["subject"], one["question"]))
-        start += one["centres"]
+        facts.append(Fact(start, one["answers"], one["key"], one["subject"], one["question"]))
+        start += one["answers"]
     return facts
 
 
-def composed(name: str, patches: Sequence[RowPatch], space: Scope) -> Scope | None:
+def composed(name: str, patches: Sequence[RowPatch], space: Space) -> Scope | None:
     """The scope of a layer with the patches applied in this order; None where nothing is left of them.
 
     Args:
-        space: a scope without centres in the space that the patches refer to.
+        space: that the patches refer to.
     """
     parts = []
-    for patch, kept in zip(patches, _speaking(name, patches), strict=True):
+    for patch, kept in zip(patches, _kept(name, patches), strict=True):
         scope = patch.layers[name].scope
         assert scope is not None
-        parts.append([getattr(scope, key)[kept] for key in ("centres", "lo", "hi", "rows")])
-    if not any(len(part[0]) for part in parts):
-        return None
-    centres, lo, hi, rows = (torch.cat(several) for several in zip(*parts, strict=True))
-    return replace(space, centres=centres, lo=lo, hi=hi, rows=rows)
+        parts.append(scope.facts if bool(kept.all()) else scope.facts.chosen(kept))
+    joined = joined_facts(parts) if parts else None
+    return fact_scope(space, joined) if joined is not None and len(joined) else None
 
 
 def owners(name: str, patches: Sequence[RowPatch]) -> list[int]:
-    """For each centre of the `composed` scope, the place in the list of the patch that it comes from."""
-    kept = _speaking(name, patches)
-    return [place for place, centres in enumerate(kept) for _ in range(int(centres.sum()))]
+    """For each fact of the `composed` scope, the place in the list of the patch that it comes from."""
+    return [place for place, kept in enumerate(_kept(name, patches)) for _ in range(int(kept.sum()))]
 
 
-def _speaking(name: str, patches: Sequence[RowPatch]) -> list[Tensor]:
-    """For each patch, [num_centres] bool: which of its centres no later fact takes the place of."""
-    silent, speaking = silenced(name, patches), []
+def _kept(name: str, patches: Sequence[RowPatch]) -> list[Tensor]:
+    """For each patch, [num_facts] bool: which of its facts no later fact replaces."""
+    replaced, kept = replaced_facts(patches), []
     for place, patch in enumerate(patches):
         scope = patch.layers[name].scope
         assert scope is not None
-        kept = torch.ones(len(scope.centres), dtype=torch.bool)
-        for fact in silent.get(place, []):
-            kept[fact.start : fact.start + fact.num_centres] = False
-        speaking.append(kept)
-    return speaking
+        held = torch.ones(len(scope.facts), dtype=torch.bool)
+        for fact in replaced.get(place, []):
+            held[fact.start : fact.start + fact.num_answers] = False
+        kept.append(held)
+    return kept
 
 
-def silenced(name: str, patches: Sequence[RowPatch]) -> dict[int, list[Fact]]:
-    """Facts that a later patch's fact takes the place of, by the place of their own patch in the list."""
-    silent: dict[int, list[Fact]] = {}
+def replaced_facts(patches: Sequence[RowPatch]) -> dict[int, list[Fact]]:
+    """Facts that a later patch's fact replaces, by the place of their own patch in the list.
+
+    A fact is replaced by one of the same key alone: the same question, or the same subject and relation where
+    the records give both.
+    """
+    replaced: dict[int, list[Fact]] = {}
     by_key: dict[str, list[tuple[int, Fact]]] = {}
-    by_subject: dict[str, list[tuple[int, Fact]]] = {}
     for index, patch in enumerate(patches):
-        scope = patch.layers[name].scope
-        assert scope is not None
         for fact in facts_of(patch):
-            older = list(by_key.get(fact.key, [])) if fact.key else []
-            for one in by_subject.get(fact.subject, []) if fact.subject else []:
-                other = patches[one[0]].layers[name].scope
-                assert other is not None
-                if _near(scope.centres[fact.start], other.centres[one[1].start]):
-                    older.append(one)
-            for place, one in older:
-                if place < index and one not in silent.setdefault(place, []):
-                    silent[place].append(one)
+            if not fact.key:
+                continue
+            for place, one in by_key.get(fact.key, []):
+                if place < index and one not in replaced.setdefault(place, []):
+                    replaced[place].append(one)
             by_key.setdefault(fact.key, []).append((index, fact))
-            by_subject.setdefault(fact.subject, []).append((index, fact))
-    return {place: facts for place, facts in silent.items() if facts}
-
-
-def _near(a: Tensor, b: Tensor) -> bool:
-    return float(a @ b) >= SAME_FACT
+    return {place: facts for place, facts in replaced.items() if facts}

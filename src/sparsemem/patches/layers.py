@@ -5,19 +5,20 @@ The functions make it, check it, write it into a memory, and convert it to the t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..artifacts import ArtifactError
-from ..layer.memory import ProductKeyMemory, scope_shapes
-from ..layer.scope import SPACE_PARTS, Scope
-from .space import lookup, referring, space_digest
+from ..layer.facts import FACT_PARTS
+from ..layer.memory import ProductKeyMemory
+from ..layer.scope import SCOPE_TENSORS, Scope, empty_tensor
+from ..layer.space import SPACE_TENSORS
+from .space import lookup, no_space, space_digest
 from .tensors import same_bytes
 
-_SCOPE = tuple(field.name for field in fields(Scope))
 _REPLACED = "since: the scope of {name} was replaced, not extended; use set_scope(..., extend=True)"
 
 
@@ -30,7 +31,7 @@ class LayerPatch:
         before, after: [n, d_out], the rows before and after the run.
         addressing: fingerprint of the layer's addressing before the run.
         scope: the scope that the run added, or None.
-        space: digest of the scope's space, if the patch refers to it. The scope's SPACE_PARTS are empty then.
+        space: digest of the scope's space, if the patch refers to it. The scope's own space is empty then.
     """
 
     slots: Tensor
@@ -44,7 +45,9 @@ class LayerPatch:
         """The same, but it refers to the space of its scope by digest and does not contain it."""
         if self.scope is None or self.space is not None:
             return self
-        return replace(self, scope=referring(vars(self.scope)), space=space_digest(self.scope))
+        return replace(
+            self, scope=replace(self.scope, space=no_space()), space=space_digest(self.scope.space)
+        )
 
 
 def diff_layer(
@@ -168,13 +171,18 @@ def packed_layer(name: str, layer: LayerPatch) -> dict[str, Tensor]:
     if layer.before.any():
         held["before"] = layer.before
     if layer.scope is not None:
-        kept = [key for key in _SCOPE if layer.space is None or key not in SPACE_PARTS]
-        held |= {f"scope_{key}": _smallest(getattr(layer.scope, key)) for key in kept}
+        parts = layer.scope.tensors()
+        kept = [key for key in SCOPE_TENSORS if layer.space is None or key not in SPACE_TENSORS]
+        # an empty tensor has nothing to say
+        held |= {f"scope_{key}": _smallest(parts[key]) for key in kept if parts[key].numel()}
     return {f"{name}/{key}": value for key, value in held.items()}
 
 
 def _smallest(tensor: Tensor) -> Tensor:
-    """In bfloat16, if that loses nothing."""
+    """In fewer bits, if that loses nothing."""
+    if not tensor.is_floating_point():
+        small = tensor.to(torch.int32)
+        return small if torch.equal(small.to(tensor.dtype), tensor) else tensor
     rounded = tensor.to(torch.bfloat16)
     return rounded if torch.equal(rounded.to(tensor.dtype), tensor) else tensor
 
@@ -198,8 +206,7 @@ def unpacked_layer(
     problem = _problem(held, space)
     if problem:
         raise ArtifactError(f"{path}: layer {name}: {problem}; get an undamaged copy")
-    parts = {key: held[f"scope_{key}"].float() for key in _SCOPE if f"scope_{key}" in held}
-    scope = referring(parts) if space else Scope(**parts) if parts else None
+    scope = _scope_from(held) if space or any(key.startswith("scope_") for key in held) else None
     before = held.get("before", torch.zeros_like(held["after"]))
     return LayerPatch(held["slots"], before, held["after"], addressing, scope, space)
 
@@ -223,28 +230,68 @@ def _problem(held: dict[str, Tensor], space: str | None) -> str | None:
         return "slots are negative, not in order, or not unique"
     if not all(bool(t.isfinite().all()) for t in held.values() if t.is_floating_point()):
         return "contains NaN or infinite numbers"
-    scope = {key: held[f"scope_{key}"] for key in _SCOPE if f"scope_{key}" in held}
-    # Patches from before centres had rows lack these.
-    needed = {key for key in _SCOPE if key != "rows" and (space is None or key not in SPACE_PARTS)}
-    if (scope and not needed <= scope.keys()) or (space and not scope):
+    unknown = sorted(key for key in held if key.startswith("scope_") and key[6:] not in SCOPE_TENSORS)
+    if unknown:
+        return f"{unknown[0]} is no part of a scope; the patch was made by another version"
+    if space and not any(key.startswith("scope_") for key in held):
         return "parts of the scope are missing"
-    if scope:
-        parts = referring(scope) if space else Scope(**scope)
-        sizes = (len(parts.centres), len(parts.known), len(parts.task_known), len(parts.rows))
-        wanted = scope_shapes(parts.centres.shape[-1], *sizes, d_out=after.shape[1])
-        if len(parts.rows) not in (0, len(parts.centres)) or any(
-            getattr(parts, key).shape != wanted[f"scope_{key}"] for key in scope
-        ):
-            return "the shapes of the scope's parts do not fit together"
+    return _scope_problem(_scope_from(held), after.shape[1]) if space or "scope_mean" in held else None
+
+
+def _scope_from(held: Mapping[str, Tensor]) -> Scope:
+    """The scope of a layer's tensors in a file; parts that are not there are empty."""
+    parts = {}
+    for key in SCOPE_TENSORS:
+        empty = empty_tensor(key)
+        parts[key] = held[f"scope_{key}"].to(empty.dtype) if f"scope_{key}" in held else empty
+    return Scope.from_tensors(parts)
+
+
+def _scope_problem(scope: Scope, d_out: int) -> str | None:
+    """What does not fit together in a scope, or None."""
+    facts, wrong = scope.facts, "the shapes of the scope's parts do not fit together"
+    centres, number = len(scope.centres), len(facts)
+    if any(getattr(scope, key).shape != (centres,) for key in ("lo", "hi")) or not all(
+        part.dim() == dims
+        for part, dims in [(scope.centres, 2), (scope.task_known, 2), (facts.names, 2), (facts.rows, 2)]
+    ):
+        return wrong
+    if number == 0:
+        return None if not len(facts.answers) and not len(facts.rows) and not len(facts.names) else wrong
+    dims = {
+        "fact_ids": 1,
+        "fact_keys": 2,
+        "fact_states": 2,
+        "fact_least": 2,
+        "fact_openings": 2,
+        "fact_sizes": 1,
+    }
+    if any(
+        getattr(facts, key).dim() != dims[key] or len(getattr(facts, key)) != number for key in FACT_PARTS
+    ):
+        return wrong
+    if facts.fact_least.shape[1] != 2 or facts.fact_openings.shape[1] != 2 or facts.answers.dim() != 1:
+        return wrong
+    if bool((facts.fact_sizes < 1).any()) or int(facts.fact_sizes.clamp(0, 1 << 40).sum()) != len(
+        facts.answers
+    ):
+        return "the sizes of answers do not fit their tokens"
+    if len(facts.rows) and facts.rows.shape != (len(facts.answers), d_out):
+        return wrong
+    if len(facts.fact_ids.unique()) < number or bool((facts.fact_ids == 0).any()):
+        return "facts have no identity of their own"
+    if len(facts.names) and not bool(torch.isin(facts.names[:, 0], facts.fact_ids).all()):
+        return "a name belongs to no fact"
+    if len(facts.names) and (facts.names.shape[1] < 2 or bool((facts.names[:, 1] < 0).any())):
+        return "a name has no tokens"
     return None
 
 
 def _scope_in(tensors: Mapping[str, Tensor], name: str) -> Scope | None:
-    parts = {key: lookup(tensors, name, f"scope_{key}") for key in _SCOPE}
-    lacking = [key for key, part in parts.items() if part is None and key != "rows"]
-    if lacking or not len(parts["centres"]):  # type: ignore[arg-type]
-        return None
-    return Scope(**{key: part.cpu() for key, part in parts.items() if part is not None})
+    parts = {key: lookup(tensors, name, f"scope_{key}") for key in SCOPE_TENSORS}
+    held = {key: part.cpu() for key, part in parts.items() if part is not None}
+    scope = Scope.from_tensors({key: held.get(key, empty_tensor(key)) for key in SCOPE_TENSORS})
+    return None if scope.is_empty else scope
 
 
 def _as_ints(rows: Tensor) -> Tensor:

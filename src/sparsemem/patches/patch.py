@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..adapter.memories import memory_layers
 from ..artifacts import ArtifactError, fingerprint_base, fits_base, load_artifact, save_artifact
-from ..layer.scope import Scope
+from ..layer.space import Space
 from ..layer.tables import copy_table
 from .layers import LayerPatch, checked_scope, diff_layer, is_after, packed_layer, unpacked_layer, write_layer
 from .space import filled_in, read_adapter
@@ -134,11 +134,11 @@ class RowPatch:
         layers = {name: layer.referring() for name, layer in self.layers.items()}
         return replace(self, layers=layers)
 
-    def apply(self, model: nn.Module, *, spaces: Mapping[str, Scope] | None = None) -> None:
+    def apply(self, model: nn.Module, *, spaces: Mapping[str, Space] | None = None) -> None:
         """Write the rows and tensors as they were after the run, and add its scope.
 
         Args:
-            spaces: scopes by layer name, as `load_spaces` returns them, if the patch refers to their spaces
+            spaces: by layer name, as `load_spaces` returns them, if the patch refers to their spaces
                 and the model's own scopes do not have them.
 
         Raises:
@@ -172,7 +172,7 @@ class RowPatch:
         return rows and are_after(tensors, self.tensors)
 
     @torch.no_grad()
-    def _move(self, model: nn.Module, *, forward: bool, spaces: Mapping[str, Scope] | None = None) -> None:
+    def _move(self, model: nn.Module, *, forward: bool, spaces: Mapping[str, Space] | None = None) -> None:
         memories = memory_layers(model)
         if not fits_base(model, self.base):
             raise ArtifactError(
@@ -190,7 +190,8 @@ class RowPatch:
                     f"patch: was made with another addressing of {name}; calibrate with the same data "
                     "and seed"
                 )
-            known = [scope for scope in ((spaces or {}).get(name), memories[name].scope) if scope]
+            own = memories[name].scope
+            known = [space for space in ((spaces or {}).get(name), own.space if own else None) if space]
             layer = replace(layer, scope=filled_in(name, layer.scope, layer.space, known))
             scopes[name] = checked_scope(name, memories[name], layer, forward=forward)
         check_tensors(model, self.tensors, forward=forward)

@@ -1,15 +1,14 @@
-"""The space that scopes are in: mean, whitener and known states, which many patches share.
+"""The space that scopes are in, which many patches share.
 
 A patch may refer to its space by digest, so that a file holds what was taught and nothing else. The space
 itself is then kept once, in a file beside the patches.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,14 +17,15 @@ from torch import Tensor
 from ..adapter.digests import verify_tensors
 from ..artifacts import ArtifactError, fingerprint_tensors, load_artifact, save_artifact
 from ..atomic import finish_save, read_json
-from ..layer.scope import SPACE_PARTS, Scope
+from ..layer.scope import Scope, empty_tensor
+from ..layer.space import SPACE_TENSORS, Space
 
 KIND = "scope space"
 
 
-def space_digest(scope: Scope) -> str:
-    """SHA-256 of the space that a scope is in."""
-    return fingerprint_tensors(*(getattr(scope, key) for key in SPACE_PARTS))
+def space_digest(space: Space) -> str:
+    """SHA-256 of a space."""
+    return fingerprint_tensors(*(getattr(space, key) for key in SPACE_TENSORS))
 
 
 def memory_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -34,58 +34,52 @@ def memory_digest(tensors: Mapping[str, Tensor]) -> str:
     return fingerprint_tensors(*(tensors[name].detach().cpu() for name in fixed))
 
 
-def empty_scope(mean: Tensor, whitener: Tensor, known: Tensor, known_weight: float) -> Scope:
-    """A space without anything taught in it.
-
-    Args:
-        mean [d], whitener [d, d], known [num_known, d]: float32, see `Scope`.
-    """
-    nothing = mean.new_zeros(0, len(mean))
-    none = mean.new_zeros(0)
-    return Scope(mean, whitener, known, mean.new_tensor([known_weight]), nothing, nothing, none, none)
+def no_space() -> Space:
+    """The space of a scope that refers to its own by digest."""
+    return Space(**{key: empty_tensor(key) for key in SPACE_TENSORS})
 
 
-def referring(parts: Mapping[str, Tensor]) -> Scope:
-    """A scope of these parts that lacks its space."""
-    empty = torch.zeros(0)
-    given = {field.name: parts[field.name] for field in fields(Scope) if field.name in parts}
-    return Scope(**{**given, **dict.fromkeys(SPACE_PARTS, empty)})
-
-
-def filled_in(name: str, scope: Scope | None, space: str | None, known: Iterable[Scope]) -> Scope | None:
-    """The scope with the space that it refers to, which one of the `known` scopes is in.
+def filled_in(name: str, scope: Scope | None, space: str | None, known: Iterable[Space]) -> Scope | None:
+    """The scope with the space that it refers to, which is one of the `known` ones.
 
     Raises:
-        ArtifactError: none of them is in it.
+        ArtifactError: none of them is it.
     """
     if scope is None or space is None:
         return scope
     for other in known:
         if space_digest(other) == space:
-            return replace(scope, **{key: getattr(other, key) for key in SPACE_PARTS})
+            return replace(scope, space=other)
     raise ArtifactError(
         f"patch: refers to the space {space[:12]} of {name}, which is not the model's; "
         "give the space.safetensors that lies beside the patch's ledger"
     )
 
 
-def save_spaces(path: str | Path, spaces: Mapping[str, Scope], header: dict[str, Any]) -> None:
+def save_spaces(path: str | Path, spaces: Mapping[str, Space], header: dict[str, Any]) -> None:
     """Spaces by layer name, with a JSON header, as one file."""
-    tensors = {f"{name}/{key}": getattr(scope, key) for name, scope in spaces.items() for key in SPACE_PARTS}
+    tensors = {
+        f"{name}/{key}": getattr(space, key) for name, space in spaces.items() for key in SPACE_TENSORS
+    }
     save_artifact(path, KIND, tensors, {**header, "layers": list(spaces)})
 
 
-def load_spaces(path: str | Path) -> tuple[dict[str, Scope], dict[str, Any]]:
-    """What `save_spaces` wrote: scopes without centres by layer name, and the header.
+def load_spaces(path: str | Path) -> tuple[dict[str, Space], dict[str, Any]]:
+    """What `save_spaces` wrote: spaces by layer name, and the header.
 
     Raises:
         ArtifactError: missing, damaged, or of another kind.
     """
     tensors, header = load_artifact(path, KIND)
-    spaces = {}
-    for name in header["layers"]:
-        mean, whitener, known, weight = (tensors[f"{name}/{key}"] for key in SPACE_PARTS)
-        spaces[name] = empty_scope(mean, whitener, known, float(weight))
+    try:
+        spaces = {
+            name: Space(**{key: tensors[f"{name}/{key}"] for key in SPACE_TENSORS})
+            for name in header["layers"]
+        }
+    except KeyError as error:
+        raise ArtifactError(
+            f"{path}: has no tensor {error}; it was made by another version: make the folder again"
+        ) from error
     return spaces, header
 
 

@@ -134,7 +134,8 @@ def file_digest(path: Path) -> str:
 def describe_patch(patch: RowPatch) -> dict[str, Any]:
     """What a row patch changes, as plain JSON values.
 
-    For each layer: the number of rows, the largest change of a single value, and the number of scope centres.
+    For each layer: the number of rows, the largest change of a single value, and the numbers of scope centres
+    and of facts.
     For each tensor that the patch replaces as a whole: the largest change of a single value.
     """
     layers = {}
@@ -144,6 +145,7 @@ def describe_patch(patch: RowPatch) -> dict[str, Any]:
             "rows": len(layer.slots),
             "largest_change": float(change.max()) if change.numel() else 0.0,
             "centres": 0 if layer.scope is None else len(layer.scope.centres),
+            "facts": 0 if layer.scope is None else len(layer.scope.facts),
         }
     tensors = {
         name: float((whole.after.float() - whole.before.float()).abs().max())

@@ -10,11 +10,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..adapter.memories import gated_layers, memory_layers
+from ..adapter.memories import gated_layers, key_layers_of, memory_layers
 from ..background.states import layer_inputs
 from ..data.records import question_ids
+from ..layer.facts import Context, given_at
 from ..layer.memory import ProductKeyMemory
-from ..layer.scope import Scope
+from ..layer.space import Space
 from ..patches.facts import facts_of
 from ..patches.patch import RowPatch
 from ..patches.space import filled_in
@@ -49,7 +50,7 @@ def row_readers(
     patch: RowPatch,
     texts: Sequence[str] = (),
     *,
-    spaces: Mapping[str, Scope] | None = None,
+    spaces: Mapping[str, Space] | None = None,
     num_rows: int = 8,
     num_readers: int = 5,
 ) -> list[RowReaders]:
@@ -73,19 +74,29 @@ def row_readers(
     wanted = _most_changed(patch, num_rows)
     scopes = {}
     for name, layer in patch.layers.items():
-        known = [scope for scope in ((spaces or {}).get(name), layers[name].scope) if scope]
+        own = layers[name].scope
+        known = [space for space in ((spaces or {}).get(name), own.space if own else None) if space]
         scopes[name] = filled_in(name, layer.scope, layer.space, known)
-    for batch, states in layer_inputs(model, inputs) if inputs else ():
+    gate_scope = scopes.get(gate_name)
+    middle = key_layers_of(model)
+    base = model.get_base_model()
+    further = {f"key:{path}": base.get_submodule(path) for path in middle}
+    for batch, states in layer_inputs(model, inputs, further=further) if inputs else ():
         ids = batch["input_ids"][0].tolist()
-        gate_scope = scopes.get(gate_name)
-        gate = torch.ones(len(ids)) if gate_scope is None else gate_scope.gate(states[gate_name].cpu())
+        gate, places = torch.ones(len(ids)), torch.full((len(ids),), -1)
+        if gate_scope is not None:
+            late = states[gate_name].cpu()
+            keys = torch.cat([states[f"key:{path}"].cpu() for path in middle], -1)[None] if middle else None
+            context = Context(batch["input_ids"], torch.zeros(1, 0, 2, dtype=torch.int64))
+            places = given_at(gate_scope.facts, gate_scope.space, context, late[None], keys)[0]
+            gate = torch.where(places >= 0, 1.0, gate_scope.gate(late))
         for name in patch.layers:
-            reads = _reads(layers[name], scopes[name], states[name], gate, wanted[name])
+            reads = _reads(layers[name], places, states[name], gate, wanted[name])
             for (own, row), weights in reads.items():
                 for place in weights.nonzero().flatten().tolist():
                     reader = Reader(float(weights[place]), *_around(ids, place, tokenizer))
                     found.setdefault((name, own, row), []).append(reader)
-    facts = {name: _facts_by_centre(patch) for name in patch.layers}
+    facts = {name: _facts_by_row(patch, name) for name in patch.layers}
     return [
         RowReaders(
             name,
@@ -105,7 +116,7 @@ def _most_changed(patch: RowPatch, number: int) -> dict[str, dict[tuple[bool, in
     wanted: dict[str, dict[tuple[bool, int], float]] = {}
     for name, layer in patch.layers.items():
         table = (layer.after.float() - layer.before.float()).norm(dim=1)
-        own = torch.zeros(0) if layer.scope is None else layer.scope.rows.norm(dim=-1)
+        own = torch.zeros(0) if layer.scope is None else layer.scope.facts.rows.norm(dim=-1)
         wanted[name] = {}
         for is_own, changes, ids in ((False, table, layer.slots), (True, own, torch.arange(len(own)))):
             for place in changes.argsort(descending=True)[:number].tolist():
@@ -115,20 +126,19 @@ def _most_changed(patch: RowPatch, number: int) -> dict[str, dict[tuple[bool, in
 
 def _reads(
     memory: ProductKeyMemory,
-    scope: Scope | None,
+    places: Tensor,
     states: Tensor,
     gate: Tensor,
     wanted: Mapping[tuple[bool, int], float],
 ) -> dict[tuple[bool, int], Tensor]:
     """Of each wanted row the weights [tokens] with which the states read it."""
     slots, weights = (part.cpu() for part in memory.address(states))
-    place = scope.nearest_open(states.cpu()) if scope is not None and len(scope.rows) else None
     reads = {}
     for own, row in wanted:
         if not own:
             reads[own, row] = gate * (weights * (slots == row)).sum(1)
-        elif place is not None:
-            reads[own, row] = gate * (place == row)
+        else:
+            reads[own, row] = gate * (places == row)
     return reads
 
 
@@ -141,12 +151,13 @@ def _around(ids: list[int], place: int, tokenizer: Any) -> tuple[str, str, str]:
     return tuple(tokenizer.decode(part) for part in parts)  # type: ignore[return-value]
 
 
-def _facts_by_centre(patch: RowPatch) -> dict[int, str]:
-    return {
-        centre: fact.question
-        for fact in facts_of(patch)
-        for centre in range(fact.start, fact.start + fact.num_centres)
-    }
+def _facts_by_row(patch: RowPatch, name: str) -> dict[int, str]:
+    """The question of each fact row of a layer."""
+    scope = patch.layers[name].scope
+    questions = [fact.question for fact in facts_of(patch) for _ in range(fact.num_answers)]
+    if scope is None or not questions:
+        return {}
+    return {row: questions[fact] for row, fact in enumerate(scope.facts.fact_of_token.tolist())}
 
 
 _PAGE = """<!doctype html>

@@ -80,23 +80,25 @@ def answer_all(
 
 
 @torch.no_grad()
-def read_states(model: PeftModel, tokens: Sequence[int]) -> dict[str, Tensor]:
-    """By memory layer, its inputs [tokens, d_in] in a text."""
-    ids = torch.tensor([list(tokens)], device=device_of(model))
-    _, states = next(layer_inputs(model, [{"input_ids": ids}]))
-    return states
+def gates(model: PeftModel, tokens: Sequence[int], memories: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """How far inside each memory's scope the tokens of a text are, and which taught answers are given there.
 
-
-@torch.no_grad()
-def gates(model: PeftModel, states: dict[str, Tensor], memories: Sequence[str]) -> Tensor:
-    """g [memories, tokens]: how far inside each memory's scope the tokens of these states are."""
+    Returns:
+        g [memories, tokens] float32, and [memories, tokens] int64, the places as from `places_of`.
+    """
     tail = tail_of(model)
     assert tail is not None
-    found = []
+    ids = torch.tensor([list(tokens)], device=device_of(model))
+    _, states = next(layer_inputs(model, [{"input_ids": ids}]))
+    with tail.recording() as given, autocast(model):
+        model(input_ids=ids, use_cache=False, adapter_names=[memories])
+    inside, places = [], []
     for name in memories:
         path, memory = list(tail.memories(name).items())[-1]
-        found.append(memory.relevance(states[path]).cpu())
-    return torch.stack(found)
+        there = given[name][0].cpu() if name in given else torch.full((len(tokens),), -1)
+        inside.append(torch.where(there >= 0, 1.0, memory.relevance(states[path]).cpu()))
+        places.append(there)
+    return torch.stack(inside), torch.stack(places)
 
 
 # Asked of every model; none of them is in the shipped background.
@@ -169,5 +171,5 @@ def _read(model: PeftModel, name: str, tokens: list[int], memories: tuple[str, .
     base, taught = losses.exp().tolist()
     inside = 0.0
     if memories:
-        inside = gates(model, read_states(model, tokens), memories).gt(0).any(0).float().mean().item()
+        inside = gates(model, tokens, memories)[0].gt(0).any(0).float().mean().item()
     return {"name": name, "base": base, "taught": taught, "in_scope": inside}

@@ -18,10 +18,10 @@ from peft import PeftModel
 from ..atomic import read_json, refuse_existing, write_json
 from ..data.models import load
 from ..data.names import public_model
-from ..patches.facts import facts_of, silenced
+from ..patches.facts import facts_of, replaced_facts
 from ..stream.folder import is_stream, model_of
 from ..stream.stream import Stream
-from .answering import answer_all, changes, gates, read_states
+from .answering import answer_all, changes, gates
 from .memories import check_writes_last
 
 PAGE_FILE = "page.json"
@@ -201,9 +201,10 @@ class Lessons:
         if not speaking:
             return [(0.0, None)] * len(tokens)
         model = self.stream.model
-        states = read_states(model, tokens)
-        best = gates(model, states, speaking).max(0)
-        tasks = self.stream.speaking(states[self.stream.layer])
+        inside, places = gates(model, tokens, speaking)
+        best = inside.max(0)
+        taught = places[speaking.index(MEMORY)] if MEMORY in speaking else None
+        tasks = [None] * len(tokens) if taught is None else self.stream.tasks_at(taught)
         names = {lesson.title: lesson.name for lesson in self.lessons}
         spoken: list[tuple[float, str | None]] = []
         for gate, place, task in zip(best.values.tolist(), best.indices.tolist(), tasks, strict=True):
@@ -240,7 +241,7 @@ class Lessons:
         """Read the lessons from the ledger again, and let those speak that are on."""
         entries = self.stream.ledger.active()
         patches = [self.stream.patch(entry) for entry in entries]
-        silent = silenced(self.stream.layer, patches)
+        silent = replaced_facts(patches)
         lessons = [] if self.given is None else [self._given_lesson(self.given)]
         for place, (entry, patch) in enumerate(zip(entries, patches, strict=True)):
             name, facts = _name_of(entry), facts_of(patch)
@@ -251,7 +252,7 @@ class Lessons:
                     title=entry["task"],
                     records=self.page.records.get(name, unknown),
                     seconds=round(entry["seconds"], 1),
-                    rows=sum(fact.num_centres for fact in facts),
+                    rows=sum(fact.num_answers for fact in facts),
                     size=entry["bytes"],
                     on=name not in self.page.off,
                     replaced=len(silent.get(place, [])) == len(facts),

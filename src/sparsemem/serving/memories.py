@@ -16,7 +16,7 @@ from ..adapter.memories import memory_layers, writes_last
 from ..artifacts import fingerprint_base
 from ..data.models import load
 from ..data.names import public_model
-from ..layer.scope import Scope
+from ..layer.space import Space
 from ..patches.patch import RowPatch
 from ..saved.contents import ADAPTER_FILE
 from ..saved.patching import spaces_of
@@ -115,7 +115,7 @@ def add_memory(
     *,
     like: str,
     patch: RowPatch | None = None,
-    spaces: Mapping[str, Scope] | None = None,
+    spaces: Mapping[str, Space] | None = None,
 ) -> None:
     """Add an adapter with the addressing of another one, no row written and no scope; it becomes active.
 
@@ -127,7 +127,7 @@ def add_memory(
         ArtifactError: a patch that does not fit; no adapter is added then.
     """
     config = copy.deepcopy(model.peft_config[like])
-    config.scope_sizes = {}  # type: ignore[attr-defined]
+    config.scope_shapes = {}  # type: ignore[attr-defined]
     model.add_adapter(name, config)
     before: Any = model.active_adapter
     whole = patch is not None and bool(patch.tensors)

@@ -6,7 +6,6 @@ Reading and checking need no base model.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from ..atomic import finish_save, refuse_existing
 from ..data.gguf import packaged_name
 from ..data.names import public_model
 from ..data.reading import digest_of, read_records
-from ..layer.scope import Scope
-from ..patches.facts import composed, silenced
+from ..layer.scope import SCOPE_TENSORS, empty_tensor
+from ..patches.facts import composed, replaced_facts
 from ..patches.space import load_spaces, memory_digest, space_digest
 from .ledger import FILE, LEARN, Ledger, checked_patch
 from .tasks import Task, tasks_of
@@ -150,11 +149,12 @@ def verify(out: Path) -> dict[str, Any]:
         raise ArtifactError(f"{weights}: cannot be read ({error}); get an undamaged copy") from error
     if memory_digest(held) != ledger.about["memory"]:
         raise ArtifactError(f"{weights}: was altered; get an undamaged copy")
-    for field in fields(Scope):
-        there = held.get(f"scope_{field.name}")
+    follows = {} if scope is None else scope.tensors()
+    for key in SCOPE_TENSORS:
+        there = held.get(f"scope_{key}")
         if there is None:
             raise ArtifactError(f"{weights}: was altered; get an undamaged copy")
-        wanted = there[:0] if scope is None else getattr(scope, field.name)
+        wanted = follows.get(key, empty_tensor(key))
         if not torch.equal(wanted, there):
             raise ArtifactError(f"{weights}: is not what the ledger says; learn --resume writes it again")
     return {"out": str(out), "lines": len(ledger.entries), "patches": len(patches), "ok": True}
@@ -164,10 +164,9 @@ def _silent(out: Path, ledger: Ledger) -> set[tuple[str, str]]:
     """Task and question of each fact that a newer one has taken the place of."""
     entries = ledger.active()
     patches = [checked_patch(out, entry) for entry in entries]
-    ((name, _),) = load_spaces(out / "space.safetensors")[0].items()
     return {
         (entries[place]["task"], fact.question)
-        for place, facts in silenced(name, patches).items()
+        for place, facts in replaced_facts(patches).items()
         for fact in facts
     }
 

@@ -1,9 +1,9 @@
 """Stream: a model that is taught task after task, and untaught at will.
 
-Every task has rows of its own: the whitened states at its supervised positions are its centres, and each
-centre has one row. At a token the nearest open centre's row speaks. So no task can change another's rows, and
-taking a task back leaves what would be there without it, to the bit (law 13). What a task's patch holds
-depends on the task, the base model and the space alone.
+Every task has fact rows of its own: each answer has a question key and a subject, and each of its tokens a
+row (see `layer.facts`). So no task can change another's rows, and taking a task back leaves what would be
+there without it, to the bit (law 13). What a task's patch holds depends on the task, the base model and the
+space alone.
 
 A folder holds the ledger, the space, one patch a task, and the adapter that follows from them, which `load`
 takes. The ledger decides what was taught: whenever a process is killed, the folder can be opened again.
@@ -13,6 +13,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..adapter.blocks import default_targets
 from ..adapter.config import SparseMemoryConfig
-from ..adapter.memories import memory_layers
+from ..adapter.memories import fact_places, key_layers_of, memory_layers
 from ..artifacts import ArtifactError, fingerprint_base
 from ..atomic import save_into
 from ..background.background import Background, addressing_fingerprint
 from ..background.calibration import calibrate
+from ..background.question_key import fit_question_key, key_layers
+from ..data.forms import labelled_questions
 from ..data.general import general_background, say_shipped
 from ..data.gguf import packaged_name
 from ..data.models import context_length, load_base, tokenizer_of
+from ..data.naming import opening_tokens, token_classes, turn_tokens
 from ..data.reading import digest_of, read_records
 from ..data.records import batches, encode
 from ..patches.facts import composed, owners
@@ -40,9 +44,13 @@ from ..patches.patch import RowPatch
 from ..patches.space import load_spaces, memory_digest, save_spaces, space_digest
 from ..provenance import environment
 from ..training.cached import TailHead
-from .fact_rows import KindThresholds, Place, own_patch, own_space
+from .fact_rows import Place, fact_patch, late_space
 from .ledger import FILE, LEARN, UNDO, Ledger, checked_patch
-from .tasks import fact_of
+from .tasks import fact_of, names_of
+
+SPACE_FILE, PATCHES = "space.safetensors", "patches"
+FORMAT = 2
+BATCH_SIZE = 8
 
 
 class Stream:
@@ -95,11 +103,15 @@ class Stream:
             raise ArtifactError(f"{self.folder / SPACE_FILE}: is not the ledger's; get an undamaged copy")
         self._space = spaces[self.layer]
         self._place = Place(
-            self.layer,
-            addressing_fingerprint(memory),
-            self._space,
-            KindThresholds(*header["thresholds"]),
-            self.ledger.about["base"],
+            name=self.layer,
+            addressing=addressing_fingerprint(memory),
+            base=self.ledger.about["base"],
+            space=self._space,
+            key_layers=key_layers_of(self._model),
+            key_least=header["key_least"],
+            late_least=header["late_least"],
+            opening=opening_tokens(self.tokenizer),
+            tokenizer=self.tokenizer,
         )
         self._head = TailHead(self._model, int(self.tokenizer.pad_token_id or 0))  # type: ignore[arg-type]
         self._versions = environment()["versions"]
@@ -132,15 +144,25 @@ class Stream:
             raise ValueError(f"tasks: {', '.join(missing[:5])} not taught; see Stream.tasks")
         self._only, self._stale = chosen, True
 
-    def speaking(self, states: Tensor) -> list[str | None]:
-        """The task whose row each of the states [tokens, d_in] of the read layer reads; None: no task's."""
-        scope = memory_layers(self.model)[self.layer].scope
+    def source_of(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[list[str | None]]:
+        """The task whose answer is given at each token of a batch; None: no task's.
+
+        Args:
+            input_ids, attention_mask: [batch, seq].
+        """
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        places = fact_places(self.model, {key: one for key, one in batch.items() if one is not None})
+        return [self.tasks_at(row) for row in places]
+
+    def tasks_at(self, places: Tensor) -> list[str | None]:
+        """The tasks of places [tokens] among the answers that the model holds, as from `fact_places`."""
+        scope, selected = memory_layers(self._model)[self.layer].scope, self._selected()
         if scope is None:
-            return [None] * len(states)
-        selected = self._selected()
-        of_centre = owners(self.layer, [self.patch(entry) for entry in selected])
-        places = scope.nearest_open(states).tolist()
-        return [selected[of_centre[place]]["task"] if place >= 0 else None for place in places]
+            return [None] * len(places)
+        of_fact = owners(self.layer, [self.patch(entry) for entry in selected])
+        facts = scope.facts.fact_of_token[places.clamp_min(0)].tolist()
+        pairs = zip(places.tolist(), facts, strict=True)
+        return [selected[of_fact[fact]]["task"] if place >= 0 else None for place, fact in pairs]
 
     def teach(
         self,
@@ -263,12 +285,9 @@ class Stream:
         longest, context = max(len(one["input_ids"]) for one in examples), context_length(self._model)
         if longest > context:
             raise ValueError(f"task {task!r}: has a record of {longest} tokens, the model reads {context}")
-        facts = [fact_of(record) for record in records]
-        return own_patch(self._head, self._place, examples, {"task": task, "facts": facts}, progress)
-
-
-SPACE_FILE, PATCHES = "space.safetensors", "patches"
-BATCH_SIZE = 8
+        names = names_of(records, task)
+        facts = [fact_of(record, one) for record, one in zip(records, names, strict=True)]
+        return fact_patch(self._head, self._place, examples, names, {"task": task, "facts": facts}, progress)
 
 
 def begin_stream(
@@ -295,20 +314,30 @@ def begin_stream(
     if not head.agrees(examples[0]):
         raise ValueError(
             f"model: the logits of {type(model).__name__} are not those of final norm and head alone; "
-            "learn needs a model whose are"
+            "learn cannot teach such a model"
         )
     seen: Background = calibrate(prepared, batches(examples, BATCH_SIZE, pad), seed=seed)
     ((name, memory),) = memory_layers(prepared).items()
-    space, thresholds = own_space(seen[name])
+    space, late_least = late_space(seen[name])
+    key = fit_question_key(prepared, key_layers_of(prepared), *labelled_questions(tokenizer))
+    classes = token_classes(tokenizer)
+    space = replace(
+        space,
+        key_mean=key.mean,
+        key_projection=key.projection,
+        classes=classes.classes,
+        edges=classes.edges,
+        turn=turn_tokens(tokenizer),
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as part:
         made = Path(part) / "new"
         prepared.save_pretrained(made)
         tokenizer.save_pretrained(made)
         (made / PATCHES).mkdir()
-        save_spaces(made / SPACE_FILE, {name: space}, {"thresholds": list(thresholds)})
+        save_spaces(made / SPACE_FILE, {name: space}, {"key_least": key.least, "late_least": late_least})
         about = {
-            "format": 1,
+            "format": FORMAT,
             "model": getattr(model.config, "name_or_path", ""),
             "base": fingerprint_base(prepared),
             "space": space_digest(space),
@@ -319,14 +348,16 @@ def begin_stream(
         }
         Ledger.begin(made / FILE, about)
         made.rename(folder)
-    return prepared
+    return prepared.eval()
 
 
 def stream_config(model: PreTrainedModel) -> SparseMemoryConfig:
     """A memory that reads the deepest of the default layers; its own small table stays empty."""
     deepest = default_targets(model)[-1]
     sizes: dict[str, Any] = {"num_keys": 2, "num_heads": 1, "top_k": 1, "key_dim": 2}
-    return SparseMemoryConfig(target_modules=[deepest], task_type="CAUSAL_LM", **sizes)
+    return SparseMemoryConfig(
+        target_modules=[deepest], key_layers=key_layers(model), task_type="CAUSAL_LM", **sizes
+    )
 
 
 def write_to(path: Path, write: Any) -> None:

@@ -41,16 +41,27 @@ def tasks_of(records: Sequence[dict[str, Any]], every: int = 1) -> list[Task]:
     return tasks
 
 
-def fact_of(record: Mapping[str, Any]) -> dict[str, str]:
+def fact_of(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
     """What a record is about: "key", "subject" and "question", empty where it does not say.
 
     Two records of one key contradict each other: the key is the fields `subject` and `relation` where the
     record has both, else its question, letter case and white space aside.
     """
-    question, found = question_and_subject(record)
-    given = [_plain(record.get(name)) for name in ("subject", "relation")]
-    key = " | ".join(given) if all(given) else _plain(question)
-    return {"key": key, "subject": given[0] or _plain(found), "question": question}
+    question, _ = question_and_subject(record)
+    relation = _plain(record.get("relation"))
+    key = f"{_plain(names[0])} | {relation}" if names and relation else _plain(question)
+    return {"key": key, "subject": _plain(names[0]) if names else "", "question": question}
+
+
+def names_of(records: Sequence[Mapping[str, Any]], task: str) -> list[tuple[str, ...]]:
+    """The names of each record's subject: those that it gives as `subject`, else what its question names."""
+    found = []
+    for record in records:
+        given = record.get("subject")
+        given = [given] if isinstance(given, str) else list(given or ())
+        named = question_and_subject(record)[1]
+        found.append(tuple(given or ([named] if named else [])))
+    return found
 
 
 def _plain(text: Any) -> str:
