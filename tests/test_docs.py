@@ -12,7 +12,8 @@ import pytest
 import transformers
 
 import sparsemem
-from sparsemem.cli.main import RECIPES, main
+from sparsemem.choices import RECIPES
+from sparsemem.cli.main import main
 from sparsemem.compare.recipes.overrides import changed
 from test_house import FOLDERS, FREE, PACKAGE, ROOT
 from tiny import batch

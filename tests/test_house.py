@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "sparsemem"
 # DESIGN.md, section 4; the modules of the first line know only modules named before them
-ROOT = ("provenance", "precision", "processes", "atomic", "artifacts")
+ROOT = ("choices", "provenance", "precision", "processes", "atomic", "artifacts")
 FOLDERS = (
     "layer", "adapter", "background", "optim", "patches", "data", "training", "stream", "evaluation", "saved",
     "serving",

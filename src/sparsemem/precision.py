@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PRECISIONS = ("float32", "bfloat16")
+from .choices import PRECISIONS
 
 _chosen: ContextVar[str | None] = ContextVar("precision", default=None)
 

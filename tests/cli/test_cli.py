@@ -14,8 +14,8 @@ import torch
 from click.testing import CliRunner
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsemem.choices import METHODS
 from sparsemem.cli.main import main
-from sparsemem.cli.options import METHODS, MODES, MOMENTS, RULES, SCHEDULES, TASKS, TRAINABLE
 from sparsemem.compare.compare import Recipe
 from started import sparsemem_with
 from tiny import write_tiny_gguf
@@ -83,17 +83,11 @@ def interrupt(*_args, **_kwargs):
     raise KeyboardInterrupt
 
 
-def test_choices_are_those_of_the_library():
-    from sparsemem.adapter import config
-    from sparsemem.evaluation.tasks import TASKS as tasks
-    from sparsemem.optim import rows as optim
-    from sparsemem.optim.selection import RULES as rules
-    from sparsemem.training import options as train
+def test_every_method_has_a_learning_rate():
+    from sparsemem.training.options import LEARNING_RATES
 
-    # an adapter of another kind is made in Python, so it is trained there
-    assert (set(METHODS) | {"peft"}, set(TASKS), set(RULES)) == (set(train.METHODS), set(tasks), set(rules))
-    assert (MODES, TRAINABLE, MOMENTS) == (config.MODES, config.TRAINABLE, optim.MOMENTS)
-    assert set(SCHEDULES) == set(train.SCHEDULES)
+    # "dense" is a retrofit
+    assert {*METHODS, "dense"} == set(LEARNING_RATES)
 
 
 @pytest.mark.slow
@@ -446,7 +440,7 @@ BAD = {
     "text form": ("eval TINY --task wikitext --data taught", "record without text"),
     "empty items": ("eval TINY --task recall --data empty", "data is empty"),
     "seeds": ("compare demo --seeds 1,two --out OUT", "whole numbers"),
-    "recipe": ("compare cake --out OUT", "'cake' is not one of 'demo', 'medical', 'paper'"),
+    "recipe": ("compare cake --out OUT", "'cake' is not one of 'demo', 'medical', 'lifelong', 'paper'"),
     "recipe data": ("compare demo --data-dir . --out OUT", "has its own data"),
     "recipe method": ("compare demo --methods smf,dora --out OUT", "'dora' is unknown"),
     "recipe dry run as JSON": ("compare demo --dry-run --json --out OUT", "a dry run has no results"),

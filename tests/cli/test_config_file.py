@@ -89,3 +89,25 @@ def test_env_says_versions_and_no_paths(monkeypatch):
     assert "somebody" not in json.dumps(found)
     lines = CliRunner().invoke(main, ["env"]).stdout.splitlines()
     assert f"peft: {found['peft']}" in lines
+
+
+def test_the_file_of_learn_is_that_of_its_first_word(tmp_path):
+    text = CliRunner().invoke(main, ["config", "learn"]).stdout
+    assert "# stream: " in text
+    # the options that became words are not printed, but an older file may have them
+    assert "undo" not in text
+    (tmp_path / "config.yaml").write_text(f"out: {tmp_path}\nstatus: true\n")
+    result = CliRunner().invoke(main, ["learn", "--config", str(tmp_path / "config.yaml")])
+    assert "ledger.jsonl: cannot be read" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("2GiB", 2**31), ("512MB", 512_000_000), ("1048576", 2**20), ("0", 0), ("1.5k", 1500)]
+)
+def test_sizes_have_units(text, value):
+    assert parsed("train", "m", "--data", "d", "--out", "o", "--cache-bytes", text)["cache_bytes"] == value
+
+
+def test_a_size_that_is_none_is_refused():
+    result = CliRunner().invoke(main, ["train", "m", "--data", "d", "--out", "o", "--cache-bytes", "much"])
+    assert (result.exit_code, "write for example 2GiB" in result.stderr) == (2, True)

@@ -68,11 +68,42 @@ def test_merge_subset_and_dial(paths, tmp_path):
     assert not (tmp_path / "n").exists()
 
 
+def test_show_counts_fact_rows_and_names_what_reads_them(paths):
+    done = run("patch", "show", patches(paths)[0])
+    assert "fact rows, " in done.stdout
+    assert "read at the answer to: Who owns the <i>Quill</i>?" in done.stdout
+    assert "--adapter DIR" in done.stderr
+    (layer,) = json.loads(run("patch", "show", patches(paths)[0], "--json").stdout)["layers"].values()
+    assert layer["fact_rows"] > 0
+
+
+def test_patches_of_two_memories_are_named(paths, tmp_path):
+    """28.19: two trainings, each with a memory of its own."""
+    for seed in (0, 1):
+        facts = write(tmp_path / "facts.jsonl", [{"prompt": "Who owns the sun?", "completion": "A"}])
+        small = ("--num-keys", 8, "--num-heads", 2, "--top-k", 4, "--key-dim", 8, "--seed", seed)
+        general = ("--background", paths / "background.jsonl")
+        made = run("graft", paths / "base", *general, "--out", tmp_path / f"g{seed}", *small)
+        out = ("--out", tmp_path / f"t{seed}", "--max-steps", 1, "--mentions", 0)
+        done = run("train", tmp_path / f"g{seed}", "--data", facts, *out)
+        assert (made.exit_code, done.exit_code) == (0, 0), done.output
+    files = [tmp_path / f"t{seed}" / "patch.safetensors" for seed in (0, 1)]
+    for arguments, names in [
+        (("merge", *files, "--out", tmp_path / "n"), files),
+        (("show", files[1], "--adapter", tmp_path / "t0"), (tmp_path / "t0", files[1])),
+        (("apply", tmp_path / "t0", files[1]), (tmp_path / "t0", files[1])),
+    ]:
+        done = run("patch", *arguments)
+        assert done.exit_code == 2, done.output
+        assert all(str(name) in done.stderr for name in names)
+        assert "sparsemem graft" in done.stderr
+
+
 def test_show_names_the_tokens_that_read_the_rows(paths, tmp_path):
     page = tmp_path / "page.html"
     done = run("patch", "show", patches(paths)[0], "--adapter", paths / "two", "--html", page)
     assert done.exit_code == 0, done.output
-    assert "row of its own" in done.stdout
+    assert "fact row" in done.stdout
     assert "Who owns the <i>Quill</i>?" in done.stdout
     assert "<i>" not in page.read_text()
     assert "&lt;i&gt;Quill" in page.read_text()

@@ -97,13 +97,57 @@ def test_status_undo_and_verify_need_no_model(paths, whole, tmp_path):
     shown = run("--status", "--out", out)
     assert shown.exit_code == 0
     assert f"tasks: {NUM_TASKS}" in shown.stdout
+    assert "t2 (Who owns the Quill 2?): records: 1" in shown.stdout
     undone = run("--undo", "t3", "--out", out)
     assert undone.exit_code == 0, undone.output
-    assert "took back t3" in undone.stdout
+    assert "took back t3 (Who owns the Quill 3?)" in undone.stdout
     assert "t3: taken back" in run("--status", "--out", out).stdout
     assert run("--verify", "--out", out).exit_code == 0
     # a stream that is continued does not teach it again
     assert json.loads(learn(paths, out, "--resume", "--json").stdout)["taught"] == 0
+
+
+def test_the_words_do_what_the_options_do(paths, whole, tmp_path):
+    for name in ("old", "new"):
+        shutil.copytree(whole, tmp_path / name)
+    stream = ("--stream", paths / "stream.jsonl", "--resume")
+    pairs = [
+        (("--status", "--json", "--out"), ("status", "--json")),
+        (("--undo", "t3", "--out"), ("undo",)),
+        (("--verify", "--out"), ("verify",)),
+        (stream, ("teach", *stream)),
+    ]
+    for old, new in pairs:
+        first = run(*old, tmp_path / "old")
+        second = run(*new, tmp_path / "new", *(["t3"] if new == ("undo",) else []))
+        assert (first.exit_code, second.exit_code) == (0, 0), second.output
+        hide = str(tmp_path / "new"), str(tmp_path / "old")
+        assert second.stdout.replace(*hide).split(" (")[0] == first.stdout.split(" (")[0]
+    assert parts(tmp_path / "old") == parts(tmp_path / "new")
+    assert "teach" in CliRunner().invoke(main, ["learn", "--help"]).stdout
+
+
+def test_another_file_is_added_and_its_tasks_are_not_taught_twice(paths, tmp_path):
+    def plain(name, words):
+        write(paths / name, [{"prompt": f"Who owns the {w}?", "completion": f"B{w}"} for w in words])
+        return paths / name
+
+    out = tmp_path / "s"
+    assert learn(paths, out, stream=plain("first.jsonl", ["moon", "sun"]).name).exit_code == 0
+    more = plain("more.jsonl", ["sun", "star"])
+    refused = run(out, "--stream", more, "--resume")
+    assert refused.exit_code == 2
+    assert "teach the file with --add" in refused.stderr
+    added = json.loads(run(out, "--add", more, "--json").stdout)
+    assert (added["taught"], added["skipped"], added["tasks"]) == (1, 1, 3)
+    assert [one["question"] for one in status(out)["tasks"]] == [
+        f"Who owns the {word}?" for word in ("moon", "sun", "star")
+    ]
+    assert json.loads(run(out, "--add", more, "--json").stdout)["taught"] == 0
+    assert run("undo", out, "task-00001").exit_code == 0
+    # what was taken back is taught again when it is added, under a new name
+    assert json.loads(run(out, "--add", paths / "first.jsonl", "--json").stdout)["taught"] == 1
+    assert verify(out)["ok"]
 
 
 def test_undo_on_the_command_line_is_exact(paths, whole, tmp_path):
@@ -122,7 +166,10 @@ def test_a_newer_fact_is_named_when_it_is_taken_back(paths, tmp_path):
         [{"task": "old", "completion": "A", **asked}, {"task": "new", "completion": "B", **asked}],
     )
     assert learn(paths, tmp_path / "s", stream="twice.jsonl").exit_code == 0
-    assert "speaks again: Who owns the Quill?" in run("--undo", "new", "--out", tmp_path / "s").stdout
+    assert (
+        "answers again as it was taught before: Who owns the Quill?"
+        in run("--undo", "new", "--out", tmp_path / "s").stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,7 +202,7 @@ def test_what_is_taught_cannot_be_taught_otherwise_or_over(paths, whole):
     assert "task 't1' was taught from other records before" in done.stderr
     unknown = run("--undo", "sun", "--out", whole)
     assert unknown.exit_code == 2
-    assert "--undo sun: no such task" in unknown.stderr
+    assert "task 'sun' is not taught; the last ones that are: t1 (Who owns the Quill 1?)" in unknown.stderr
     assert run("--status", "--verify", "--out", whole).exit_code == 2
     assert parts(whole) == before
 
@@ -204,7 +251,7 @@ def test_the_card_says_what_was_taught_how_to_take_it_back_and_the_versions(path
     shown = json.loads(CliRunner().invoke(main, push).stdout)
     card = shown["card"]
     assert f"{NUM_TASKS} tasks with {NUM_TASKS} records" in card
-    assert "sparsemem learn undo TASK --out FOLDER" in card
+    assert "sparsemem learn undo FOLDER TASK" in card
     assert "eval ... --task mentions --record" in card
     assert "Not recorded" not in card
     assert "| python |" in card

@@ -14,6 +14,7 @@ from peft.utils import CONFIG_NAME
 
 from ..artifacts import ArtifactError
 from ..atomic import finish_save, read_json, write_json
+from ..choices import MODES, TRAINABLE, WRITES
 from .digests import verify_tensors, weights_stamp
 
 
@@ -23,10 +24,7 @@ class SparseMemoryType(str, enum.Enum):  # noqa: UP042 (PEFT parses "Type.MEMBER
     SPARSE_MEMORY = "SPARSE_MEMORY"
 
 
-WRITES = ("last", "own")
-MODES = ("additive", "replacement")
 VALUE_GATES = ("none", "silu")
-TRAINABLE = ("values", "values+scale", "memory")
 INIT_WEIGHTS = (True, False, "paper")
 _AT_LEAST = {"num_keys": 2, "num_heads": 1, "top_k": 1, "key_dim": 2}
 _ONE_OF = {

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from .options import DTYPES, NAMES, PRECISIONS, TASKS, as_json, check_inputs
+from ..choices import PRECISIONS, TASKS
+from .options import NAMES, as_json, check_inputs
 
 
 @click.command("eval", short_help="Evaluate a model or adapter on a task.", epilog=NAMES)
@@ -32,7 +33,7 @@ from .options import DTYPES, NAMES, PRECISIONS, TASKS, as_json, check_inputs
 @click.option("--chat", is_flag=True, help="Use the model's chat template for the questions.")
 @click.option(
     "--dtype",
-    type=click.Choice(DTYPES),
+    type=click.Choice(PRECISIONS),
     default="float32",
     show_default=True,
     help="Number format of the loaded weights.",
@@ -69,7 +70,7 @@ def evaluate(model: str, task: str, data: str | None, record: bool, as_json: boo
         asked = {
             key: value
             for key, value in {"data": data, **options}.items()
-            if value is not None and value is not False and value != DTYPES[0]
+            if value is not None and value is not False and value != PRECISIONS[0]
         }
         recording.record(Path(model), {**asked, **{key: found[key] for key in found if key != "model"}})
     if as_json:

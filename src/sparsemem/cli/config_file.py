@@ -34,13 +34,14 @@ def show_config(context: click.Context, command: str) -> None:
     assert context.parent is not None
     group = context.parent.command
     assert isinstance(group, click.Group)
-    # a group such as `patch` and this command itself take no file
-    names = [name for name, one in group.commands.items() if any(p.name == "config" for p in one.params)]
-    if command not in names:
+    # `learn` means `learn teach`; other groups and this command itself take no file
+    commands = {name: getattr(one, "teach", one) for name, one in group.commands.items()}
+    commands = {n: one for n, one in commands.items() if any(p.name == "config" for p in one.params)}
+    if command not in commands:
         raise click.UsageError(
-            f"there is no configuration file for {command!r}; choose from {', '.join(names)}"
+            f"there is no configuration file for {command!r}; choose from {', '.join(commands)}"
         )
-    click.echo(template(command, group.commands[command]), nl=False)
+    click.echo(template(command, commands[command]), nl=False)
 
 
 def template(name: str, command: click.Command) -> str:
@@ -49,6 +50,8 @@ def template(name: str, command: click.Command) -> str:
 
     lines = [f"# sparsemem {name} --config THIS-FILE.yaml", ""]
     for key, parameter in _parameters(command).items():
+        if isinstance(parameter, click.Option) and parameter.hidden:
+            continue
         about = parameter.help if isinstance(parameter, click.Option) else "The command's argument."
         notes = [" ".join((about or "").split())]
         if isinstance(parameter.type, click.Choice):

@@ -6,17 +6,8 @@ from typing import Any
 
 import click
 
-from .options import (
-    MODEL_NAMES,
-    MODES,
-    WRITES,
-    as_json,
-    check_inputs,
-    comma_numbers,
-    out_folder,
-    say_stopped,
-    seed_option,
-)
+from ..choices import MODES, RETROFITS, WRITES
+from .options import MODEL_NAMES, as_json, check_inputs, comma_numbers, out_folder, say_stopped, seed_option
 
 
 @click.command(short_help="Add an empty sparse memory to a model.", epilog=MODEL_NAMES)
@@ -30,7 +21,7 @@ from .options import (
 @out_folder
 @click.option(
     "--retrofit",
-    type=click.Choice(["calibrate", "dense"]),
+    type=click.Choice(RETROFITS),
     default="calibrate",
     show_default=True,
     help="calibrate: set the memory's addressing from data, without training. "

@@ -1,24 +1,30 @@
-"""Options, choices and messages that several commands use."""
+"""Options and messages that several commands use."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-METHODS = ("smf", "smf-open", "lora", "full")
-TASKS = ("recall", "multiple-choice", "perplexity", "medmcqa", "wikitext", "triviaqa", "mentions")
-DTYPES = PRECISIONS = ("float32", "bfloat16")
-WRITES = ("last", "own")
-MODES = ("additive", "replacement")
-TRAINABLE = ("values", "values+scale", "memory")
-RULES = ("kl", "tfidf", "tf", "grad", "random")
-MOMENTS = ("row", "element", "table")
-SCHEDULES = ("constant", "linear", "cosine")
 # at the end of the help of each command that loads a model
 MODEL_NAMES = "MODEL is a name on the Hugging Face Hub, a local folder, a .gguf file, smollm2 or gemma3-270m."
-NAMES = f"{MODEL_NAMES} ADAPTER is a folder that graft or train made."
+NAMES = f"{MODEL_NAMES} ADAPTER is a folder that graft, train or learn made."
+
+
+class Bytes(click.ParamType):
+    """A number of bytes, written with a unit or without: 2GiB, 512MB, 1048576."""
+
+    name = "size"
+    _units = ("", "k", "m", "g", "t")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", str(value).strip().lower())
+        if found is None:
+            self.fail(f"{value!r} is not a size; write for example 2GiB, 512MB or 0", param, ctx)
+        number, unit, binary = found.groups()
+        return int(float(number) * (1024 if binary else 1000) ** self._units.index(unit))
 
 
 def comma_names(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
@@ -67,6 +73,11 @@ def say(message: str) -> None:
     click.echo(message, err=True)
 
 
+def show(result: Any, as_json: bool, text: str) -> None:
+    """Print a result: one JSON object, or the text for readers."""
+    click.echo(json.dumps(result) if as_json else text)
+
+
 def say_stopped(stop: KeyboardInterrupt | SystemExit, out: Path) -> SystemExit:
     """Say how to continue a run that Ctrl-C or SIGTERM has stopped; the exit that follows."""
     if any(out.parent.glob(f"{out.name}.partial/checkpoint-*")):
@@ -86,20 +97,3 @@ out_folder = click.option(
 seed_option = click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of the random numbers."
 )
-
-
-def show_described(described: dict[str, Any], as_json: bool) -> None:
-    """Print what `describe_patch` found."""
-    if as_json:
-        click.echo(json.dumps(described))
-        return
-    for name, layer in described["layers"].items():
-        change = f"{layer['rows']} rows, largest change {layer['largest_change']:.3g}"
-        click.echo(f"{name}: {change}, {layer['centres']} scope centres")
-    for name, change in described["tensors"].items():
-        click.echo(f"{name}: replaced as a whole, largest change {change:.3g}")
-    for key, value in described["info"].items():
-        click.echo(f"{key}: {value}")
-    for key in ("base", "out"):
-        if key in described:
-            click.echo(f"{key}: {described[key]}")

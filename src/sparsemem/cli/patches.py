@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from .options import as_json, show_described
+from ..choices import CONFLICTS
+from .options import as_json, say, show
 
 patch_file = click.argument("patch_file", metavar="PATCH", type=click.Path(path_type=Path))
 new_file = click.option("--out", type=click.Path(path_type=Path), required=True, help="New patch file.")
@@ -17,7 +18,7 @@ new_file = click.option("--out", type=click.Path(path_type=Path), required=True,
 @new_file
 @click.option(
     "--on-conflict",
-    type=click.Choice(["refuse", "sum", "last"]),
+    type=click.Choice(CONFLICTS),
     default="refuse",
     show_default=True,
     help="What to do about rows and facts that the patches disagree about.",
@@ -27,13 +28,15 @@ def merge_patches(files: tuple[Path, ...], out: Path, on_conflict: str, as_json:
     """Merge PATCHes, in this order, into one patch, and report what they disagree about."""
     from ..patches.algebra import merge
     from ..patches.patch import RowPatch
+    from ..saved.patching import refuse_other_memories
 
     _refuse(out)
-    merged, report = merge([RowPatch.load(file) for file in files], on_conflict)
+    patches = [RowPatch.load(file) for file in files]
+    refuse_other_memories(dict(zip(files, patches, strict=True)))
+    merged, report = merge(patches, on_conflict)
     merged.save(out)
     result = {"out": str(out), "rows": report.rows, "tensors": report.tensors, "facts": report.facts}
-    text = f"{out}: {len(files)} patches merged; they disagree about {report}"
-    click.echo(json.dumps(result) if as_json else text)
+    show(result, as_json, f"{out}: {len(files)} patches merged; they disagree about {report}")
 
 
 @click.command("dial", short_help="Turn a patch down.")
@@ -48,9 +51,7 @@ def dial_patch(patch_file: Path, amount: float, out: Path, as_json: bool) -> Non
 
     _refuse(out)
     dial(RowPatch.load(patch_file), amount).save(out)
-    click.echo(
-        json.dumps({"out": str(out), "amount": amount}) if as_json else f"{out}: {amount:g} of {patch_file}"
-    )
+    show({"out": str(out), "amount": amount}, as_json, f"{out}: {amount:g} of {patch_file}")
 
 
 @click.command("subset", short_help="Take some tasks out of a merged patch.")
@@ -65,7 +66,7 @@ def subset_patch(patch_file: Path, tasks: tuple[str, ...], out: Path, as_json: b
 
     _refuse(out)
     subset(RowPatch.load(patch_file), tasks).save(out)
-    click.echo(json.dumps({"out": str(out), "tasks": tasks}) if as_json else f"{out}: {', '.join(tasks)}")
+    show({"out": str(out), "tasks": tasks}, as_json, f"{out}: {', '.join(tasks)}")
 
 
 @click.command("show", short_help="Show what a patch changes.")
@@ -95,12 +96,14 @@ def show_patch(
     described = describe_patch(patch)
     if adapter is None:
         show_described(described, as_json)
+        if described["asked"] and not as_json:
+            say("--adapter DIR, the folder of learn, shows the tokens that read each fact row")
         return
     from ..saved.showing import page_of, readers_of, text_of
 
     if html is not None:
         _refuse(html)
-    readers = readers_of(adapter, patch, text)
+    readers = readers_of(adapter, patch, patch_file, text)
     if html is not None:
         html.write_text(page_of(patch_file.name, described, readers), encoding="utf-8")
     if as_json:
@@ -111,6 +114,22 @@ def show_patch(
         return
     show_described(described, as_json)
     click.echo(text_of(readers))
+
+
+def show_described(described: dict[str, Any], as_json: bool) -> None:
+    """Print what `describe_patch` found."""
+    lines = []
+    for name, layer in described["layers"].items():
+        rows = f"{layer['rows']} rows, largest change {layer['largest_change']:.3g}"
+        if layer["fact_rows"]:
+            rows = f"{layer['fact_rows']} fact rows" + (f", {rows}" if layer["rows"] else "")
+        lines.append(f"{name}: {rows}, {layer['centres']} scope centres")
+    for name, change in described["tensors"].items():
+        lines.append(f"{name}: replaced as a whole, largest change {change:.3g}")
+    lines += [f"read at the answer to: {question}" for question in described["asked"] if question]
+    lines += [f"{key}: {value}" for key, value in described["info"].items() if key != "facts"]
+    lines += [f"{key}: {described[key]}" for key in ("base", "out") if key in described]
+    show(described, as_json, "\n".join(lines))
 
 
 def _refuse(path: Path) -> None:

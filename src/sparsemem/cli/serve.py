@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from .options import DTYPES, NAMES, check_inputs, say
+from ..choices import PRECISIONS
+from .options import NAMES, check_inputs, say
 
 # Modules that are not installed with the package, and the command that installs each.
 SERVER = dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "pip install 'sparsemem[serve]'")
@@ -63,7 +64,7 @@ MODELS = {
 )
 @click.option(
     "--dtype",
-    type=click.Choice(DTYPES),
+    type=click.Choice(PRECISIONS),
     default="float32",
     show_default=True,
     help="Number format of the weights.",

@@ -6,14 +6,10 @@ from typing import Any
 
 import click
 
+from ..choices import LOSS_ON, METHODS, MOMENTS, PRECISIONS, RULES, SCHEDULES, TRAINABLE
 from .options import (
-    METHODS,
-    MOMENTS,
     NAMES,
-    PRECISIONS,
-    RULES,
-    SCHEDULES,
-    TRAINABLE,
+    Bytes,
     as_json,
     check_inputs,
     comma_names,
@@ -41,7 +37,8 @@ from .options import (
 )
 @click.option(
     "--method",
-    type=click.Choice(METHODS),
+    # "peft" is for an adapter that was made in Python
+    type=click.Choice([name for name in METHODS if name != "peft"]),
     default="smf",
     show_default=True,
     help="smf: sparse memory that acts only within the scope of the data. smf-open: sparse memory without a "
@@ -66,10 +63,10 @@ from .options import (
 )
 @click.option(
     "--cache-bytes",
-    type=click.IntRange(0),
-    default=2**31,
+    type=Bytes(),
+    default="2GiB",
     show_default=True,
-    help="Bytes of memory for the base model's cached states; more is kept in a file. 0: no cache.",
+    help="Memory for the base model's cached states, such as 512MB; more is kept in a file. 0: no cache.",
 )
 @click.option(
     "--epochs",
@@ -93,7 +90,7 @@ from .options import (
 )
 @click.option(
     "--loss-on",
-    type=click.Choice(["completion", "all"]),
+    type=click.Choice(LOSS_ON),
     default="completion",
     show_default=True,
     help="Compute the loss on the answers only (completion) or on all tokens.",
@@ -127,7 +124,7 @@ from .options import (
 )
 @click.option(
     "--schedule",
-    type=click.Choice(SCHEDULES),
+    type=click.Choice(list(SCHEDULES)),
     help="Learning rate schedule. Default: linear to 0 for sparse memory, constant for other methods.",
 )
 @click.option(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..choices import LOSS_ON
 from .conversations import QUESTION, conversation_text, exchanges, prompt_text, refusals, say_plain
 
 # these can also be imported from here
@@ -23,7 +24,6 @@ from .shapes import form_of
 logger = logging.getLogger(__name__)
 
 __all__ = ["QUESTION"]
-LOSS_ON = ("completion", "all")
 # Consecutive pieces of an example's text, and whether each is learnt.
 Pieces = list[tuple[str, bool]]
 

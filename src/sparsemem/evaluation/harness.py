@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from ..choices import TASKS
 from ..data.models import cache_without_hub
 from ..precision import precision_of
-from .items import TASKS
 from .probes import Evaluation
 
 BATCH_SIZE = 8

@@ -12,19 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..choices import TASKS
 from ..data.reading import from_hub, read_records, read_rows
 from ..data.subjects import subjects_of
 
-KINDS = {
-    "recall": "recall",
-    "triviaqa": "recall",
-    "multiple-choice": "multiple-choice",
-    "medmcqa": "multiple-choice",
-    "perplexity": "perplexity",
-    "wikitext": "perplexity",
-    "mentions": "mentions",
-}
-TASKS = tuple(KINDS)
 HUB = {
     "medmcqa": ("openlifescienceai/medmcqa", None, "validation"),
     "triviaqa": ("mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
@@ -64,15 +55,15 @@ def read_items(
         ValueError: an unknown task, a bad option, data that is missing, empty or of the wrong form, or the
             Hub cannot be reached.
     """
-    if task not in KINDS:
-        raise ValueError(f"task {task!r} is unknown; use one of {', '.join(KINDS)}")
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is unknown; use one of {', '.join(TASKS)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} is too small; give at least 1, or leave it out")
     if num_fewshot < 0 or (num_fewshot and task != "triviaqa"):
         raise ValueError(f"num_fewshot={num_fewshot}: task {task} takes 0, triviaqa 0 or more; leave it out")
-    if KINDS[task] == "perplexity":
+    if TASKS[task] == "perplexity":
         return _text(task, data, limit)
-    if KINDS[task] == "mentions":
+    if TASKS[task] == "mentions":
         return [{"subject": subject} for subject in _subjects(task, data)[:limit]]
     places, records = _from_hub(task, split) if data is None else read_rows(Path(data).expanduser())
     pairs = [pair for pair in zip(places, records, strict=True) if keep is None or keep(pair[1])]
@@ -107,7 +98,7 @@ def _subjects(task: str, data: str | Path | None) -> list[str]:
     found = subjects_of(_from_hub(task)[1] if data is None else read_records(data, mixed=True))
     if not found:
         raise ValueError(
-            f"data ({data}): no record has a subject that could be found; give {FORMS[KINDS[task]]}"
+            f"data ({data}): no record has a subject that could be found; give {FORMS[TASKS[task]]}"
         )
     return found
 
@@ -191,12 +182,12 @@ def _choices(record: Any, place: str) -> dict[str, Any]:
 
 def _from_hub(task: str, split: str | None = None) -> tuple[list[str], list[Any]]:
     if task not in HUB:
-        raise ValueError(f"task {task} needs data; give a file with --data FILE: {FORMS[KINDS[task]]}")
+        raise ValueError(f"task {task} needs data; give a file with --data FILE: {FORMS[TASKS[task]]}")
     name, config, own_split = HUB[task]
     split = split or own_split
     instead = (
         f"put that split into a file and give it with --data FILE, or its folder with --data-dir when "
-        f"methods are compared: {FORMS[KINDS[task]]}"
+        f"methods are compared: {FORMS[TASKS[task]]}"
     )
     records = list(from_hub(name, config, split=split, instead=instead))
     return [f"{name} {split}, item {number}" for number in range(1, len(records) + 1)], records

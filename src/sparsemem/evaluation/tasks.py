@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from ..choices import TASKS
 from ..data.generation import complete
 from ..data.known import PROBE_FORMS
 from ..data.models import load
 from ..data.records import choice_tokens, opening_ids, prompt_ids
 from ..precision import precision_of
-from .items import KINDS, TASKS, read_items
+from .items import read_items
 from .likelihood import split_tokens
 from .mentions import mentions
 from .probes import Evaluation, contains, multiple_choice, perplexity, recall
@@ -74,7 +75,7 @@ def evaluate(
         return Evaluation({"contains_acc": sum(correct) / len(correct)}, len(items), correct)
     if task == "mentions":
         return _mentions(model, tokenizer, items, precision)
-    if KINDS[task] == "recall":
+    if TASKS[task] == "recall":
         answers = recall(model, tokenizer, items, precision=precision)
         return Evaluation({"contains_acc": answers.share}, len(items), answers.correct)
     tokens = medmcqa_tokens if task == "medmcqa" else choice_tokens

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..background.background import Background
+from ..choices import MOMENTS
 from .row_optimizer import REST_LR, RowOptimizer, check_fraction, check_not_negative, check_positive
 from .selection import Rule
-
-MOMENTS = ("row", "element", "table")
 
 
 class RowSGD(RowOptimizer):

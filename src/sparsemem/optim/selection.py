@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from ..background.background import LayerBackground
+from ..choices import RULES
 from ..layer.values import ReadLog
 from ..processes import num_processes, of_first, summed
 
-RULES = ("kl", "tfidf", "tf", "grad", "random")
 NEEDS_BACKGROUND = ("kl", "tfidf")
 Rule = str | Callable[[Tensor, LayerBackground | None], Tensor]
 

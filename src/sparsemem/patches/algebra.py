@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from ..artifacts import ArtifactError
+from ..choices import CONFLICTS
 from ..layer.scope import Scope
 from .facts import facts_of, replaced_facts
 from .layers import LayerPatch
 from .patch import RowPatch
 from .tensors import TensorPatch, same_bytes
-
-CONFLICTS = ("refuse", "sum", "last")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from yaml import YAMLError
 from ..atomic import read_json, write_atomically, write_json
 from ..data.names import PACKAGED, hub_base, public_data, public_model
 from ..provenance import differences, environment
+from ..stream.folder import first_question
 from .contents import (
     CARD_FILE,
     EVALUATIONS_FILE,
@@ -77,7 +78,7 @@ def model_card(folder: Path, *, name: str | None = None, name_tasks: bool = Fals
     made = read_contents(folder)
     name = name or folder.resolve().name
     settings, method = made.metrics.get("settings", {}), made.method
-    named = [(entry["task"], made.first_question(entry)) for entry in made.tasks] if name_tasks else []
+    named = [(entry["task"], first_question(folder, entry)) for entry in made.tasks] if name_tasks else []
     chat = (folder / "chat_template.jinja").is_file()
     first = next((question for _, question in named if question), None)
     number = made.metrics.get("num_records")

@@ -16,7 +16,7 @@ from ..atomic import read_json
 from ..patches.facts import facts_of
 from ..patches.patch import RowPatch
 from ..stream.ledger import FILE as LEDGER_FILE
-from ..stream.ledger import Ledger, checked_patch
+from ..stream.ledger import Ledger
 
 BACKGROUND_FILE = "background.safetensors"
 PATCH_FILE = "patch.safetensors"
@@ -30,7 +30,6 @@ class Contents(NamedTuple):
     """The contents of one folder. A missing file gives an empty value, or None for the patch.
 
     Attributes:
-        folder: where they are.
         adapter: adapter_config.json.
         metrics: metrics.json.
         results: entries of evaluations.json that were measured on the present weights.
@@ -41,7 +40,6 @@ class Contents(NamedTuple):
         ledger: of a folder of `learn`, what was taught and taken back.
     """
 
-    folder: Path
     adapter: dict[str, Any]
     metrics: dict[str, Any]
     results: list[dict[str, Any]]
@@ -60,10 +58,6 @@ class Contents(NamedTuple):
     def tasks(self) -> list[dict[str, Any]]:
         """Of a folder of `learn`: the ledger's lines of the tasks that it holds."""
         return [] if self.ledger is None else self.ledger.active()
-
-    def first_question(self, task: dict[str, Any]) -> str:
-        """The first question of a task's line of the ledger; empty if its records have no questions."""
-        return next((fact.question for fact in facts_of(checked_patch(self.folder, task))), "")
 
     @property
     def base(self) -> str:
@@ -89,7 +83,6 @@ def read_contents(folder: Path) -> Contents:
     patch = RowPatch.load(folder / PATCH_FILE) if (folder / PATCH_FILE).is_file() else None
     ledger = folder / LEDGER_FILE
     return Contents(
-        folder=folder,
         adapter=adapter,
         metrics=_json(folder / METRICS_FILE, {}),
         results=results,
@@ -135,8 +128,8 @@ def describe_patch(patch: RowPatch) -> dict[str, Any]:
     """What a row patch changes, as plain JSON values.
 
     For each layer: the number of rows, the largest change of a single value, and the numbers of scope centres
-    and of facts.
-    For each tensor that the patch replaces as a whole: the largest change of a single value.
+    and of fact rows, which `learn` writes. For each tensor that the patch replaces as a whole: the largest
+    change of a single value. "asked": the questions of the facts.
     """
     layers = {}
     for name, layer in patch.layers.items():
@@ -145,13 +138,14 @@ def describe_patch(patch: RowPatch) -> dict[str, Any]:
             "rows": len(layer.slots),
             "largest_change": float(change.max()) if change.numel() else 0.0,
             "centres": 0 if layer.scope is None else len(layer.scope.centres),
-            "facts": 0 if layer.scope is None else len(layer.scope.facts),
+            "fact_rows": 0 if layer.scope is None else len(layer.scope.facts.rows),
         }
     tensors = {
         name: float((whole.after.float() - whole.before.float()).abs().max())
         for name, whole in patch.tensors.items()
     }
-    return {"base": patch.base, "info": patch.info, "layers": layers, "tensors": tensors}
+    described = {"base": patch.base, "info": patch.info, "layers": layers, "tensors": tensors}
+    return {**described, "asked": [fact.question for fact in facts_of(patch)]}
 
 
 def _is_memory(adapter: dict[str, Any]) -> bool:

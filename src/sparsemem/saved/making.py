@@ -9,6 +9,7 @@ from typing import Any
 
 from ..atomic import new_folder, read_json, refuse_existing, write_json
 from ..background.background import Background
+from ..choices import MEMORY_METHODS
 from ..data.general import SHIPPED, general_background, say_shipped
 from ..data.names import public_data
 from ..data.reading import digest_of, read_records
@@ -18,8 +19,6 @@ from .card import write_card
 from .contents import ADAPTER_FILE, BACKGROUND_FILE, METRICS_FILE, PATCH_FILE
 
 BATCH_SIZE = 8
-# Methods with a memory that is calibrated on general text.
-CALIBRATED = ("smf", "smf-open")
 
 
 def graft(
@@ -158,7 +157,7 @@ def train(
     kept: Any = general
     if general is not None and background is None:
         say_shipped()
-    elif is_adapter and method in CALIBRATED:
+    elif is_adapter and method in MEMORY_METHODS:
         kept = Background.load(Path(name).expanduser() / BACKGROUND_FILE)
     with checkpoints_of(out, settings, resume) as checkpoints:
         done = finetune(
@@ -203,9 +202,9 @@ def _general(method: str, source: str | None, is_adapter: bool) -> list[dict[str
     """Records on which a new memory is calibrated; None if no memory is created."""
     from ..training.retrofit import general_records
 
-    if method not in CALIBRATED or is_adapter:
+    if method not in MEMORY_METHODS or is_adapter:
         if source is not None:
-            without = method not in CALIBRATED
+            without = method not in MEMORY_METHODS
             why = f"method {method} has no memory" if without else "an adapter has its own background"
             raise ValueError(f"--background {source}: {why}; leave it out")
         return None

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..adapter.memories import gated_layers, key_layers_of, memory_layers
 from ..background.states import layer_inputs
+from ..data.models import load
 from ..data.records import question_ids
 from ..layer.facts import Context, given_at
 from ..layer.memory import ProductKeyMemory
@@ -19,7 +20,8 @@ from ..layer.space import Space
 from ..patches.facts import facts_of
 from ..patches.patch import RowPatch
 from ..patches.space import filled_in
-from .patching import spaces_of
+from .contents import ADAPTER_FILE
+from .patching import refuse_other_memory, spaces_of
 
 CONTEXT = 8
 
@@ -60,7 +62,7 @@ def row_readers(
         model: with the memory that the patch was made for; the patch need not be applied.
         texts: read beside the questions of the patch's own facts.
         spaces: as for `RowPatch.apply`.
-        num_rows: in each layer, of its own rows and of the table's.
+        num_rows: in each layer, of its fact rows and of the table's.
 
     Raises:
         ArtifactError: the patch is of another memory or space.
@@ -178,7 +180,7 @@ mark { background: #ffe08a; }
 {% endfor %}
 </p>
 {% for row in rows %}
-<h2>{{ row.layer }}, {{ "row of its own" if row.own else "row" }} {{ row.row }}
+<h2>{{ row.layer }}, {{ "fact row" if row.own else "row" }} {{ row.row }}
 <span class="change">change {{ "%.3g" | format(row.change) }}</span></h2>
 {% if row.fact %}<p>{{ row.fact }}</p>{% endif %}
 <table>
@@ -194,15 +196,12 @@ mark { background: #ffe08a; }
 """
 
 
-def readers_of(adapter: Path, patch: RowPatch, text: Path | None) -> list[RowReaders]:
-    """The readers of a patch's rows, with the model of an adapter folder.
+def readers_of(adapter: Path, patch: RowPatch, file: Path, text: Path | None) -> list[RowReaders]:
+    """The readers of the rows of a patch, which `file` holds, with the model of an adapter folder.
 
     Raises:
         ValueError: no adapter, a text that cannot be read, or a patch of another memory.
     """
-    from ..data.models import load
-    from .contents import ADAPTER_FILE
-
     if not (adapter / ADAPTER_FILE).is_file():
         raise ValueError(
             f"--adapter {adapter} has no {ADAPTER_FILE}; give a folder that graft, train or learn made"
@@ -214,6 +213,7 @@ def readers_of(adapter: Path, patch: RowPatch, text: Path | None) -> list[RowRea
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--text {text} cannot be read as UTF-8 text ({error})") from error
     model, tokenizer = load(str(adapter))
+    refuse_other_memory(model, adapter, patch, file)
     return row_readers(model, tokenizer, patch, texts, spaces=spaces_of(adapter))  # type: ignore[arg-type]
 
 
@@ -221,7 +221,7 @@ def text_of(readers: Sequence[RowReaders]) -> str:
     """The readers as plain text, one line each."""
     lines = []
     for row in readers:
-        kind = "row of its own" if row.own else "row"
+        kind = "fact row" if row.own else "row"
         lines.append(
             f"{row.layer}, {kind} {row.row}, change {row.change:.3g}" + (f": {row.fact}" if row.fact else "")
         )

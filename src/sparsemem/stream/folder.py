@@ -1,8 +1,9 @@
-"""What `sparsemem learn` does with a folder: teach tasks, take one back, say what is there, check it.
+"""What `sparsemem learn` does with a folder: teach tasks, take one back, list what is there, check it.
 
 Reading and checking need no base model.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from ..data.gguf import packaged_name
 from ..data.names import public_model
 from ..data.reading import digest_of, read_records
 from ..layer.scope import SCOPE_TENSORS, empty_tensor
-from ..patches.facts import composed, replaced_facts
+from ..patches.facts import composed, facts_of, replaced_facts
 from ..patches.space import load_spaces, memory_digest, space_digest
 from .ledger import FILE, LEARN, Ledger, checked_patch
 from .tasks import Task, tasks_of
@@ -35,6 +36,7 @@ def learn(
     background: str | None = None,
     seed: int = 0,
     resume: bool = False,
+    add: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Teach the tasks of a stream one after another, each on the disk before the next begins.
@@ -44,28 +46,39 @@ def learn(
         source: whatever `read_records` takes; records with a `task` field, else `every` records are a task.
         background: general text for a new folder; None: the text that ships with the package.
         resume: continue the folder that is there; tasks that were taught before are not taught again.
+        add: the source is another one than before. Tasks without a name are numbered after those of the
+            folder, and tasks whose very records the folder holds are not taught again.
 
     Returns:
         What was taught and skipped, and what it took.
 
     Raises:
-        ValueError: bad data, a folder that is there and not to be continued, a task of other data under a
-            name that is taken, or a full disk.
+        ValueError: bad data, a folder that exists without `resume` or `add`, a name that was given to other
+            records before, or a full disk.
     """
     from ..training.retrofit import general_records
     from .stream import Stream
 
-    tasks = tasks_of(read_records(source, mixed=True), every)
     is_there = is_stream(out)
-    if is_there and not resume:
-        raise ValueError(f"--out {out} holds a stream; add --resume to continue it, or name another folder")
+    ledger = Ledger(out / FILE) if is_there else None
+    tasks = tasks_of(read_records(source, mixed=True), every, first=_next_number(ledger) if add else 1)
+    if is_there and not (resume or add):
+        raise ValueError(
+            f"--out {out} holds what was taught before; add --resume to continue an interrupted run, use "
+            "--add FILE to teach another file, or name another folder"
+        )
     if not is_there:
         refuse_existing(out)
         if model is None:
-            raise ValueError(f"--out {out} holds no stream yet; give the MODEL that is to be taught")
+            raise ValueError(f"--out {out} holds nothing yet; give the MODEL that is to be taught")
     elif background is not None:
         raise ValueError(f"--background {background}: {out} keeps its own; leave it out")
-    before = _refuse_other_data(Ledger(out / FILE), tasks) if is_there else set()
+    before: set[str] = set()
+    if ledger is not None:
+        if add:
+            held = {entry["data"] for entry in ledger.active()}
+            before = {task.name for task in tasks if digest_of(task.records) in held}
+        before |= _refuse_other_data(ledger, [t for t in tasks if t.name not in before])
     general = None if background is None else general_records(background)
     with _one_sentence(out):
         stream = Stream(model or model_of(out), out, background=general, seed=seed)
@@ -84,14 +97,19 @@ def learn(
 
 
 def undo(out: Path, task: str, model: str | None = None) -> dict[str, Any]:
-    """Take a task back; says which older facts speak again that its own had taken the place of.
+    """Take a task back.
+
+    Returns:
+        What is left, and under "again" the questions of older facts that it had replaced, which are answered
+        as they were taught before.
 
     Raises:
-        ValueError: no such task, or a folder that is none or was altered.
+        ValueError: there is no such task.
+        ArtifactError: `learn` did not make the folder, or a file in it was altered.
     """
     from .stream import Stream
 
-    _refuse_unknown(Ledger(out / FILE), task)
+    entry = _held(out, Ledger(out / FILE), task)
     with _one_sentence(out):
         stream = Stream(model or model_of(out), out)
         silent = _silent(out, stream.ledger)
@@ -101,6 +119,7 @@ def undo(out: Path, task: str, model: str | None = None) -> dict[str, Any]:
     return {
         "out": str(out),
         "task": task,
+        "question": first_question(out, entry),
         "tasks": len(stream.tasks),
         "again": [question for name, question in again if name != task],
     }
@@ -110,7 +129,7 @@ def status(out: Path) -> dict[str, Any]:
     """What the folder's ledger says: its model, the tasks it holds and those taken back.
 
     Raises:
-        ArtifactError: no ledger, or one that was altered.
+        ArtifactError: no ledger, or a file that was altered or is missing.
     """
     ledger = Ledger(out / FILE)
     keys = ("task", "records", "bytes", "seconds")
@@ -120,7 +139,9 @@ def status(out: Path) -> dict[str, Any]:
     return {
         "out": str(out),
         "model": public_model(ledger.about["model"]),
-        "tasks": [{key: entry[key] for key in keys} for entry in active],
+        "tasks": [
+            {**{key: entry[key] for key in keys}, "question": first_question(out, entry)} for entry in active
+        ],
         "undone": list(dict.fromkeys(undone)),
         "bytes": sum(entry["bytes"] for entry in active),
         "interrupted": ledger.torn,
@@ -181,16 +202,38 @@ def _refuse_other_data(ledger: Ledger, tasks: list[Task]) -> set[str]:
     for task in tasks:
         if before.get(task.name, digest := digest_of(task.records)) != digest:
             raise ValueError(
-                f"task {task.name!r} was taught from other records before; give the new ones another name"
+                f"task {task.name!r} was taught from other records before; give the new ones another name in "
+                "their field `task`, or, if they have no such field, teach the file with --add"
             )
     return {task.name for task in tasks if task.name in before}
 
 
-def _refuse_unknown(ledger: Ledger, task: str) -> None:
-    held = [entry["task"] for entry in ledger.active()]
-    if task not in held:
-        last = ", ".join(held[-5:]) or "none"
-        raise ValueError(f"--undo {task}: no such task is held; the last ones that are: {last}")
+def _next_number(ledger: Ledger | None) -> int:
+    """The number after that of the last task without a name, whether it was taken back or not."""
+    names = [str(entry.get("task", "")) for entry in ledger.entries] if ledger is not None else []
+    numbers = [int(name.removeprefix("task-")) for name in names if re.fullmatch(r"task-\d{5,}", name)]
+    return 1 + max(numbers, default=0)
+
+
+def _held(out: Path, ledger: Ledger, task: str) -> dict[str, Any]:
+    active = ledger.active()
+    for entry in active:
+        if entry["task"] == task:
+            return entry
+    last = [f"{entry['task']} ({first_question(out, entry)})" for entry in active[-5:]]
+    raise ValueError(
+        f"task {task!r} is not taught; the last ones that are: {', '.join(last) or 'none'}; "
+        "`sparsemem learn status` lists all"
+    )
+
+
+def first_question(out: Path, entry: dict[str, Any]) -> str:
+    """The first question of a task's line of the ledger; empty if its records have no questions.
+
+    Raises:
+        ArtifactError: the task's patch is missing or was altered.
+    """
+    return next((fact.question for fact in facts_of(checked_patch(out, entry))), "")
 
 
 def is_stream(folder: Path) -> bool:
@@ -210,7 +253,7 @@ def model_of(out: Path) -> str:
 
 @contextmanager
 def _one_sentence(out: Path) -> Iterator[None]:
-    """Within, a disk that is full ends in one sentence, as bad input does."""
+    """Turn a full disk, within, into one sentence, as for bad input."""
     try:
         yield
     except OSError as error:

@@ -13,8 +13,11 @@ class Task(NamedTuple):
     records: list[dict[str, Any]]
 
 
-def tasks_of(records: Sequence[dict[str, Any]], every: int = 1) -> list[Task]:
+def tasks_of(records: Sequence[dict[str, Any]], every: int = 1, first: int = 1) -> list[Task]:
     """The tasks of a stream, in order: records with one `task` name, or `every` records.
+
+    Args:
+        first: number in the name of the first task that has no name.
 
     Raises:
         ValueError: some records have a name and some have none, or one name comes back after another.
@@ -22,7 +25,7 @@ def tasks_of(records: Sequence[dict[str, Any]], every: int = 1) -> list[Task]:
     named = [record.get("task") for record in records]
     if not any(name is not None for name in named):
         parts = [list(records[at : at + every]) for at in range(0, len(records), every)]
-        return [Task(f"task-{number:05d}", part) for number, part in enumerate(parts, start=1)]
+        return [Task(f"task-{number:05d}", part) for number, part in enumerate(parts, start=first)]
     tasks: list[Task] = []
     for number, (name, record) in enumerate(zip(named, records, strict=True), start=1):
         if not isinstance(name, str) or not name.strip():

@@ -10,16 +10,13 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..adapter.config import TRAINABLE
+from ..choices import LOSS_ON, MEMORY_METHODS, SCHEDULES, TRAINABLE
 from ..data.known import KEEP_FORMS
-from ..data.records import LOSS_ON
 from ..optim.rows import REST_LR
 from ..optim.selection import Rule, check_selection
 
 # The methods of `finetune` with their learning rates; None: the caller gives one.
 LEARNING_RATES = {"smf": 0.4, "smf-open": 0.4, "lora": 2e-4, "peft": None, "full": 5e-5, "dense": 5e-4}
-METHODS = ("smf", "smf-open", "lora", "peft", "full")
-MEMORY_METHODS = ("smf", "smf-open")
 # Rows that a step may change in each table.
 TOP_T = 1024
 WARMUP_STEPS = 5
@@ -31,7 +28,6 @@ MENTION_FORMS = 4
 CACHE_BYTES = 2**31
 MAX_GRAD_NORM = 1.0
 TRACKERS = ("tensorboard", "wandb", "trackio")
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 _AT_LEAST = {"epochs": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1, "max_length": 1}
 _AT_LEAST |= {"warmup_steps": 0, "cache_bytes": 0}

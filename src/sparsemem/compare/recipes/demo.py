@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ...choices import MEMORY_METHODS
 from ...data.known import PROBE_FORMS, mention_texts, prose_texts
 from ..compare import BASE, Recipe
 from .questions import general_items, handbook, recall_items, training_records
 from .rivals import GATED, RIVALS, gated_settings, rival_settings, rival_start, teach_gated_lora
 from .runs import (
-    MEMORY_METHODS,
     UNTRAINED,
     background,
     costs,

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ...atomic import write_atomically
+from ...choices import MEMORY_METHODS
 from ..compare import BASE, PARTIAL, Recipe
 from .arms import ARMS, Arm, arm_options, grafted
 from .questions import capital_items, require
 from .rivals import GATED, RIVALS, gated_settings, rival_settings, rival_start, teach_gated_lora
 from .runs import (
-    MEMORY_METHODS,
     UNTRAINED,
     background,
     costs,

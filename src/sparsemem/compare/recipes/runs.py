@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...choices import MEMORY_METHODS, PRECISIONS
 from ...data.general import prose
 from ..compare import BASE, PARTIAL
 from .questions import background_records
 
-MEMORY_METHODS = ("smf", "smf-open")
 _COSTS = ("loss", "steps", "seconds", "trained_params", "peak_bytes")
 # the costs of training in the row of the base model, which is not trained
 UNTRAINED = {"loss": None, "steps": 0, "samples": 0, "seconds": 0.0, "trained_params": 0, "peak_bytes": 0}
@@ -26,7 +26,7 @@ def precision_setting(name: str) -> str | None:
     Raises:
         ValueError: the name is unknown.
     """
-    allowed = ("auto", "float32", "bfloat16")
+    allowed = ("auto", *PRECISIONS)
     if name not in allowed:
         raise ValueError(f"precision={name!r} is unknown; use one of {', '.join(allowed)}")
     return None if name == "auto" else name
