@@ -72,7 +72,7 @@ def test_damaged_and_missing_weights_are_one_sentence(folder, tmp_path, tiny_lla
     adapted.save_pretrained(tmp_path / "adapter")
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"the weights of model .*adapter' are damaged"):
+    with pytest.raises(ValueError, match=r"the weights of adapter .*adapter' are damaged"):
         models.load(str(tmp_path / "adapter"))
     weights.unlink()
     with pytest.raises(ValueError, match=r"model .*adapter' was not found"):

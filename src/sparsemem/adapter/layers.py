@@ -313,7 +313,7 @@ TAIL = "_sparse_memory_tail"
 _WATCHED = "key:"
 
 
-_TENSORS = ("values", "query", "query_bias", "keys", "key_bias", "scale", "gate_in", "gate_out")
+TENSORS = ("values", "query", "query_bias", "keys", "key_bias", "scale", "gate_in", "gate_out")
 _TRAINED = {"values": ("values",), "values+scale": ("values", "scale")}
 
 CANNOT_MERGE = (
@@ -401,12 +401,12 @@ def freeze(memory: ProductKeyMemory, trainable: str) -> None:
         memory: changed in place.
         trainable: as in `SparseMemoryConfig`.
     """
-    for name in _TENSORS:
+    for name in TENSORS:
         tensor = getattr(memory, name)
         if tensor is None:
             continue
         delattr(memory, name)
-        if name in _TRAINED.get(trainable, _TENSORS):
+        if name in _TRAINED.get(trainable, TENSORS):
             setattr(memory, name, nn.Parameter(tensor.detach()))
         else:
             memory.register_buffer(name, tensor.detach())

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..layer.memory import ProductKeyMemory
@@ -41,6 +42,23 @@ def memory_layers(model: nn.Module) -> dict[str, ProductKeyMemory]:
             "call set_adapter(name) to make one active"
         )
     return {name: memories[0] for name, memories in found.items() if memories}
+
+
+def check_bare(model: nn.Module) -> None:
+    """Check that no adapter has changed a base model's layers.
+
+    Raises:
+        ValueError: one has. Two models on one base would change each other's answers.
+    """
+    held = [one for one in model.modules() if isinstance(one, BaseTunerLayer)]
+    found = [one for one in held if not isinstance(one, SparseMemoryLayer) or one.sparse_memory_layers]
+    if found:
+        kind = "sparse memory" if isinstance(found[0], SparseMemoryLayer) else "adapter"
+        raise ValueError(
+            f"model: the base model already carries a {kind}, of an earlier run or Stream, and a second one "
+            "would change its answers; load the base model again for each, or call unload() (for a LoRA, "
+            "merge_and_unload()) on the model that carries it"
+        )
 
 
 def gated_layers(layers: Mapping[str, ProductKeyMemory]) -> dict[str, ProductKeyMemory]:

@@ -8,6 +8,7 @@ Differences from other PEFT 0.21 methods:
 
 import inspect
 import logging
+import re
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,12 +27,14 @@ from .layers import (
     BASE_ROW,
     CANNOT_MERGE,
     TAIL,
+    TENSORS,
     SparseMemoryLayer,
     SparseMemoryLinear,
     Tail,
     adapters_of,
     tail_of,
 )
+from .memories import check_bare
 from .saving import guard_owner
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,13 @@ class SparseMemoryModel(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         guard_owner(self)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # transformers' own `add_adapter` makes a tuner for each adapter of one model
+        if len(self.peft_config) == 1 and not getattr(model, "_hf_peft_config_loaded", False):
+            check_bare(model)
+        check_adapter_name(model, adapter_name)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         _check_base(self.model, peft_config)
@@ -157,6 +167,31 @@ class SparseMemoryModel(BaseTuner):
             if held is not None:
                 held.remove()
         return model
+
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+# PEFT tells adapters apart by the parts of tensor names, so no adapter may have the name of another part.
+_PARTS = {"base_model", "model", "base_layer", "sparse_memory_layers", *TENSORS}
+
+
+def check_adapter_name(model: nn.Module, name: str) -> None:
+    """Raises:
+    ValueError: an adapter name that cannot be told from other parts of tensor names.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"adapter name {name!r}: has other characters than letters, digits, '_' and '-'; "
+            f"rename it, for example {re.sub(r'[^A-Za-z0-9_-]+', '-', name).strip('-') or 'facts'!r}"
+        )
+    parts = {part for path, _ in model.named_modules() for part in path.split(".")}
+    own = {
+        held for m in model.modules() if isinstance(m, SparseMemoryLayer) for held in m.sparse_memory_layers
+    }
+    if name in (parts - own) | _PARTS or name.startswith("scope_") or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"adapter name {name!r}: is the name of a part of the model or its tensors, so the adapter could "
+            f"not be saved; rename it, for example 'my-{name}'"
+        )
 
 
 def _check_base(model: nn.Module, config: SparseMemoryConfig) -> None:

@@ -1,4 +1,4 @@
-"""Save an adapter so that a kill leaves the old or the new one, and verify it when it is loaded.
+"""Save an adapter so that a kill leaves the old or the new one; load one after its tensors were verified.
 
 PEFT writes the weights in place and checks nothing. `guard` gives a PeftModel with a sparse memory a
 `save_pretrained` and a `load_adapter` of its own, which use PEFT's and add this:
@@ -19,16 +19,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import PreTrainedModel
 
-from ..artifacts import comparable_base, fingerprint_base
+from ..artifacts import ArtifactError, comparable_base, fingerprint_base, fits_base
 from ..atomic import read_json, save_into, write_json
 from .config import SparseMemoryConfig, config_digest
 from .digests import saved_digests, verify_tensors, weights_stamp
+from .memories import check_bare
 
 _OTHER_FORMAT = {SAFETENSORS_WEIGHTS_NAME: WEIGHTS_NAME, WEIGHTS_NAME: SAFETENSORS_WEIGHTS_NAME}
 _CARD = "README.md"
@@ -91,14 +93,85 @@ def load_adapter(
         ArtifactError: the adapter is damaged, or was made for another base model. Nothing was loaded.
     """
     held: Any = model.peft_config.get(adapter_name)
-    # `PeftModel.from_pretrained` has loaded the config, which verified the tensors
-    verified = held is not None and vars(held).pop("_verified", None)
-    if not verified or verified != weights_stamp(Path(model_id, kwargs.get("subfolder") or "")):
+    folder = Path(model_id, kwargs.get("subfolder") or "")
+    # PEFT reads the config of a new adapter, and of a local one that verifies the tensors
+    stamp = weights_stamp(folder) if held is None else vars(held).pop("_verified", None)
+    if not stamp or stamp != weights_stamp(folder):
         hub, _ = model._split_kwargs(dict(kwargs))  # type: ignore[attr-defined]
-        saved: Any = SparseMemoryConfig.from_pretrained(str(model_id), **hub)
-        if vars(saved).pop("_verified", None) is None:
+        saved: Any = PeftConfig.from_pretrained(str(model_id), **hub)
+        if isinstance(saved, SparseMemoryConfig):
             verify_tensors(model_id, saved.digests, **hub)
-    return type(model).load_adapter(model, model_id, adapter_name, *args, **kwargs)
+    loaded = type(model).load_adapter(model, model_id, adapter_name, *args, **kwargs)
+    vars(model.peft_config[adapter_name]).pop("_verified", None)
+    return loaded
+
+
+def load_onto(
+    model: PreTrainedModel | PeftModel, name: str | Path, adapter: str = "default", *, trainable: bool = False
+) -> PeftModel:
+    """Add a saved adapter to its base model, in eval mode, and make it the active one.
+
+    Args:
+        model: the base model, or one with adapters already; changed in place.
+        name: the adapter's folder or Hub name.
+        adapter: what the adapter is called in the model.
+        trainable: whether it can be trained further.
+
+    Raises:
+        ArtifactError: the adapter is damaged or was made for another base model. No tensor was loaded.
+        ValueError: there is no such adapter.
+    """
+    unfit = (
+        f"adapter {str(name)!r} does not fit the base model {getattr(model.config, 'name_or_path', '')!r}; "
+        "give the base model that it was trained on, after `resize_token_embeddings` a saved copy of that"
+    )
+    held = set(model.peft_config) if isinstance(model, PeftModel) else set()
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(name), adapter_name=adapter, is_trainable=trainable)
+            model.set_adapter(adapter)
+            adapted = model
+        else:
+            check_bare(model)
+            adapted = PeftModel.from_pretrained(
+                model, str(name), adapter_name=adapter, is_trainable=trainable
+            )
+        made_on = getattr(adapted.peft_config[adapter], "base_fingerprint", None)
+        if made_on is not None and comparable_base(adapted) and not fits_base(adapted, made_on):
+            raise ArtifactError(unfit)
+    except _LOADING as error:
+        if isinstance(model, PeftModel) and adapter in set(model.peft_config) - held:
+            model.delete_adapter(adapter)
+        raise _told(str(name), error, unfit) from error
+    return adapted.eval()
+
+
+# What PEFT and safetensors raise for files that are missing, damaged, or made for other models.
+_LOADING = (
+    OSError,
+    ValueError,
+    SafetensorError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+)
+
+
+def _told(name: str, error: Exception, unfit: str) -> ValueError:
+    """What went wrong when an adapter was loaded, in one sentence."""
+    line = " ".join(str(error).split())
+    if isinstance(error, ArtifactError):
+        return ArtifactError(line if name in line else f"adapter {name!r}: {line}")
+    if isinstance(error, SafetensorError):
+        return ArtifactError(f"the weights of adapter {name!r} are damaged ({line}); get an undamaged copy")
+    if isinstance(error, RuntimeError | MemoryError):
+        return ArtifactError(unfit)
+    if isinstance(error, OSError | ValueError):
+        return ValueError(f"adapter {name!r} cannot be loaded ({line}); give a folder or Hub name of one")
+    # PEFT trusts the types of what an adapter's config says
+    return ArtifactError(f"adapter {name!r} has a config that cannot be used ({line}); get an undamaged copy")
 
 
 def _add_digests(model: PeftModel, path: Path) -> None:

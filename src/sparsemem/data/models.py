@@ -26,9 +26,8 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-# registers the PEFT method, so that its adapters can be loaded
-from .. import adapter  # noqa: F401
-from ..artifacts import ArtifactError, comparable_base, fits_base
+from ..adapter.saving import load_onto
+from ..artifacts import ArtifactError
 from .gguf import cache_folder, copy_of, dequantised, gguf_file, packaged_name
 from .names import MODEL_NAMES, check_model
 
@@ -111,29 +110,7 @@ def add_adapter(model: PreTrainedModel, name: str) -> PeftModel:
     if config_file is None:
         raise ValueError(f"adapter {name!r} was not found; give a folder with an adapter_config.json")
     _read_adapter_config(name, config_file)
-    base = getattr(model.config, "name_or_path", "")
-    unfit = (
-        f"adapter {name!r} does not fit the base model {base!r}; give the base model that it was trained on"
-    )
-    try:
-        adapted = PeftModel.from_pretrained(model, name, is_trainable=True).eval()
-    except ArtifactError as error:
-        raise ArtifactError(f"adapter {name!r}: {error}") from error
-    except SafetensorError as error:
-        raise ArtifactError(str(_damaged(name, error))) from error
-    except (TypeError, AttributeError, LookupError) as error:
-        # PEFT trusts the types of what an adapter's config says
-        raise ArtifactError(
-            f"adapter {name!r} has a config that cannot be used ({error}); get an undamaged copy"
-        ) from error
-    except (RuntimeError, MemoryError) as error:
-        raise ArtifactError(unfit) from error
-    except (OSError, ValueError) as error:
-        raise _not_found(name, error) from error
-    made_on = getattr(adapted.active_peft_config, "base_fingerprint", None)
-    if made_on is not None and comparable_base(adapted) and not fits_base(adapted, made_on):
-        raise ArtifactError(unfit)
-    return adapted
+    return load_onto(model, name, trainable=True)
 
 
 def context_length(model: PreTrainedModel | PeftModel) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from ..adapter.saving import load_onto
 from ..atomic import read_json, refuse_existing, write_json
 from ..data.models import load
 from ..data.names import public_model
@@ -314,7 +315,7 @@ def _opened(
         progress("Setting up the memory: once, a minute or so", 0, 0)
     stream = Stream(model, folder, tokenizer=tokenizer)
     if given is not None:
-        stream.model.load_adapter(str(given), adapter_name=GIVEN)
+        load_onto(stream.model, given, GIVEN)
         stream.model.set_adapter(MEMORY)
     stream.model.requires_grad_(False).eval()
     title = given.resolve().name if given is not None else None

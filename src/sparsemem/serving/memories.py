@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 
 from ..adapter.layers import SparseMemoryLayer
 from ..adapter.memories import memory_layers, writes_last
-from ..artifacts import fingerprint_base
+from ..adapter.saving import load_onto
 from ..data.models import load
 from ..data.names import public_model
 from ..layer.space import Space
@@ -95,7 +94,10 @@ def check_name(name: str) -> None:
     ValueError: a name with other characters than letters, digits, `_` and `-`.
     """
     if not _NAME.fullmatch(name):
-        raise ValueError(f"--patch {name}=: a name has letters, digits, '_' and '-' only; rename the patch")
+        rather = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "facts"
+        raise ValueError(
+            f"--patch {name}=: a name has letters, digits, '_' and '-' only; write --patch {rather}=..."
+        )
 
 
 def check_writes_last(model: PeftModel, name: str) -> None:
@@ -173,24 +175,14 @@ def _with_patch(model: Any, name: str, path: Path, served: Path) -> PeftModel:
 
 
 def _with_folder(model: Any, name: str, path: Path) -> PeftModel:
-    unfit = f"--patch {name}={path}: was not made on this base model; give the one that it was trained on"
     try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(str(path), adapter_name=adapter_of(name))
-            model.set_adapter(adapter_of(name))
-        else:
-            model = PeftModel.from_pretrained(model, str(path), adapter_name=adapter_of(name))
-    except RuntimeError as error:
-        raise ValueError(unfit) from error
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"--patch {name}={path}: cannot be read ({error}); get an undamaged copy") from error
+        model = load_onto(model, path, adapter_of(name))
+    except ValueError as error:
+        raise ValueError(f"--patch {name}={path}: {error}") from error
     kind = model.peft_config[adapter_of(name)].peft_type
     if getattr(kind, "value", kind) != "SPARSE_MEMORY":
         raise ValueError(f"--patch {name}={path}: is an adapter of type {kind}, not a sparse memory")
     check_writes_last(model, str(path))
-    made_on = getattr(model.peft_config[adapter_of(name)], "base_fingerprint", None)
-    if made_on is not None and made_on != fingerprint_base(model):
-        raise ValueError(unfit)
     return model
 
 

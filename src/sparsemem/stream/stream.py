@@ -26,7 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..adapter.blocks import default_targets
 from ..adapter.config import SparseMemoryConfig
-from ..adapter.memories import fact_places, key_layers_of, memory_layers
+from ..adapter.memories import check_bare, fact_places, key_layers_of, memory_layers
+from ..adapter.saving import load_onto
 from ..artifacts import ArtifactError, fingerprint_base
 from ..atomic import save_into
 from ..background.background import Background, addressing_fingerprint
@@ -90,6 +91,7 @@ class Stream:
             model, tokenizer = load_base(model)
         if isinstance(model, PeftModel):
             raise ValueError("model: has an adapter already; give the base model")
+        check_bare(model)
         self.tokenizer = tokenizer or tokenizer_of(model)
         if (self.folder / FILE).exists():
             self.ledger = Ledger(self.folder / FILE)
@@ -253,14 +255,12 @@ class Stream:
                 f"{self.folder}: belongs to another base model; give "
                 f"{packaged_name(Path(named).name) or named!r}"
             )
-        damaged = f"{self.folder / SAFETENSORS_WEIGHTS_NAME}: is damaged; get an undamaged copy"
-        try:
-            adapted: Any = PeftModel.from_pretrained(model, str(self.folder)).eval()
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ArtifactError(damaged) from error
+        adapted = load_onto(model, self.folder)
         ((_, memory),) = memory_layers(adapted).items()
         if memory_digest(memory.state_dict()) != self.ledger.about["memory"]:
-            raise ArtifactError(damaged)
+            raise ArtifactError(
+                f"{self.folder / SAFETENSORS_WEIGHTS_NAME}: is damaged; get an undamaged copy"
+            )
         return adapted
 
     def _selected(self) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ..adapter.blocks import num_blocks
 from ..adapter.config import SparseMemoryConfig
-from ..adapter.memories import memory_layers, set_trainable
+from ..adapter.memories import check_bare, memory_layers, set_trainable
 from ..background.background import Background
 from ..background.calibration import calibrate
 from ..background.scoping import TAUGHT_SIZE, check_background, set_scope, set_scope_of
@@ -150,6 +150,7 @@ def add_memory(
             "background= is a Background but the model has no memory; give the model that was calibrated"
         )
     else:
+        check_bare(model)
         model = get_peft_model(model, memory_config(trainable=options.trainable))  # type: ignore[assignment]
     if not isinstance(given, Background | None):
         given = calibrate(model, data.general_batches(), seed=options.seed)
@@ -219,6 +220,7 @@ def _take_memories_of_first(model: PeftModel) -> None:
 def _lora(model: PreTrainedModel | PeftModel) -> PeftModel:
     if isinstance(model, PeftModel):
         return _train_on(model, "lora", PeftType.LORA.value)
+    check_bare(model)
     return get_peft_model(model, lora_config())  # type: ignore[return-value]
 
 
@@ -237,6 +239,7 @@ def _full(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         raise ValueError(
             "method='full' trains every parameter of a base model and this one has an adapter; give the base"
         )
+    check_bare(model)
     return model.requires_grad_(True)
 
 
