@@ -168,6 +168,8 @@ def _told(name: str, error: Exception, unfit: str) -> ValueError:
         return ArtifactError(f"the weights of adapter {name!r} are damaged ({line}); get an undamaged copy")
     if isinstance(error, RuntimeError | MemoryError):
         return ArtifactError(unfit)
+    if Path(name).is_dir() and not weights_stamp(name):
+        return ArtifactError(f"adapter {name!r} has no {SAFETENSORS_WEIGHTS_NAME}; get a complete copy")
     if isinstance(error, OSError | ValueError):
         return ValueError(f"adapter {name!r} cannot be loaded ({line}); give a folder or Hub name of one")
     # PEFT trusts the types of what an adapter's config says
