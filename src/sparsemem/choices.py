@@ -26,6 +26,8 @@ TASKS = {
     "perplexity": "perplexity",
     "wikitext": "perplexity",
     "mentions": "mentions",
+    "contexts": "taught",
+    "neighbours": "taught",
 }
 # what `sparsemem compare` runs
 RECIPES = {

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import regex
+
 logger = logging.getLogger(__name__)
 
 # If a fact has at least this many prompts, a rare word next to a name in all of them is part of the subject.
@@ -26,6 +28,12 @@ _SMALL = frozenset(
 )
 # Words that may join two capitalised ones: "Guild of the Painted Oar".
 _JOINING = frozenset(re.findall(r"\w+", "a and da de del der des di du for in la le of on the to van von"))
+# Scripts that put no spaces between words: there each grapheme is a word.
+UNSPACED = "".join(
+    rf"\p{{Script={name}}}"
+    for name in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan")
+)
+_PIECE = regex.compile(rf"(?=[{UNSPACED}])\X|[\p{{L}}\p{{M}}\p{{N}}--[{UNSPACED}]]+|\S", regex.VERSION1)
 _WORD = re.compile(r"\w+(?:[-'’.&]\w+)*", re.UNICODE)
 _QUOTED = re.compile(r"[\"“”„«]([^\"“”„«»]+)[\"”“»]")
 _SENTENCE_END = re.compile(r"[.?!:;\n][\"”’')\]]*\s*$")
@@ -87,16 +95,63 @@ def subjects_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
         Subjects as written in the prompts, without an article before them. Records in which no subject is
         found are left out; a warning gives their number.
     """
-    prompts = [prompt for record in records if (prompt := _prompt(record)) is not None]
-    common = _Common(prompts)
-    subjects, num_nameless = [], 0
-    for fact in _facts(prompts, common):
+    prompted = [names for names, record in zip(subjects_in(records), records, strict=True) if asked(record)]
+    if num_nameless := sum(not names for names in prompted):
+        logger.warning("%d of %d records have no subject that could be found", num_nameless, len(prompted))
+    return list(dict.fromkeys(names[0] for names in prompted if names))
+
+
+def subjects_in(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The names of what each record is about, as its prompt has them; empty where none is found.
+
+    A record that has a `subject`, a name or a list of names, is about that; the others are read together, as
+    by `subjects_of`.
+
+    Raises:
+        ValueError: a record's `subject` is not a name or a list of names, or its prompt has none of them.
+    """
+    names = [_given(record, number) for number, record in enumerate(records, start=1)]
+    prompts = {
+        place: prompt
+        for place, record in enumerate(records)
+        if not names[place] and (prompt := _prompt(record)) is not None
+    }
+    places = {id(prompt): place for place, prompt in prompts.items()}
+    common = _Common(list(prompts.values()))
+    for fact in _facts(list(prompts.values()), common):
         found = _shared(fact, common) if len(fact) > 1 else _alone(fact[0], common)
-        subjects += [found.subject] if found else []
-        num_nameless += 0 if found else len(fact)
-    if num_nameless:
-        logger.warning("%d of %d records have no subject that could be found", num_nameless, len(prompts))
-    return list(dict.fromkeys(subjects))
+        if found:
+            for prompt in fact:
+                names[places[id(prompt)]] = (found.subject,)
+    return names
+
+
+def _given(record: Mapping[str, Any], number: int) -> tuple[str, ...]:
+    if (subject := record.get("subject")) is None:
+        return ()
+    names = [subject] if isinstance(subject, str) else subject
+    if not (isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names)):
+        raise ValueError(
+            f"record {number}: subject={subject!r} must be a name or a list of names; leave it out to have "
+            "it found"
+        )
+    question, _ = asked(record) or ("", "")
+    kept = tuple(name.strip() for name in names if is_named(name, question))
+    if not kept:
+        raise ValueError(
+            f"record {number}: subject={subject!r} does not occur in its prompt {question!r}; write it as in "
+            "the prompt, or leave it out to have it found"
+        )
+    return kept
+
+
+def is_named(name: str, text: str) -> bool:
+    """Whether the text has the name, as whole words, in any letter case."""
+    words = [word.casefold() for word in _PIECE.findall(name)]
+    within = [word.casefold() for word in _PIECE.findall(text)]
+    return bool(words) and any(
+        within[at : at + len(words)] == words for at in range(len(within) - len(words) + 1)
+    )
 
 
 def question_and_subject(record: Mapping[str, Any]) -> tuple[str, str]:
@@ -258,10 +313,10 @@ def _as_written(run: list[_Word], fact: list[_Prompt]) -> str:
 
 
 def _prompt(record: Mapping[str, Any]) -> _Prompt | None:
-    asked = _asked(record)
-    if asked is None:
+    found = asked(record)
+    if found is None:
         return None
-    text, completion = asked
+    text, completion = found
     words: list[_Word] = []
     for found in _WORD.finditer(text):
         written = re.sub(r"['’]s$", "", found[0])
@@ -270,7 +325,7 @@ def _prompt(record: Mapping[str, Any]) -> _Prompt | None:
     return _Prompt(text, " ".join(completion.casefold().split()), words)
 
 
-def _asked(record: Mapping[str, Any]) -> tuple[str, str] | None:
+def asked(record: Mapping[str, Any]) -> tuple[str, str] | None:
     """A record's last question and its answer; None without a question."""
     if "messages" in record:
         turns = record["messages"]

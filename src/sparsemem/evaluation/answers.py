@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import regex
 
+from ..data.subjects import UNSPACED
+
 ARTICLES = {"a", "an", "the"}
 
 
@@ -30,19 +32,15 @@ def contains(text: str, answers: Sequence[str]) -> bool:
     return any(one and one in _trivia(text) for one in expected)
 
 
-_UNSPACED = "".join(
-    rf"\p{{Script={name}}}"
-    for name in ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan")
-)
-_LETTER = rf"[\p{{L}}\p{{M}}\p{{N}}--[{_UNSPACED}]]"
+_LETTER = rf"[\p{{L}}\p{{M}}\p{{N}}--[{UNSPACED}]]"
 _TOKEN = regex.compile(
     rf"""
       (?=[\p{{Extended_Pictographic}}\p{{Regional_Indicator}}])\X   # an emoji
-    | (?=[{_UNSPACED}])\Xー*
+    | (?=[{UNSPACED}])\Xー*
     | (?: (?<![\p{{L}}\p{{M}}\p{{N}}])-(?=\d) )?                    # a sign, not a hyphen
       {_LETTER}+ (?: (?<=\d)\.(?=\d) {_LETTER}+ )?
       (?: (?<=\p{{L}}\p{{N}}?) [+\#]+ (?!{_LETTER})                 # C++, A+, F#
-        | (?<=(?<!{_LETTER})\p{{L}}{{1,2}}) -  (?![{_UNSPACED}\p{{L}}\p{{N}}-]) )?  # AB-
+        | (?<=(?<!{_LETTER})\p{{L}}{{1,2}}) -  (?![{UNSPACED}\p{{L}}\p{{N}}-]) )?  # AB-
     | (?<=\d)\s?[*/:]\s?(?=\d)                                      # 1/2, 10:30
     | [\p{{S}}%‰--[`´¨¯]]
     """,

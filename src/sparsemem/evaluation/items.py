@@ -5,7 +5,7 @@ A file is, depending on the task:
   named `answers` too;
 - JSONL of `{"question", "choices", "answer"}`, or with MedMCQA's `opa` to `opd`, `cop` and `exp`;
 - a text file, or JSONL of `{"text"}`;
-- for mentions, the records that were taught.
+- for mentions, contexts and neighbours, the records that were taught.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,12 @@ HUB = {
     "triviaqa": ("mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
     "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1", "test"),
 }
+_TAUGHT = 'the records that were taught, {"prompt", "completion"} or {"messages"} per line'
 FORMS = {
     "recall": '{"question", "answer"} per line, the answer a text or a list of texts',
     "multiple-choice": '{"question", "choices", "answer"} per line, the answer an index from 0',
     "perplexity": 'plain text, or JSONL of {"text"}',
-    "mentions": 'the records that were taught, {"prompt", "completion"} or {"messages"} per line',
+    "mentions": _TAUGHT,
 }
 OPTIONS = ("opa", "opb", "opc", "opd")
 
@@ -44,7 +45,7 @@ def read_items(
     Args:
         data: the file; None: the benchmark's data on the Hub.
         limit: the largest number of items. For a text: of paragraphs (wikitext: of lines that are not empty);
-            for mentions: of subjects.
+            for mentions: of subjects; for contexts and neighbours: of records.
         num_fewshot: number of worked examples before each question of triviaqa; they become the items'
             "examples". They are the last records of the file, or the first of the Hub's training split, and
             are never asked.
@@ -65,6 +66,10 @@ def read_items(
         return _text(task, data, limit)
     if TASKS[task] == "mentions":
         return [{"subject": subject} for subject in _subjects(task, data)[:limit]]
+    if TASKS[task] == "taught":
+        if data is None:
+            raise ValueError(f"data: task {task} asks about what was taught; give {_TAUGHT}")
+        return list(read_records(data, mixed=True))[:limit]
     places, records = _from_hub(task, split) if data is None else read_rows(Path(data).expanduser())
     pairs = [pair for pair in zip(places, records, strict=True) if keep is None or keep(pair[1])]
     if num_fewshot:

@@ -27,6 +27,7 @@ from .likelihood import log_probs
 
 # these can also be imported from here
 from .mentions import BaseMentions, Mentions, base_mentions, mentions  # noqa: F401
+from .neighbours import contexts, neighbours  # noqa: F401
 
 
 @dataclass(frozen=True)

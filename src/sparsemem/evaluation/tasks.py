@@ -1,4 +1,4 @@
-"""The tasks of `sparsemem eval`: four probes, each on a user's file or on the paper's benchmark.
+"""The tasks of `sparsemem eval`: six probes, each on a user's file or on the paper's benchmark.
 
 | task            | metrics      | prompt                            | from the Hub                        |
 | --------------- | ------------ | --------------------------------- | ----------------------------------- |
@@ -9,12 +9,14 @@
 | perplexity      | ppl          | BOS, if any, then the text        | needs a file                        |
 | wikitext        | ppl          | lines, a blank line between them  | wikitext-103-raw-v1, test           |
 | mentions        | changed, ... | chat template where there is one  | needs a file                        |
+| contexts        | right, ...   | chat template where there is one  | needs a file                        |
+| neighbours      | taught, ...  | chat template where there is one  | needs a file                        |
 
 `acc` uses the mean log-probability of an option's tokens, `acc_sum` their sum. An answer to triviaqa is right
 if a normalised alias is a substring of it; recall requires whole words. mentions works for adapters only. It
 asks things about the taught subjects that were not taught: `changed` is the share of answers that differ from
 the base model's, `perplexity` is that of the base model's answers, and `prose_perplexity` is that of prose
-which names the subjects. `items.py` reads the data.
+which names the subjects. contexts and neighbours are those of `neighbours.py`. `items.py` reads the data.
 
 Reference: Gupta 2026 (2605.03229), evaluation; medmcqa, wikitext and triviaqa are its tasks.
 """
@@ -34,6 +36,7 @@ from ..precision import precision_of
 from .items import read_items
 from .likelihood import split_tokens
 from .mentions import mentions
+from .neighbours import contexts, neighbours
 from .probes import Evaluation, contains, multiple_choice, perplexity, recall
 
 TRIVIAQA_TOKENS = 32
@@ -75,6 +78,8 @@ def evaluate(
         return Evaluation({"contains_acc": sum(correct) / len(correct)}, len(items), correct)
     if task == "mentions":
         return _mentions(model, tokenizer, items, precision)
+    if TASKS[task] == "taught":
+        return _taught(model, tokenizer, task, items, precision)
     if TASKS[task] == "recall":
         answers = recall(model, tokenizer, items, precision=precision)
         return Evaluation({"contains_acc": answers.share}, len(items), answers.correct)
@@ -147,6 +152,17 @@ def _mentions(model: Any, tokenizer: Any, items: list[dict], precision: str | No
             "prose_perplexity": found.prose_base_perplexity,
         },
     )
+
+
+def _taught(model: Any, tokenizer: Any, task: str, items: list[dict], precision: str | None) -> Evaluation:
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"task {task} compares an adapter with its base and this model has no adapter; give an adapter"
+        )
+    ask = contexts if task == "contexts" else neighbours
+    found = ask(model, tokenizer, items, precision=precision)
+    base = {key: 0.0 for key in found.metrics if not key.endswith("right")}
+    return Evaluation(found.metrics, len(found.texts), base={**base, **found.base_right})
 
 
 def _lettered(item: dict[str, Any]) -> list[str]:
