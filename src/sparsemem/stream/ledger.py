@@ -70,16 +70,15 @@ class Ledger:
         self.torn = bool(rest)
         # of the whole lines, and of the file
         self._size, self._length = len(content) - len(rest), len(content)
-        held: set[str] = set()
+        self._held: dict[str, dict[str, Any]] = {}
         for number, line in enumerate(lines, start=1):
             entry = _checked(path, number, line, self.entries)
             # a task is taught when it is not held, and taken back when it is
-            if entry["op"] != BEGIN and (entry["op"] == UNDO) != (entry["task"] in held):
+            if entry["op"] != BEGIN and (entry["op"] == UNDO) != (entry["task"] in self._held):
                 raise ArtifactError(
                     f"{path}, line {number}: was altered; get an undamaged copy of the folder"
                 )
-            held ^= {entry["task"]} if entry["op"] != BEGIN else set()
-            self.entries.append(entry)
+            self._add(entry)
         if not self.entries:
             raise ArtifactError(f"{path}: has no line; remove the folder and begin again")
 
@@ -96,13 +95,18 @@ class Ledger:
 
     def active(self) -> list[dict[str, Any]]:
         """The lines of the tasks that were taught and not taken back since, in the order of teaching."""
-        taught: dict[str, dict[str, Any]] = {}
-        for entry in self.entries[1:]:
-            if entry["op"] == UNDO:
-                del taught[entry["task"]]
-            else:
-                taught[entry["task"]] = entry
-        return list(taught.values())
+        return list(self._held.values())
+
+    def holds(self, task: str) -> bool:
+        """Whether a task was taught and not taken back since."""
+        return task in self._held
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        self.entries.append(entry)
+        if entry["op"] == UNDO:
+            del self._held[entry["task"]]
+        elif entry["op"] == LEARN:
+            self._held[entry["task"]] = entry
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -141,7 +145,7 @@ class Ledger:
         self._size += len(line)
         self._length = self._size
         self.torn = False
-        self.entries.append(json.loads(line))
+        self._add(json.loads(line))
         return self.entries[-1]
 
 

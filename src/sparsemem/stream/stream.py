@@ -184,7 +184,7 @@ class Stream:
             ArtifactError: another process has changed the folder since it was opened.
             OSError: the disk is full; the folder is as it was.
         """
-        if task in self.tasks:
+        if self.ledger.holds(task):
             raise ValueError(f"task {task!r} is taught already; undo it first, or give another name")
         began = time.perf_counter()
         records = read_records(records, mixed=True)
@@ -220,7 +220,7 @@ class Stream:
             ValueError: the model does not hold this task.
             ArtifactError: another process has changed the folder since it was opened.
         """
-        if task not in self.tasks:
+        if not self.ledger.holds(task):
             held = ", ".join(self.tasks[-5:]) or "none"
             raise ValueError(f"task {task!r} is not taught; the last ones that are: {held}")
         with self.ledger.alone():
