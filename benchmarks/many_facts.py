@@ -2,8 +2,8 @@
 
     python benchmarks/many_facts.py docs/results/many_facts.json [--facts 100000]
 
-Facts are taught in tasks of 1,000, the last hundred one at a time. Seconds are medians, of the same work at 100
-facts and at all of them, in one process.
+Facts are taught in tasks of 1,000, the last hundred one at a time. Seconds are medians of the same work at
+100 facts and at all of them, in one process.
 """
 
 import argparse

@@ -165,7 +165,9 @@ def test_a_newer_fact_is_named_when_it_is_taken_back(paths, tmp_path):
         paths / "twice.jsonl",
         [{"task": "old", "completion": "A", **asked}, {"task": "new", "completion": "B", **asked}],
     )
-    assert learn(paths, tmp_path / "s", stream="twice.jsonl").exit_code == 0
+    taught = learn(paths, tmp_path / "s", stream="twice.jsonl")
+    assert taught.exit_code == 0
+    assert "replaced an earlier answer to: Who owns the Quill?" in taught.stderr
     assert (
         "answers again as it was taught before: Who owns the Quill?"
         in run("--undo", "new", "--out", tmp_path / "s").stdout

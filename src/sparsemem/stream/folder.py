@@ -50,7 +50,7 @@ def learn(
             folder, and tasks whose very records the folder holds are not taught again.
 
     Returns:
-        What was taught and skipped, and what it took.
+        What was taught and skipped, what it took, and the questions whose earlier answers were replaced.
 
     Raises:
         ValueError: bad data, a folder that exists without `resume` or `add`, a name that was given to other
@@ -80,6 +80,7 @@ def learn(
             before = {task.name for task in tasks if digest_of(task.records) in held}
         before |= _refuse_other_data(ledger, [t for t in tasks if t.name not in before])
     general = None if background is None else general_records(background)
+    earlier = _replaced(out, Ledger(out / FILE)) if is_there else set()
     with _one_sentence(out):
         stream = Stream(model or model_of(out), out, background=general, seed=seed)
         began, num_bytes, taught = time.perf_counter(), 0, 0
@@ -93,7 +94,10 @@ def learn(
         stream.save()
     seconds = round(time.perf_counter() - began, 3)
     counts = {"taught": taught, "skipped": len(tasks) - taught, "tasks": len(stream.tasks)}
-    return {"out": str(out), **counts, "seconds": seconds, "bytes": num_bytes}
+    replaced = [question for _, question in sorted(_replaced(out, stream.ledger) - earlier)]
+    for question in replaced:
+        say(f"replaced an earlier answer to: {question} (undo the newer task to get it back)")
+    return {"out": str(out), **counts, "seconds": seconds, "bytes": num_bytes, "replaced": replaced}
 
 
 def undo(out: Path, task: str, model: str | None = None) -> dict[str, Any]:
@@ -112,10 +116,10 @@ def undo(out: Path, task: str, model: str | None = None) -> dict[str, Any]:
     entry = _held(out, Ledger(out / FILE), task)
     with _one_sentence(out):
         stream = Stream(model or model_of(out), out)
-        silent = _silent(out, stream.ledger)
+        replaced = _replaced(out, stream.ledger)
         stream.undo(task)
         stream.save()
-    again = sorted(silent - _silent(out, stream.ledger))
+    again = sorted(replaced - _replaced(out, stream.ledger))
     return {
         "out": str(out),
         "task": task,
@@ -181,8 +185,8 @@ def verify(out: Path) -> dict[str, Any]:
     return {"out": str(out), "lines": len(ledger.entries), "patches": len(patches), "ok": True}
 
 
-def _silent(out: Path, ledger: Ledger) -> set[tuple[str, str]]:
-    """Task and question of each fact that a newer one has taken the place of."""
+def _replaced(out: Path, ledger: Ledger) -> set[tuple[str, str]]:
+    """Task and question of each fact that a newer one replaces."""
     entries = ledger.active()
     patches = [checked_patch(out, entry) for entry in entries]
     return {
