@@ -19,6 +19,8 @@ from .atomic import write_atomically
 
 _KEY = "sparsemem"
 _DIGEST = "sha256"
+# Of all kinds of files; 2: facts with names and question keys.
+FORMAT = 2
 
 # A base model's fingerprint: larger parameters are sampled, so many elements in so many runs.
 WHOLE, SAMPLED, RUNS = 2**16, 4_096, 64
@@ -41,7 +43,7 @@ def save_artifact(path: str | Path, kind: str, tensors: dict[str, Tensor], heade
     header = {
         **header,
         "kind": kind,
-        "format": 1,
+        "format": FORMAT,
         "tensors": {n: digest_tensor(t) for n, t in sorted(tensors.items())},
     }
     text = json.dumps(header, sort_keys=True)
@@ -72,10 +74,10 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[
             f"{path}: its header is missing or damaged; give a {kind} file that sparsemem wrote"
         )
     header = json.loads(text)
-    if header.get("kind") != kind or header.get("format") != 1:
+    if header.get("kind") != kind or header.get("format") != FORMAT:
         raise ArtifactError(
             f"{path}: contains a {header.get('kind')} of format {header.get('format')}; "
-            f"give a {kind} of format 1"
+            f"give a {kind} of format {FORMAT}, made by this version"
         )
     if {name: digest_tensor(tensor) for name, tensor in sorted(tensors.items())} != header["tensors"]:
         raise ArtifactError(f"{path}: its tensors are damaged (SHA-256 differs); get an undamaged copy")

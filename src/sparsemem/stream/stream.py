@@ -28,7 +28,7 @@ from ..adapter.blocks import default_targets
 from ..adapter.config import SparseMemoryConfig
 from ..adapter.memories import check_bare, fact_places, key_layers_of, memory_layers
 from ..adapter.saving import load_onto
-from ..artifacts import ArtifactError, fingerprint_base
+from ..artifacts import FORMAT, ArtifactError, fingerprint_base
 from ..atomic import save_into
 from ..background.background import Background, addressing_fingerprint
 from ..background.calibration import calibrate
@@ -50,7 +50,6 @@ from .ledger import FILE, LEARN, UNDO, Ledger, checked_patch
 from .tasks import fact_of, names_of
 
 SPACE_FILE, PATCHES = "space.safetensors", "patches"
-FORMAT = 2
 BATCH_SIZE = 8
 
 
@@ -95,6 +94,11 @@ class Stream:
         self.tokenizer = tokenizer or tokenizer_of(model)
         if (self.folder / FILE).exists():
             self.ledger = Ledger(self.folder / FILE)
+            if (found := self.ledger.about.get("format")) != FORMAT:
+                raise ArtifactError(
+                    f"{self.folder}: has format {found}, this version reads {FORMAT}; teach its records "
+                    "again in a new folder"
+                )
             self._model = self._continued(model)
         else:
             self._model = begin_stream(self.folder, model, self.tokenizer, background, seed)
