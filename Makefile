@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint
 READY_UI := .venv/.ready-ui
 READY := .venv/.ready
 
-.PHONY: setup demo ui test check fast lint docs soak bench clean
+.PHONY: setup demo ui test check fast lint docs evidence soak bench clean
 
 setup: $(READY)
 
@@ -43,10 +43,20 @@ check: $(READY)
 fast: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
+# the budget of src in lines
+LINES := 21600
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	@lines=$$(find src -name '*.py' -exec cat {} + | wc -l); test $$lines -le $(LINES) || \
+		{ echo "src has $$lines lines, the budget is $(LINES): delete, or raise LINES with a reason in the commit"; exit 1; }
+
+# the runs behind the tables: which are there, what is left; ACTION=run runs what is missing, ACTION=tables makes
+# the tables of README and docs/results again
+ACTION ?= list
+evidence: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evidence.py $(ACTION) $(if $(DATA),--data-dir $(DATA))
 
 # the site, into site/; a broken link is an error
 docs: $(READY)

@@ -20,6 +20,7 @@ from tiny import batch
 
 PROJECT = Path(__file__).parents[1]
 GUIDE, ARCHITECTURE = "docs/guide.md", "docs/architecture.md"
+EVALUATE, COMPARE, SETTINGS = "docs/evaluate.md", "docs/compare.md", "docs/settings.md"
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
@@ -66,11 +67,11 @@ def test_the_guide_finetunes_and_measures(tmp_path, monkeypatch, tiny, tokenizer
 
     scope["done"].model.save_pretrained("taught")
     tokenizer.save_pretrained("taught")
-    exec(block(GUIDE, "evaluate("), scope)
+    exec(block(EVALUATE, "evaluate("), scope)
     assert scope["found"].n == len(scope["found"].correct) == 1
 
 
-def test_the_guide_trains_in_a_trainer_of_your_own(tmp_path, tiny_llama):
+def test_the_settings_train_in_a_trainer_of_your_own(tmp_path, tiny_llama):
     batches = [batch(seed) for seed in range(3)]
     options = {"max_steps": 2, "max_grad_norm": 0.0, "report_to": [], "dataloader_pin_memory": False}
     scope = {
@@ -80,7 +81,7 @@ def test_the_guide_trains_in_a_trainer_of_your_own(tmp_path, tiny_llama):
         "args": transformers.TrainingArguments(str(tmp_path), **options),
         "data": [{key: row[i] for key, row in batches[2].items()} for i in range(6)],
     }
-    exec(block(GUIDE, "Trainer("), scope)
+    exec(block(SETTINGS, "Trainer("), scope)
     layers = sparsemem.memory_layers(scope["model"])
     assert all(memory.values.any() for memory in layers.values())
     assert scope["optimizer"].selected
@@ -109,9 +110,9 @@ def test_the_guide_has_commands():
 
 
 @pytest.mark.parametrize(
-    "assignments", re.findall(r"`(--set [a-z][\w.=]+(?: --set [\w.=]+)*)`", text_of(GUIDE))
+    "assignments", re.findall(r"`(--set [a-z][\w.=]+(?: --set [\w.=]+)*)`", text_of(COMPARE))
 )
-def test_the_settings_that_the_guide_changes_exist(assignments):
+def test_the_settings_that_the_page_changes_exist(assignments):
     chosen = assignments.removeprefix("--set ").split(" --set ")
     found = []
     for name in RECIPES:

@@ -1,0 +1,216 @@
+"""All runs behind the tables: which are finished, which are missing, and the tables made from their folders.
+
+    python benchmarks/evidence.py                      # the list, with the minutes that are left
+    python benchmarks/evidence.py run --data-dir DATA  # what is missing, one after another; resumes
+    python benchmarks/evidence.py tables               # reports, and the tables of README and docs/results
+
+A run is finished when its folder holds result.json. `tests/test_evidence.py` fails when a table differs from
+its folder.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsemem.atomic import read_json
+from sparsemem.compare.report import rebuild_report
+from sparsemem.compare.results import BASE, collect, run_name
+from sparsemem.compare.tables import table
+
+PROJECT = Path(__file__).parents[1]
+RESULTS = PROJECT / "docs" / "results"
+PAGES = (PROJECT / "README.md", RESULTS / "index.md")
+
+
+class Runs(NamedTuple):
+    """One command: `compare RECIPE --methods ... --seeds ... --out docs/results/FOLDER`.
+
+    Attributes:
+        minutes: of one run of one method, on one thread of an idle machine; an estimate.
+        needs_data: whether the command needs --data-dir.
+    """
+
+    folder: str
+    recipe: str
+    methods: str
+    seeds: str = "0"
+    minutes: float = 5
+    options: tuple[str, ...] = ()
+    needs_data: bool = False
+
+    def command(self, data_dir: Path | None = None) -> list[str]:
+        place = ["--out", str((RESULTS / self.folder).relative_to(PROJECT))]
+        data = ["--data-dir", str(data_dir or "DATA")] if self.needs_data else []
+        chosen = ["--methods", self.methods, "--seeds", self.seeds]
+        return ["compare", self.recipe, *chosen, *self.options, *data, *place]
+
+    def names(self) -> list[str]:
+        """The run folders that the command makes."""
+        taught = [method for method in self.methods.split(",") if method != BASE]
+        pairs = [(method, int(seed)) for seed in self.seeds.split(",") for method in taught]
+        return [run_name(BASE, None), *(run_name(*pair) for pair in pairs)]
+
+    def missing(self) -> list[str]:
+        return [n for n in self.names() if not (RESULTS / self.folder / "runs" / n / "result.json").is_file()]
+
+
+# The learning rate of the paper's arms is chosen on a split of the training records: dev/LOG.md.
+ARMS = "base,replacement-kl,additive-kl,additive-tfidf,additive-scale-kl,calibrated-kl,smf-own,lora,full"
+RUNS = (
+    Runs("medical-arms", "medical", f"{ARMS},lora-long,full-long,lora-kl,lora-mlp,lora-gated", "0", 6),
+    Runs("medical-arms", "medical", "base,additive-kl,additive-scale-kl,lora,full", "1,2", 6),
+    Runs("demo", "demo", "base,smf,lora,full", "0,1,2", 4),
+    Runs("demo", "demo", "lora-kl,lora-mlp,lora-replay,osf,shira,lora-gated", "0", 8),
+    Runs("medical", "medical", "base,smf,lora,full", "0,1,2", 10),
+    Runs("lifelong", "lifelong", "base,smf,retrieval", "0", 15, needs_data=True),
+    Runs(
+        "lifelong-counterfact", "lifelong", "base,smf,retrieval", "0", 15, ("--set", "data=counterfact"), True
+    ),
+    Runs("demo-gemma3", "demo", "base,smf,lora,full", "0,1,2", 15, ("--model", "gemma3-270m")),
+)
+
+
+class Table(NamedTuple):
+    """A table of a page: columns by their heading in the report, rows as (label, folder, method)."""
+
+    columns: dict[str, str]
+    rows: tuple[tuple[str, str, str], ...]
+
+
+_KEPT = {"perplexity": "perplexity (base {base})", "drift": "drift"}
+_HANDBOOK = {"recall": "recall", "recall, reworded": "recall, reworded", "knowledge kept": "knowledge kept"}
+TABLES = {
+    "demo": Table(
+        {**_HANDBOOK, **_KEPT},
+        (
+            ("**smf (sparse memory)**", "demo", "smf"),
+            ("lora", "demo-one-layer", "lora"),
+            ("full finetuning", "demo-one-layer", "full"),
+            ("lora with KL to the base (one seed)", "demo", "lora-kl"),
+        ),
+    ),
+    "rivals": Table(
+        {**_HANDBOOK, **_KEPT, "mentions changed": "mentions changed", "time": "time"},
+        tuple(
+            (method, "demo", method)
+            for method in ("smf", "lora-gated", "lora-kl", "lora-mlp", "lora-replay", "osf", "shira")
+        ),
+    ),
+    "medical": Table(
+        {"chapters": "chapters", "capitals": "capitals asked in the same form", **_KEPT},
+        (
+            ("base", "medical", "base"),
+            ("**smf (sparse memory)**", "medical", "smf"),
+            ("lora", "medical", "lora"),
+            ("full finetuning", "medical", "full"),
+        ),
+    ),
+}
+# folder -> (method, numbers of edits), of the tables of facts taught one at a time
+EDITS = {"lifelong": (("smf", (100, 300, 1000)), ("retrieval", (100, 300, 1000)))}
+
+
+def listed() -> str:
+    """The list of all runs, and what is left."""
+    lines, left = [], 0.0
+    for runs in RUNS:
+        missing = runs.missing()
+        minutes = runs.minutes * len(missing)
+        left += minutes
+        state = f"missing {', '.join(missing)} (about {minutes:.0f} min)" if missing else "all there"
+        lines.append(f"sparsemem {' '.join(runs.command())}\n  {state}")
+    return "\n".join([*lines, f"left: about {left:.0f} min" if left else "nothing is left"])
+
+
+def run(data_dir: Path | None) -> None:
+    """Run what is missing. A command that needs data and gets none is left out, and says so."""
+    for runs in RUNS:
+        if not runs.missing():
+            continue
+        if runs.needs_data and data_dir is None:
+            sys.stderr.write(f"{runs.folder}: needs --data-dir; left out\n")
+            continue
+        subprocess.run([sys.executable, "-m", "sparsemem", *runs.command(data_dir)], cwd=PROJECT, check=True)
+
+
+def made(name: str) -> str:
+    """A table of TABLES or EDITS as Markdown, from the run folders."""
+    return _edits_table(name) if name in EDITS else _table(TABLES[name])
+
+
+def _table(wanted: Table) -> str:
+    first = wanted.rows[0][1]
+    base = _cells(first, BASE)
+    headings = [text.format(base=base.get(column, "")) for column, text in wanted.columns.items()]
+    lines = [["method", *headings], ["---", *["---:"] * len(headings)]]
+    for label, folder, method in wanted.rows:
+        cells = _cells(folder, method)
+        lines.append([label, *(cells.get(column, "–") for column in wanted.columns)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cells(folder: str, method: str) -> dict[str, str]:
+    head, *rows = table(collect(RESULTS / folder))
+    return next(dict(zip(head, row, strict=True)) for row in rows if row[0] == method)
+
+
+def _edits_table(folder: str) -> str:
+    shares = ("reliability", "generality", "locality", "knowledge", "first_tenth")
+    head = [
+        "method",
+        "edits",
+        "reliability",
+        "reworded",
+        "unrelated unchanged",
+        "knowledge kept",
+        "first tenth",
+    ]
+    lines = [[*head, "seconds, bytes an edit"], ["---", *["---:"] * len(head)]]
+    for method, counts in EDITS[folder]:
+        points = _points(folder, method)
+        for count in counts:
+            point = points[count]
+            cells = [f"{100 * point[key]:.1f} %" for key in shares]
+            cost = f"{point['seconds_per_edit']:.2f}, {point['bytes_per_edit']:,.0f}"
+            lines.append([method, f"{count:,}", *cells, cost])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _points(folder: str, method: str) -> dict[int, dict[str, Any]]:
+    result = read_json(RESULTS / folder / "runs" / run_name(method, 0) / "result.json")
+    return {point["edits"]: point for point in result["points"]}
+
+
+_PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def with_tables(text: str) -> str:
+    """A page with each of its tables made again."""
+    return _PLACE.sub(lambda found: found[1] + made(found[2]) + found[4], text)
+
+
+def rebuild() -> None:
+    """Write every report and every table of a page again."""
+    for folder in sorted({path.parents[2] for path in RESULTS.glob("*/runs/*/result.json")}):
+        rebuild_report(folder)
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The runs behind the tables.")
+    parser.add_argument("action", nargs="?", choices=("list", "run", "tables"), default="list")
+    parser.add_argument("--data-dir", type=Path, help="folder with zsre.jsonl and counterfact.jsonl")
+    given = parser.parse_args()
+    if given.action == "run":
+        run(given.data_dir)
+    if given.action in ("run", "tables"):
+        rebuild()
+    sys.stdout.write(listed() + "\n")
+
+
+if __name__ == "__main__":
+    main()
