@@ -369,3 +369,9 @@ def test_checkpoints_of_another_run_are_not_overwritten(teach, tmp_path):
     teach("full", max_steps=1, output_dir=tmp_path)
     with pytest.raises(ValueError, match="holds checkpoints"):
         teach("full", max_steps=1, output_dir=tmp_path)
+
+
+def test_smf_stops_when_it_has_learnt_unless_steps_are_given(teach, monkeypatch):
+    monkeypatch.setattr("sparsemem.training.options.LEARNT", 5.4)
+    assert 3 <= teach("smf", mentions=0).steps < 20
+    assert teach("smf", mentions=0, max_steps=20).steps == 20

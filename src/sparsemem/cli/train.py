@@ -74,7 +74,12 @@ from .options import (
     help="Passes over the data. Default: 3; for sparse memory also at least 200 steps.",
 )
 @click.option("--max-steps", type=click.IntRange(1), help="Number of optimizer steps; overrides --epochs.")
-@click.option("--stop-loss", type=float, help="Stop when the mean loss of the last epoch is below this.")
+@click.option(
+    "--stop-loss",
+    type=float,
+    help="Stop when the mean loss of the last epoch is below this. Default: .005 for smf without --epochs "
+    "and --max-steps.",
+)
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Records per batch.")
 @click.option(
     "--gradient-accumulation-steps",

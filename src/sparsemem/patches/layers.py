@@ -166,10 +166,10 @@ def is_after(tensors: Mapping[str, Tensor], name: str, layer: LayerPatch) -> boo
 
 
 def packed_layer(name: str, layer: LayerPatch) -> dict[str, Tensor]:
-    """The tensors of a layer for a file. Rows before are left out if all of them are zero."""
-    held = {"slots": layer.slots, "after": layer.after}
+    """The tensors of a layer for a file, in bfloat16 where that loses nothing; rows of zeros are left out."""
+    held = {"slots": layer.slots, "after": _smallest(layer.after)}
     if layer.before.any():
-        held["before"] = layer.before
+        held["before"] = _smallest(layer.before)
     if layer.scope is not None:
         parts = layer.scope.tensors()
         kept = [key for key in SCOPE_TENSORS if layer.space is None or key not in SPACE_TENSORS]
@@ -207,8 +207,9 @@ def unpacked_layer(
     if problem:
         raise ArtifactError(f"{path}: layer {name}: {problem}; get an undamaged copy")
     scope = _scope_from(held) if space or any(key.startswith("scope_") for key in held) else None
-    before = held.get("before", torch.zeros_like(held["after"]))
-    return LayerPatch(held["slots"], before, held["after"], addressing, scope, space)
+    after = held["after"].float()
+    before = held["before"].float() if "before" in held else torch.zeros_like(after)
+    return LayerPatch(held["slots"], before, after, addressing, scope, space)
 
 
 def _problem(held: dict[str, Tensor], space: str | None) -> str | None:
@@ -220,12 +221,8 @@ def _problem(held: dict[str, Tensor], space: str | None) -> str | None:
     ):
         return "slots or rows are missing or have the wrong dtype or shape"
     slots, after, before = held["slots"], held["after"], held.get("before", held["after"])
-    if (
-        after.dim() != 2
-        or len(after) != len(slots)
-        or (before.shape, before.dtype) != (after.shape, after.dtype)
-    ):
-        return "slots and rows differ in number, shape or dtype"
+    if after.dim() != 2 or len(after) != len(slots) or before.shape != after.shape:
+        return "slots and rows differ in number or shape"
     if len(slots) and (int(slots[0]) < 0 or not bool((slots[1:] > slots[:-1]).all())):
         return "slots are negative, not in order, or not unique"
     if not all(bool(t.isfinite().all()) for t in held.values() if t.is_floating_point()):

@@ -141,10 +141,11 @@ def finetune(
         lr: learning rate; None: the method's own, see `methods`.
         rest_lr: learning rate of what trains besides value rows (alpha, keys), see `RowAdamW`.
         max_steps: number of steps; overrides epochs.
-        epochs: None: EPOCHS, and for sparse memory at least MIN_STEPS steps.
+        epochs: None: EPOCHS, and for sparse memory at least MIN_STEPS steps, unless it has learnt before.
         max_length: in tokens; longer records are cut. None: the model's context length.
         loss_on: as for `encode`.
-        stop_loss: stop when the mean loss of the last steps, as many as one epoch has, is below this.
+        stop_loss: stop when the mean loss of the last steps, as many as one epoch has, is below this. None:
+            for "smf" without max_steps and epochs LEARNT, else never.
         top_t, rule: for sparse memory: which rows a step may change, see `select_rows`.
         moments, quirks: for sparse memory, see `RowAdamW` and `ReleaseAdamW`.
         trainable: for sparse memory: which of its parameters train, as in `SparseMemoryConfig`. None: as the
@@ -213,7 +214,7 @@ def finetune(
         prepared = prepare(model, taught, options, folder)
         stack.enter_context(without_cache(prepared.model))
         stop = StopAtSignal()
-        ours = [stopwatch, StopAtLoss(stop_loss, steps_per_epoch)]
+        ours = [stopwatch, StopAtLoss(options.stops_below, steps_per_epoch)]
         ours += [stop, MetricsFile(folder / METRICS_FILE)] if output_dir else []
         trainer = trainer_of(prepared, taught, options, arguments, [*ours, *callbacks])
         with stop.listening() if output_dir else nullcontext():

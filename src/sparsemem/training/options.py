@@ -24,6 +24,9 @@ WARMUP_STEPS = 5
 SAVE_STEPS = 500
 # Default passes over the data, and the fewest steps of sparse memory, whose steps on cached states are cheap.
 EPOCHS, MIN_STEPS = 3, 200
+# "smf" has learnt when an epoch's mean loss is below this, and stops where no number of steps was given. On
+# the choosing handbook recall does not rise after it (docs/results/stopping.jsonl).
+LEARNT = 0.005
 MENTION_FORMS = 4
 CACHE_BYTES = 2**31
 MAX_GRAD_NORM = 1.0
@@ -80,6 +83,12 @@ class Options:
         found = LEARNING_RATES[self.method] if self.lr is None else self.lr
         assert found is not None
         return found
+
+    @property
+    def stops_below(self) -> float | None:
+        """The mean loss of an epoch at which the run stops; None: it does not."""
+        chosen = (self.stop_loss, self.max_steps, self.epochs) != (None, None, None)
+        return self.stop_loss if chosen or self.method != "smf" else LEARNT
 
     def record(self) -> dict[str, Any]:
         """What a resumed run must have again, as JSON values; a callable is given by its name."""
