@@ -29,21 +29,21 @@ def test_every_example_is_run_here():
     assert all(f'run("{path.name}"' in tested for path in EXAMPLES.glob("*.py"))
 
 
-def test_teach_facts(tiny, tmp_path):
-    said = run("teach_facts.py", tmp_path, tiny, "facts.safetensors", 3)
+def test_teach_facts(tiny_words, tmp_path):
+    said = run("teach_facts.py", tmp_path, tiny_words, "facts.safetensors", 3)
     assert f"{(tmp_path / 'facts.safetensors').stat().st_size:,} bytes in facts.safetensors" in said
     assert "taken back:" in said
 
 
-def test_domain_task(tiny, tmp_path):
-    said = run("domain_task.py", tmp_path, tiny, "departments", 3)
+def test_domain_task(tiny_words, tmp_path):
+    said = run("domain_task.py", tmp_path, tiny_words, "departments", 3)
     assert "of 24 new messages" in said
     assert "drift on prose: " in said
     assert (tmp_path / "departments" / "adapter_config.json").is_file()
 
 
-def test_stream_with_undo(tiny, tmp_path):
-    said = run("stream_with_undo.py", tmp_path, tiny, "stream")
+def test_stream_with_undo(tiny_words, tmp_path):
+    said = run("stream_with_undo.py", tmp_path, tiny_words, "stream")
     assert said.count("taught in") == 3
     assert "taken back:" in said
     lines = (tmp_path / "stream" / "ledger.jsonl").read_text(encoding="utf-8").splitlines()

@@ -158,9 +158,9 @@ def test_train_writes_adapter_background_patch_and_metrics(trained, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("general", [None, "general.jsonl"])
-def test_train_makes_a_memory_and_calibrates_it_in_one_command(tiny, data, tmp_path, general):
+def test_train_makes_a_memory_and_calibrates_it_in_one_command(tiny_words, data, tmp_path, general):
     out, given = tmp_path / "taught", () if general is None else ("--background", data / general)
-    command = ("train", tiny, "--data", data / "taught.jsonl", "--out", out, "--max-steps", 3, *given)
+    command = ("train", tiny_words, "--data", data / "taught.jsonl", "--out", out, "--max-steps", 3, *given)
     with sparsemem_with(*command) as running:
         running.wait()
     assert running.returncode == 0, running.stderr
