@@ -87,7 +87,7 @@ def tiny(tmp_path_factory, tokenizer, tiny_llama):
 
 @pytest.fixture(scope="session")
 def tiny_words(tmp_path_factory):
-    """As `tiny`, with tokens of several bytes: texts that ship with the package have a third of the tokens."""
+    """As `tiny`, with tokens of several bytes: real texts have a third of the tokens."""
     folder = tmp_path_factory.mktemp("models") / "words"
     text = (Path(sparsemem.__file__).parent / "data" / "general.jsonl").read_text(encoding="utf-8")
     trained = make_tokenizer(CHAT_TEMPLATE).train_new_from_iterator([text], 1000, show_progress=False)

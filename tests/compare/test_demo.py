@@ -29,10 +29,10 @@ FIGURES = (
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, tiny):
+def results(tmp_path_factory, tiny_words):
     out = tmp_path_factory.mktemp("demo")
     said = []
-    chosen = recipe(model=str(tiny), settings=SETTINGS)
+    chosen = recipe(model=str(tiny_words), settings=SETTINGS)
     made = compare(chosen, out=out, methods=METHODS, progress=said.append)
     assert len(said) == sum(len(chosen.stages(method)) for method in METHODS)
     return {**made, "out": out}

@@ -30,9 +30,9 @@ CHOSEN = ("base", "smf", "smf-own", "additive-kl", "lora-long")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, tiny):
+def results(tmp_path_factory, tiny_words):
     out = tmp_path_factory.mktemp("medical")
-    made = compare(recipe(model=str(tiny), settings=SETTINGS), out=out, methods=CHOSEN, seeds=[0])
+    made = compare(recipe(model=str(tiny_words), settings=SETTINGS), out=out, methods=CHOSEN, seeds=[0])
     return {**made, "out": out}
 
 
