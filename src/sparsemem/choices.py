@@ -3,6 +3,8 @@
 # see `training.methods`; "peft" trains the adapter that a model carries, which is made in Python
 METHODS = ("smf", "smf-open", "lora", "peft", "full")
 MEMORY_METHODS = ("smf", "smf-open")
+# in comparisons: facts taught one after another, with fact rows (`Stream`)
+LEARN = "learn"
 # see `adapter.config.SparseMemoryConfig`
 WRITES = ("last", "own")
 MODES = ("additive", "replacement")

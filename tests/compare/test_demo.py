@@ -5,7 +5,6 @@ import json
 import pytest
 
 from sparsemem.compare.compare import compare
-from sparsemem.compare.recipes.demo import USUAL as METHODS
 from sparsemem.compare.recipes.demo import (
     DemoSettings,
     Memory,
@@ -16,6 +15,7 @@ from sparsemem.compare.recipes.demo import (
     recipe,
 )
 
+METHODS = ("base", "learn", "smf", "lora", "full")
 SETTINGS = DemoSettings(
     teaching=Teaching(max_epochs=1, memory_steps=15),
     memory=Memory(num_keys=8, prose_tokens=300),
@@ -51,7 +51,7 @@ def test_every_row_has_every_figure(results):
     assert rows["base"]["mentions_changed"] == 0.0
     assert rows["full"]["mentions_perplexity"] != rows["base"]["mentions_perplexity"]
     assert rows["full"]["mentions_prose_perplexity"] != rows["base"]["mentions_prose_perplexity"]
-    assert {method for method in METHODS if "exposure" in rows[method]} == {"smf"}
+    assert {method for method in METHODS if "exposure" in rows[method]} == {"smf", "learn"}
     # a token moves the logits where it reads a written row, and only there
     assert (rows["smf"]["exposure"] > 0) == (rows["smf"]["drift"] > 0)
 

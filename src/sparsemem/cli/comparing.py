@@ -24,7 +24,7 @@ NUM_SHOWN = 3
 @click.option(
     "--methods",
     callback=comma_names,
-    default="base,smf,lora,full",
+    default="base,learn,lora,full",
     show_default=True,
     help="Methods to compare, separated by commas; smf-open is possible too.",
 )

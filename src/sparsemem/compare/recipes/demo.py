@@ -8,12 +8,15 @@ Choices:
 
 import hashlib
 import json
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ...choices import MEMORY_METHODS
+from ...choices import LEARN, MEMORY_METHODS
 from ...data.known import PROBE_FORMS, mention_texts, prose_texts
 from ..compare import BASE, Recipe
 from .questions import general_items, handbook, recall_items, training_records
@@ -30,8 +33,8 @@ from .runs import (
     told,
 )
 
-USUAL = (BASE, "smf", "lora", "full")
-METHODS = (BASE, "smf", "smf-open", "lora", "full", GATED, *RIVALS)
+USUAL = (BASE, LEARN, "lora", "full")
+METHODS = (BASE, LEARN, "smf", "smf-open", "lora", "full", GATED, *RIVALS)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,9 @@ def method_settings(settings: DemoSettings, method: str) -> dict[str, Any]:
         teaching = asdict(settings.teaching)
         rate, epochs = teaching.pop("lr"), teaching.pop("rival_epochs")
         kept["teaching"] = teaching
-        if method == GATED:
+        if method == LEARN:
+            del kept["teaching"]
+        elif method == GATED:
             kept |= {**gated_settings(), "memory": asdict(settings.memory)}
         elif method in RIVALS:
             kept |= {**rival_settings(method), "general": asdict(settings.memory)["prose_tokens"]}
@@ -127,6 +132,8 @@ def teach(
     """Train the model on these records; returns the model and the costs of training."""
     from ...training.finetune import finetune
 
+    if method == LEARN:
+        return _learnt(model, tokenizer, records, seed)
     teaching, memory = settings.teaching, settings.memory
     data, known_as = records, method
     general = []
@@ -155,6 +162,24 @@ def teach(
         model, data, known_as, tokenizer=tokenizer, lr=rate, batch_size=batch_size, seed=seed, **options
     )
     return done.model, costs(done, batch_size)
+
+
+def _learnt(
+    model: Any, tokenizer: Any, records: list[dict[str, Any]], seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """Teach each fact of the records as a task of its own."""
+    from ...stream.stream import Stream
+    from ...training.trainer import peak_memory
+
+    with tempfile.TemporaryDirectory() as folder, peak_memory(model) as memory:
+        began = time.perf_counter()
+        stream = Stream(model, Path(folder) / "stream", tokenizer=tokenizer, seed=seed)
+        left = iter(records)
+        for number, fact in enumerate(handbook()):
+            stream.teach(str(number), list(islice(left, len(fact["train"]))))
+        taught = stream.model
+        cost = {"seconds": time.perf_counter() - began, "samples": len(records)}
+    return taught, {**UNTRAINED, **cost, "peak_bytes": memory.peak_bytes}
 
 
 def _with_memory(memory: Memory, model: Any) -> Any:
@@ -201,7 +226,7 @@ _ABOUT = (
 )
 # expected seconds on two cores, to estimate the time left
 _PROBES = {"ask taught questions": 9, "ask general questions": 8, "ask other questions": 5, "read prose": 18}
-_TEACHING_SECONDS = {"smf": 80, "smf-open": 100, "lora": 150, "full": 170}
+_TEACHING_SECONDS = {LEARN: 90, "smf": 80, "smf-open": 100, "lora": 150, "full": 170}
 
 
 def recipe(

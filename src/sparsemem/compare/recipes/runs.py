@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...choices import MEMORY_METHODS, PRECISIONS
+from ...choices import LEARN, MEMORY_METHODS, PRECISIONS
 from ...data.general import prose
 from ..compare import BASE, PARTIAL
 from .questions import background_records
@@ -91,7 +91,7 @@ def read_prose(
         # OSF has no weights of the base to go back to, only their decomposition
         untouched = load_base(base_name)[0] if method == "osf" or not hasattr(model, "peft_config") else None
         figures["drift"] = drift(model, untouched, probe, opening=opening)
-    if method in MEMORY_METHODS:
+    if method in (LEARN, *MEMORY_METHODS):
         pieces = [tokenizer.decode(piece) for piece in probe.split(piece_tokens)]
         figures["exposure"] = exposure(model, pieces, tokenizer)
     return figures
