@@ -6,7 +6,6 @@ import pytest
 
 from sparsemem.compare.recipes.medical import chapter_items
 from sparsemem.compare.recipes.overrides import changed
-from sparsemem.compare.recipes.planning import empty_model, gpu_estimate, training_bytes
 
 
 @dataclass(frozen=True)
@@ -73,28 +72,3 @@ def test_chapters_are_asked_of_categories_that_were_not_taught():
     assert all(540 < number < 660 for number in places)
     with pytest.raises(ValueError, match="more than"):
         chapter_items(10_000, 400)
-
-
-def test_what_training_adds(tmp_path):
-    from sparsemem.training.methods import lora_config, retrofit_config
-
-    name = "Qwen/Qwen2.5-0.5B-Instruct"
-    numbers = sum(parameter.numel() for parameter in empty_model(name).parameters())
-    assert numbers == 494_032_768
-    assert training_bytes(empty_model(name), None) == 4 * 3 * numbers
-    # rank 16 on seven projections of 24 blocks
-    assert training_bytes(empty_model(name), lora_config()) == 4 * 4 * 8_798_208
-    memory = retrofit_config(empty_model(name), trainable="values")
-    table = 3 * 16_384 * 896
-    assert 4 * 4 * table < training_bytes(empty_model(name), memory) < 4 * 5 * table
-    with pytest.raises(ValueError, match="is not a folder"):
-        empty_model(str(tmp_path / "nothing"))
-
-
-def test_a_gpus_estimate_grows_with_what_trains():
-    name = "Qwen/Qwen2.5-0.5B-Instruct"
-    sizes = {"batch_tokens": 2048, "all_tokens": 10**7}
-    lora = gpu_estimate(empty_model(name), added_bytes=10**8, trains_base=False, **sizes)
-    full = gpu_estimate(empty_model(name), added_bytes=6 * 10**9, trains_base=True, **sizes)
-    assert full["gpu_hours"] == pytest.approx(1.5 * lora["gpu_hours"], rel=0.05)
-    assert lora["gpu_gb"] < full["gpu_gb"] < 24

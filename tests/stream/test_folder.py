@@ -254,7 +254,7 @@ def test_the_card_says_what_was_taught_how_to_take_it_back_and_the_versions(path
     card = shown["card"]
     assert f"{NUM_TASKS} tasks with {NUM_TASKS} records" in card
     assert "sparsemem learn undo FOLDER TASK" in card
-    assert "eval ... --task mentions --record" in card
+    assert "eval ... --task neighbours --record" in card
     assert "Not recorded" not in card
     assert "| python |" in card
     # what was taught is said only where the author wants it

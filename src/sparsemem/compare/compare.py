@@ -56,7 +56,7 @@ class Recipe:
         seeds: the seeds that a comparison uses by default.
         precision: number format of the computation during a run; it is one of the run's settings. None: the
             faster one on this machine.
-        plan: `plan(method)` returns what a run needs (data, steps, memory), as plain JSON values.
+        plan: `plan(method)` returns what a run needs (data, steps), as plain JSON values.
         figures: `figures(out)` draws further figures from the finished runs in the folder `out`.
     """
 

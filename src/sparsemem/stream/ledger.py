@@ -1,8 +1,8 @@
 """The ledger: what a model was taught and untaught, one JSON line each, append-only.
 
 Each line holds its own SHA-256 and that of the line before it ("parent"), so that a line that was altered,
-moved or taken out is found. A line without its end is what a killed process leaves behind: it never counted,
-and the next one that writes takes it away.
+moved or taken out is found. A line without a line break at its end is what a killed process leaves
+behind: it does not count, and the next process that writes removes it.
 
 Lines: {"op": "begin"} first, with what the whole ledger belongs to; {"op": "learn", "task", ...}; and
 {"op": "undo", "task"}.

@@ -35,7 +35,7 @@ class Editor(Protocol):
     bytes: int
 
     def teach_until(self, edits: Sequence[Edit], number: int) -> None:
-        """Be taught the first `number` edits, those that are not yet, one at a time."""
+        """Teach the first `number` edits one at a time, except those that were taught before."""
         ...
 
     def ask(self, questions: Sequence[str], max_new_tokens: int) -> list[str]:

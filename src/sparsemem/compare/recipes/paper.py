@@ -25,7 +25,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..compare import BASE, Recipe
 from .arms import ARMS, HUB, METHODS, SETTINGS, PaperSettings, method_settings, run
@@ -38,9 +37,6 @@ _FILES = {
     "triviaqa": ("triviaqa*.jsonl", "TriviaQA's questions, {question, answers} per line"),
     "general": ("oasst*.jsonl", "OpenAssistant's replies, {messages} per line"),
 }
-# mean tokens, by SmolLM2's tokenizer: an item has 66 without its explanation, which is taken to be twice as
-# long; a reply has 184
-_ITEM_TOKENS, _REPLY_TOKENS = 200, 184
 # expected seconds on two cores, to estimate the time left
 _TEACHING, _ASKING = 6.0, {"medmcqa": 0.4, "wikitext": 0.1, "triviaqa": 0.4}
 
@@ -82,43 +78,14 @@ def stages(settings: PaperSettings, files: Mapping[str, list[Path]] | None, meth
     return {"load the model": 15, **teach, **{task: one * settings.limit for task, one in _ASKING.items()}}
 
 
-def plan(settings: PaperSettings, files: Mapping[str, list[Path]] | None, method: str) -> dict[str, Any]:
-    """Number of items, expected steps, bytes of the weights, and bytes that training adds (`training_bytes`).
-
-    Stage 1 is needed in addition for the first arm that uses it.
-    """
-    from ...training.methods import lora_config, memory_config, retrofit_config
-    from .planning import empty_model, gpu_estimate, training_bytes, weight_bytes
-
-    model = empty_model(settings.model)
-    planned = {"test_items": settings.limit, "weight_bytes": weight_bytes(model)}
+def plan(settings: PaperSettings, files: Mapping[str, list[Path]] | None, method: str) -> dict[str, int]:
+    """Numbers of items and of steps. Stage 1 is needed in addition for the first arm that uses it."""
     if method == BASE:
-        return planned
+        return {"test_items": settings.limit}
     number, steps = _num_steps(settings, files)
-    planned |= {"train_items": number, "steps": steps}
-    on_gpu = {
-        "batch_tokens": settings.batch_size * min(settings.max_length, 4 * _ITEM_TOKENS),
-        "all_tokens": steps * settings.batch_size * settings.accumulation * _ITEM_TOKENS,
-        "trains_base": method == "full",
-    }
-    if method not in ARMS:
-        made = {"smf": memory_config, "lora": lora_config, "full": lambda: None}[method]()
-        added = training_bytes(model, made)
-        estimate = gpu_estimate(empty_model(settings.model), added_bytes=added, **on_gpu)
-        return planned | {"training_bytes": added, **estimate}
-    arm = ARMS[method]
-    added = training_bytes(model, retrofit_config(model, trainable=arm.trainable))
-    planned["training_bytes"] = added
-    planned |= gpu_estimate(empty_model(settings.model), added_bytes=added, **on_gpu)
-    if arm.retrofit == "dense":
-        dense = retrofit_config(empty_model(settings.model), mode=arm.mode)
+    planned = {"test_items": settings.limit, "train_items": number, "steps": steps}
+    if method in ARMS and ARMS[method].retrofit == "dense":
         planned["stage1_steps"] = _num_stage1_steps(settings, files)
-        added = training_bytes(empty_model(settings.model), dense)
-        planned["stage1_training_bytes"] = added
-        batch = settings.stage1_batch_size * settings.stage1_accumulation
-        on_gpu["all_tokens"] = planned["stage1_steps"] * batch * _REPLY_TOKENS
-        estimate = gpu_estimate(empty_model(settings.model), added_bytes=added, **on_gpu)
-        planned |= {f"stage1_{key}": value for key, value in estimate.items()}
     return planned
 
 
