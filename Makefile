@@ -43,8 +43,9 @@ check: $(READY)
 fast: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
-# the budget of src in lines
-LINES := 21600
+# the budget of src in lines; the goal is 18,700. What came on top: facts with two keys, the shapes and files of
+# records, contexts and neighbours, and what clients of the server send
+LINES := 22000
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
