@@ -53,9 +53,9 @@ def check_bare(model: nn.Module) -> None:
     held = [one for one in model.modules() if isinstance(one, BaseTunerLayer)]
     found = [one for one in held if not isinstance(one, SparseMemoryLayer) or one.sparse_memory_layers]
     if found:
-        kind = "sparse memory" if isinstance(found[0], SparseMemoryLayer) else "adapter"
+        kind = "a sparse memory" if isinstance(found[0], SparseMemoryLayer) else "an adapter"
         raise ValueError(
-            f"model: the base model already carries a {kind}, of an earlier run or Stream, and a second one "
+            f"model: the base model already carries {kind}, of an earlier run or Stream, and a second one "
             "would change its answers; load the base model again for each, or call unload() (for a LoRA, "
             "merge_and_unload()) on the model that carries it"
         )

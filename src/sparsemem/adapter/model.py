@@ -214,7 +214,8 @@ def _check_base(model: nn.Module, config: SparseMemoryConfig) -> None:
     elif not fits_base(model, config.base_fingerprint):
         raise ArtifactError(
             f"the adapter does not fit the base model ({type(model).__name__}), it was made for another; "
-            "give the base model that it was trained on"
+            "give the base model that it was trained on (after resize_token_embeddings a saved copy of it, "
+            "since the embeddings of added tokens are random)"
         )
 
 

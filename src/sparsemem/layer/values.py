@@ -12,8 +12,10 @@ output gradients of its reads. The gradient of weights is a sampled matrix produ
 pass of `embedding_bag` elsewhere (measured, dev/LOG.md sections 13 and 17).
 """
 
+import logging
 import warnings
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +25,8 @@ from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     pass
+
+logger = logging.getLogger(__name__)
 
 # Gradients are computed by a matrix product if num_slots / reads is at most this.
 _PRODUCT = 4
@@ -83,10 +87,22 @@ class _ReadRows(torch.autograd.Function):
                 counted = grad_out.any(1) if ctx.reached else ctx.counted
                 ctx.log.add(slots, weights, grad_out, counted, len(values))
             else:
+                # where addresses train too, as in the dense retrofit, dense gradients are what is wanted
+                if not ctx.needs_input_grad[2] and not torch.compiler.is_compiling():
+                    say_dense()
                 product = by_product(len(values), slots.shape[1])
                 grad_values = table_gradient(slots, weights, grad_out, len(values), product)
                 grad_values = grad_values.to(values.dtype)
         return grad_values, None, grad_weights, None, None, None
+
+
+@cache
+def say_dense() -> None:
+    logger.warning(
+        "the value rows get a dense gradient: the optimizer changes every row that is read, and by momentum "
+        "and weight decay others too; to change only selected rows use RowAdamW, in Trainer "
+        "optimizers=(RowAdamW(model, lr=...), None)"
+    )
 
 
 def _read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
