@@ -47,9 +47,13 @@ def either(request):
         (DEEP, 400),
         (b"[]", 400),
         (b'{"question": NaN, "messages": NaN}', 400),
+        (
+            b'{"model": "tiny", "question": "\\ud800", "messages": [{"role": "user", "content": "\\ud800"}]}',
+            400,
+        ),
         (b'"' + b"x" * (5 << 20) + b'"', 413),
     ],
-    ids=["empty", "broken", "no text", "deep", "a list", "no number", "large"],
+    ids=["empty", "broken", "no text", "deep", "a list", "no number", "half a character", "large"],
 )
 def test_bodies(either, body, status):
     address, path = either

@@ -232,11 +232,12 @@ def test_the_page_teaches_switches_and_takes_back(client):
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
-        ("/api/teach", {"question": "a"}, 400, "must be text"),
+        ("/api/teach", {"question": "a"}, 400, "fill in both"),
+        ("/api/teach", {"question": "a", "answer": 3}, 400, "answer=3: must be a string"),
         ("/api/teach", {"file": "{", "name": "facts.jsonl"}, 400, "facts.jsonl, line 1: not valid JSON"),
         ("/api/ask", {"question": " "}, 400, "a question of 1 to 2,000 characters"),
         ("/api/lessons/lesson-9", {"on": True}, 404, "there is no lesson 'lesson-9'"),
-        ("/api/lessons/lesson-9", {"on": 1}, 400, "on must be true or false"),
+        ("/api/lessons/lesson-9", {"on": 1}, 400, "on=1: must be a boolean"),
     ],
 )
 def test_the_page_says_what_is_wrong(client, path, body, status, message):

@@ -47,9 +47,9 @@ def test_bad_files(text, message):
 
 
 @pytest.mark.parametrize(
-    ("typed", "message"),
-    [(("", "b", []), "fill in both"), (("a", " ", []), "fill in both"), ((None, "b", []), "must be text")],
+    "typed",
+    [("", "b", []), ("a", " ", []), ("", "b", ["a"])],
 )
-def test_bad_fields(typed, message):
-    with pytest.raises(ValueError, match=message):
+def test_empty_fields(typed):
+    with pytest.raises(ValueError, match="fill in both"):
         typed_records(*typed)

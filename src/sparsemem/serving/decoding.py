@@ -7,29 +7,92 @@ Why not `transformers`' continuous batching: it packs the tokens of all requests
 request cannot have adapters of its own, and has one set of sampling settings for all.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional
-from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..adapter.layers import BASE_ROW
 from ..data.generation import accepted, pad_left
 from ..precision import autocast
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Sampling:
-    """How a request's tokens are drawn; temperature 0: the likeliest one."""
+    """How a request's tokens are drawn.
+
+    Attributes:
+        temperature: 0: the likeliest token.
+        top_k: 0 or -1: all tokens.
+        repetition_penalty: of tokens in the prompt and the answer; the other two, of tokens in the answer.
+        top_logprobs: likely tokens to report beside each chosen one; None: report nothing.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    top_logprobs: int | None = None
+
+    def processors(self, num_prompt: int) -> LogitsProcessorList:
+        """What changes the logits before a token is drawn from them."""
+        found: list[Any] = []
+        if self.repetition_penalty != 1:
+            found.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if self.frequency_penalty or self.presence_penalty:
+            found.append(_Penalties(self.frequency_penalty, self.presence_penalty, num_prompt))
+        if self.temperature == 0:
+            return LogitsProcessorList(found)
+        if self.temperature != 1:
+            found.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k > 0:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            found.append(TopPLogitsWarper(self.top_p))
+        if self.min_p > 0:
+            found.append(MinPLogitsWarper(self.min_p))
+        return LogitsProcessorList(found)
+
+
+class _Penalties(LogitsProcessor):
+    """OpenAI's penalties of tokens that are in the answer already."""
+
+    def __init__(self, frequency: float, presence: float, num_prompt: int) -> None:
+        self._frequency, self._presence, self._num_prompt = frequency, presence, num_prompt
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        counts = torch.bincount(input_ids[0, self._num_prompt :], minlength=scores.shape[1])
+        return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+class Chosen(NamedTuple):
+    """A token of an answer; `top` holds the likeliest tokens and their log-probabilities."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 @dataclass(eq=False)
@@ -40,12 +103,16 @@ class Row:
         prompt: token ids, at least one.
         memories: adapters that speak in its answer; none: the base alone.
         tokens: what was generated so far.
+        chosen: the same tokens with their log-probabilities, if `sampling` asks for them.
+        error: why no further token could be chosen.
     """
 
     prompt: list[int]
     memories: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     tokens: list[int] = field(default_factory=list)
+    chosen: list[Chosen] = field(default_factory=list)
+    error: Exception | None = None
 
     def __post_init__(self) -> None:
         self._generator: torch.Generator | None = None
@@ -55,33 +122,36 @@ class Row:
                 self._generator.seed()
             else:
                 self._generator.manual_seed(self.sampling.seed)
-        warpers: list[Any] = []
-        if self.sampling.temperature not in (0, 1):
-            warpers.append(TemperatureLogitsWarper(float(self.sampling.temperature)))
-        if self.sampling.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.sampling.top_p))
-        self._warpers = LogitsProcessorList(warpers)
+        self._processors = self.sampling.processors(len(self.prompt))
 
-    def choose(self, logits: Tensor) -> int:
-        """The next token, of logits [vocabulary]; it is added to `tokens`."""
+    def choose(self, logits: Tensor) -> None:
+        """Add the next token, of logits [vocabulary], to `tokens`."""
+        scores: Any = logits
+        if self._generator is not None or self._processors:
+            so_far: Any = torch.tensor([[*self.prompt, *self.tokens]])
+            scores = self._processors(so_far, logits.float().cpu()[None])[0]  # type: ignore[arg-type]
         if self._generator is None:
-            token = int(logits.argmax())
+            token = int(scores.argmax())
         else:
-            chosen: Any = torch.tensor([self.tokens])
-            scores: Any = self._warpers(chosen, logits.float().cpu()[None])
-            token = int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
+            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
         self.tokens.append(token)
-        return token
+        if self.sampling.top_logprobs is not None:
+            values, ids = (logprobs := logits.float().log_softmax(-1)).topk(self.sampling.top_logprobs)
+            top = list(zip(ids.tolist(), values.tolist(), strict=True))
+            self.chosen.append(Chosen(token, float(logprobs[token]), top))
 
 
 class Decoder:
     """The running batch of one model."""
 
-    def __init__(self, model: Any) -> None:
-        """Raises:
-        ValueError: a model whose state is not a plain KV cache.
+    def __init__(self, model: Any, precision: str | None = None) -> None:
+        """Args:
+            precision: in which the model computes; see `precision_of`.
+
+        Raises:
+            ValueError: a model whose state is not a plain KV cache.
         """
-        self.model = model.eval()
+        self.model, self.precision = model.eval(), precision
         self.rows: list[Row] = []
         self._mask = torch.empty(0)
         self._cache = DynamicCache()
@@ -97,8 +167,7 @@ class Decoder:
     def join(self, rows: Sequence[Row]) -> None:
         """Read the prompts of new rows, choose their first token, and let them join the batch."""
         logits, cache, mask = self._read(rows)
-        for row, scores in zip(rows, logits, strict=True):
-            row.choose(scores)
+        _choose(rows, logits)
         if self.rows:
             cache, mask = _stacked([(self._cache, self._mask), (cache, mask)])
         self._cache, self._mask = cache, mask
@@ -110,8 +179,7 @@ class Decoder:
         last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self._mask.device)
         self._mask = functional.pad(self._mask, (0, 1), value=1)
         logits = self._forward(self.rows, last, self._mask, self._cache)
-        for row, scores in zip(self.rows, logits, strict=True):
-            row.choose(scores)
+        _choose(self.rows, logits)
 
     @torch.inference_mode()
     def leave(self, rows: Sequence[Row]) -> None:
@@ -142,11 +210,21 @@ class Decoder:
         inputs: dict[str, Any] = accepted(self.model, position_ids=places, logits_to_keep=1)
         if isinstance(self.model, PeftModel):
             inputs["adapter_names"] = [row.memories or BASE_ROW for row in rows]
-        with autocast(self.model):
+        with autocast(self.model, self.precision):
             out = self.model(
                 input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs
             )
         return out.logits[:, -1]
+
+
+def _choose(rows: Sequence[Row], logits: Tensor) -> None:
+    """The next token of each row; one that fails does not stop the others."""
+    for row, scores in zip(rows, logits, strict=True):
+        try:
+            row.choose(scores)
+        except Exception as error:
+            logger.exception("a token could not be chosen")
+            row.error = error
 
 
 def _stacked(parts: Sequence[tuple[DynamicCache, Tensor]]) -> tuple[DynamicCache, Tensor]:
@@ -158,7 +236,9 @@ def _stacked(parts: Sequence[tuple[DynamicCache, Tensor]]) -> tuple[DynamicCache
         for cache, mask in parts:
             layer: Any = cache.layers[number]
             for tensors, one in zip(held, (layer.keys, layer.values), strict=True):
-                tensors.append(functional.pad(one, (0, 0, length - mask.shape[1], 0)))
+                # a layer of token ids is padded with no token
+                fill = 0 if one.is_floating_point() else -1
+                tensors.append(functional.pad(one, (0, 0, length - mask.shape[1], 0), value=fill))
         stacked.update(torch.cat(held[0]), torch.cat(held[1]), number)
     masks = [functional.pad(mask, (length - mask.shape[1], 0)) for _, mask in parts]
     return stacked, torch.cat(masks)

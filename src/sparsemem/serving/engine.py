@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from tokenizers.decoders import DecodeStream
 
 from ..data.conversations import end_tokens
-from .decoding import Decoder, Row
+from .decoding import Chosen, Decoder, Row
 
 
 class AnswerText:
@@ -69,11 +69,13 @@ class Piece(NamedTuple):
     Attributes:
         finish: why the answer ends with it: "stop" or "length"; None: more will come.
         error: what went wrong, if the answer ends because of that.
+        chosen: its tokens with their log-probabilities, if the request asks for them.
     """
 
     text: str
     finish: str | None = None
     error: str | None = None
+    chosen: Sequence[Chosen] = ()
 
 
 @dataclass(eq=False)
@@ -90,10 +92,18 @@ class Request:
     text: AnswerText
     deliver: Callable[[Piece], None]
     cancelled: bool = False
+    num_delivered: int = 0
 
     @property
     def num_tokens(self) -> int:
         return len(self.row.tokens)
+
+    def send(self, text: str, finish: str | None = None) -> None:
+        """Deliver text and the tokens since the last piece; the token that ends an answer has no text."""
+        ends = finish == "stop" and not self.text.stopped
+        chosen = self.row.chosen[self.num_delivered : len(self.row.chosen) - ends]
+        self.num_delivered += len(chosen)
+        self.deliver(Piece(text, finish, chosen=chosen))
 
 
 class QueueFull(Exception):
@@ -103,15 +113,18 @@ class QueueFull(Exception):
 class Engine:
     """Answers requests, up to `max_batch` of them at once; up to `max_queue` others wait."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_batch: int = 16, max_queue: int = 256) -> None:
-        self._decoder = Decoder(model)
+    def __init__(
+        self, model: Any, tokenizer: Any, *,
+        max_batch: int = 16, max_queue: int = 256, precision: str | None = None,
+    ) -> None:  # fmt: skip
+        self._decoder = Decoder(model, precision)
         self._ends = end_tokens(model, tokenizer)
         self.max_batch, self.max_queue = max_batch, max_queue
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._changed = threading.Condition()
         self._stopping = False
-        self.num_prompt_tokens = self.num_generated_tokens = 0
+        self.num_prompt_tokens = self.num_generated_tokens = self.num_cancelled = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -158,7 +171,7 @@ class Engine:
                 new = self._admitted()
             try:
                 self._advance(new)
-            except (RuntimeError, ValueError) as error:
+            except Exception as error:
                 # one bad batch must not end the server
                 logger.exception("a batch failed")
                 self._fail([*self._running, *new], f"the model failed: {error}")
@@ -168,7 +181,9 @@ class Engine:
         new: list[Request] = []
         while self._waiting and len(self._running) + len(new) < self.max_batch:
             request = self._waiting.popleft()
-            if not request.cancelled:
+            if request.cancelled:
+                self.num_cancelled += 1
+            else:
                 new.append(request)
         return new
 
@@ -194,20 +209,31 @@ class Engine:
     def _deliver(self, request: Request) -> bool:
         """Whether the request is finished."""
         if request.cancelled:
+            self.num_cancelled += 1
             return True
+        try:
+            if request.row.error is not None:
+                raise request.row.error
+            return self._deliver_token(request)
+        except Exception as error:
+            logger.exception("an answer failed")
+            request.deliver(Piece("", None, f"the answer failed: {error}"))
+            return True
+
+    def _deliver_token(self, request: Request) -> bool:
         token = request.row.tokens[-1]
         if token in self._ends:
-            request.deliver(Piece(request.text.rest(), "stop"))
+            request.send(request.text.rest(), "stop")
             return True
         piece = request.text.add(token)
         if request.text.stopped:
-            request.deliver(Piece(piece, "stop"))
+            request.send(piece, "stop")
             return True
         if request.num_tokens >= request.max_tokens:
-            request.deliver(Piece(piece + request.text.rest(), "length"))
+            request.send(piece + request.text.rest(), "length")
             return True
         if piece:
-            request.deliver(Piece(piece))
+            request.send(piece)
         return False
 
     def _fail(self, requests: list[Request], message: str) -> None:

@@ -1,6 +1,8 @@
 """Run an application with uvicorn: where it listens, what it says, how it ends."""
 
+import asyncio
 import ipaddress
+import logging
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +10,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 10
 # Names of this machine for itself.
@@ -64,10 +68,25 @@ def listen(app: Any, host: str, port: int, say: Callable[[str], None]) -> None:
             ) from error
         shown = f"[{host}]" if ":" in host else host
         config = uvicorn.Config(
-            app, log_level="warning", timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
+            _without_cancellation(app),
+            log_level="warning",
+            timeout_graceful_shutdown=GRACE_SECONDS,
+            server_header=False,
         )
         server = _Server(config, lambda: say(f"http://{shown}:{taken.getsockname()[1]}"))
         server.run(sockets=[taken])
+
+
+def _without_cancellation(app: Any) -> Any:
+    """The application; a request that the end of the server cuts off is no error with a traceback."""
+
+    async def run(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            logger.warning("an answer was cut off: the server ends")
+
+    return run
 
 
 class _Server(uvicorn.Server):
@@ -81,3 +100,9 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         if self.started:
             self._listening()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets=sockets)
+        # a second Ctrl-C leaves this out, and the application ends with a traceback
+        if self.force_exit:
+            await self.lifespan.shutdown()

@@ -19,14 +19,16 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import Field, StrictBool
+from starlette.exceptions import HTTPException
 
 from .api import read_body
-from .bodies import ApiError
+from .bodies import ApiError, Fields, Parsed, parse
 from .lessons import Lessons, Progress
 from .listen import LOOPBACK_HOSTS, new_app
 
 STATIC = Path(__file__).with_name("static")
-FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/icon.svg": "icon.svg"}
 MAX_BODY = 4 << 20
 MAX_QUESTION = 2000
 _POLICY = "default-src 'self'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
@@ -57,6 +59,10 @@ def build_page(
     async def _error(_request: Request, error: ApiError) -> JSONResponse:
         return JSONResponse({"error": str(error)}, error.status)
 
+    @app.exception_handler(HTTPException)
+    async def _http_error(_request: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse({"error": error.detail}, error.status_code)
+
     @app.middleware("http")
     async def _guarded(request: Request, call_next: Any) -> Any:
         if request.method not in ("GET", "HEAD") and not _from_here(request):
@@ -67,6 +73,9 @@ def build_page(
         response.headers["Referrer-Policy"] = "no-referrer"
         response.headers["Cache-Control"] = "no-store"
         return response
+
+    async def read(kind: type[Parsed], request: Request) -> Parsed:
+        return parse(kind, await read_body(request, MAX_BODY))
 
     def lessons() -> Lessons:
         if not loaded:
@@ -96,28 +105,19 @@ def build_page(
             "error": worker.error,
         }
 
-    def serve_file(path: str, name: str) -> None:
-        @app.get(path)
-        async def _file() -> FileResponse:
-            return FileResponse(STATIC / name)
-
-    for path, name in FILES.items():
-        serve_file(path, name)
-
     @app.get("/api/state")
     async def get_state() -> dict[str, Any]:
         return state()
 
     @app.post("/api/teach")
     async def teach(request: Request) -> dict[str, Any]:
-        body = await _body(request)
+        body = await read(Teach, request)
         held = lessons()
         try:
-            if "file" in body:
-                name = str(body.get("name") or "file")
-                records, title = dropped_records(str(body["file"]), name), name
+            if body.file is not None:
+                records, title = dropped_records(body.file, body.name), body.name
             else:
-                records = typed_records(body.get("question"), body.get("answer"), body.get("phrasings", []))
+                records = typed_records(body.question, body.answer, body.phrasings)
                 title = records[0]["prompt"]
         except ValueError as error:
             raise ApiError(400, str(error)) from None
@@ -125,22 +125,19 @@ def build_page(
 
     @app.post("/api/ask")
     async def ask(request: Request) -> Any:
-        question = (await _body(request)).get("question")
-        if not isinstance(question, str) or not question.strip() or len(question) > MAX_QUESTION:
+        question = (await read(Ask, request)).question.strip()
+        if not 0 < len(question) <= MAX_QUESTION:
             raise ApiError(400, f"a question of 1 to {MAX_QUESTION:,} characters is needed")
-        return await short(lessons().ask, question.strip())
+        return await short(lessons().ask, question)
 
     @app.post("/api/changes")
     async def changes(request: Request) -> dict[str, Any]:
-        await _body(request)
+        await read(Fields, request)
         return begin("changes", lessons().look_for_changes)
 
     @app.post("/api/lessons/{name}")
     async def switch(name: str, request: Request) -> dict[str, Any]:
-        on = (await _body(request)).get("on")
-        if not isinstance(on, bool):
-            raise ApiError(400, "on must be true or false")
-        await short(lessons().set_on, name, on)
+        await short(lessons().set_on, name, (await read(Switch, request)).on)
         return state()
 
     @app.delete("/api/lessons/{name}")
@@ -157,14 +154,26 @@ def build_page(
             raise ApiError(404, str(error)) from None
         return FileResponse(file, media_type="application/octet-stream", filename=called)
 
+    app.mount("/", StaticFiles(directory=STATIC, html=True))
     return app
 
 
-async def _body(request: Request) -> dict[str, Any]:
-    body = await read_body(request, MAX_BODY)
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object")
-    return body
+class Teach(Fields):
+    """A question with its answer, or a file's text and name."""
+
+    question: str = ""
+    answer: str = ""
+    phrasings: list[str] = Field([], max_length=100)
+    file: str | None = None
+    name: str = "file"
+
+
+class Ask(Fields):
+    question: str
+
+
+class Switch(Fields):
+    on: StrictBool
 
 
 def _from_here(request: Request) -> bool:
@@ -181,16 +190,13 @@ NUM_RECORDS = 2000
 _PAIRS = (("prompt", "completion"), ("question", "answer"))
 
 
-def typed_records(question: Any, answer: Any, phrasings: Any) -> list[dict[str, str]]:
+def typed_records(question: str, answer: str, phrasings: list[str]) -> list[dict[str, str]]:
     """A question, further phrasings of it, and their answer.
 
     Raises:
-        ValueError: an empty field, or one that is no text.
+        ValueError: an empty field.
     """
-    texts = [question, *(phrasings if isinstance(phrasings, list) else [phrasings])]
-    if not all(isinstance(one, str) for one in [*texts, answer]):
-        raise ValueError("question, answer and phrasings must be text")
-    prompts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    prompts = list(dict.fromkeys(text.strip() for text in [question, *phrasings] if text.strip()))
     if not question.strip() or not answer.strip():
         raise ValueError("a question and its answer are needed; fill in both")
     return [{"prompt": prompt, "completion": answer.strip()} for prompt in prompts]
