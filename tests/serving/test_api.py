@@ -425,9 +425,9 @@ def test_a_key_a_full_queue_and_a_clean_end(folder):
     ("patches", "message"),
     [
         (("--patch", "city"), "--patch 'city' must be NAME=FILE"),
-        (("--patch", "a.b=x"), "a name has letters, digits, '_' and '-' only"),
-        (("--patch", "base=city"), "the name 'base' is taken"),
-        (("--patch", "a=x", "--patch", "a=y"), "the name 'a' is given twice"),
+        (("--patch", "a.b=."), "a name has letters, digits, '_' and '-' only"),
+        (("--patch", "base=."), "the name 'base' is taken"),
+        (("--patch", "a=.", "--patch", "a=."), "the name 'a' is given twice"),
         (("--cors", "localhost:3000/"), "--cors 'localhost:3000/': an origin is a scheme and a host"),
         (("--patch", "a=missing.safetensors"), "missing.safetensors"),
     ],

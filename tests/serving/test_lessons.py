@@ -10,9 +10,11 @@ from peft import get_peft_model
 
 from sparsemem import SparseMemoryConfig, calibrate, memory_layers
 from sparsemem.data.models import load_base
+from sparsemem.data.records import question_ids
 from sparsemem.serving import answering as changes
 from sparsemem.serving import lessons
 from sparsemem.serving.answering import answer_all
+from sparsemem.serving.decoding import Decoder, Row, Sampling
 from sparsemem.serving.lessons import open_lessons
 from sparsemem.serving.memories import load_served
 from sparsemem.stream import folder as streams
@@ -63,6 +65,38 @@ def test_a_lesson_speaks_until_it_is_off_and_the_base_is_as_it_was(two):
     assert off["taught"] == off["base"] == on["base"]
     assert {piece["gate"] for piece in off["pieces"]} <= {0.0}
     assert [one["question"] for one in two.asked] == [question, question]
+
+
+def test_a_fact_is_told_whoever_joins_and_leaves_beside_it(two):
+    model, tokenizer = two.stream.model, two.stream.tokenizer
+    asked = [(CITY[0]["prompt"], ("default",)), (CITY[0]["prompt"], ()), (QUEEN[0]["prompt"], ("default",))]
+    alone = [answer_all(model, tokenizer, [one], max_tokens=9)[0].row.tokens for one in asked]
+    decoder = Decoder(model)
+
+    def joined(number):
+        question, names = asked[number]
+        decoder.join([row := Row(question_ids(question, tokenizer), names, Sampling(temperature=0))])
+        return row
+
+    def steps(number):
+        for _ in range(number):
+            decoder.step()
+
+    base = joined(1)
+    steps(2)
+    city = joined(0)
+    steps(3)
+    decoder.leave([city])
+    # the base's answer alone keeps no tokens
+    steps(2)
+    queen = joined(2)
+    steps(1)
+    again = joined(0)
+    steps(5)
+    for row, expected in ((base, alone[1]), (city, alone[0]), (queen, alone[2]), (again, alone[0])):
+        shared = min(len(row.tokens), len(expected))
+        assert shared > 3
+        assert row.tokens[:shared] == expected[:shared]
 
 
 def test_the_folder_is_a_stream_that_learn_reads(two, tiny):

@@ -56,6 +56,7 @@ class SparseMemoryModel(BaseTuner):
             check_bare(model)
         check_adapter_name(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._connect(model, self.peft_config[adapter_name], adapter_name)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         _check_base(self.model, peft_config)
@@ -97,7 +98,8 @@ class SparseMemoryModel(BaseTuner):
     def _check_merge_allowed(self):
         raise ValueError(CANNOT_MERGE)
 
-    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+    def _connect(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        # PEFT's hook after an injection is called for the first adapter alone
         if _MASK_HOOK not in vars(model):
             vars(model)[_MASK_HOOK] = MaskHooks(model)
         model.register_state_dict_pre_hook(partial(_note_scope_shapes, config, adapter_name))

@@ -228,17 +228,22 @@ def _choose(rows: Sequence[Row], logits: Tensor) -> None:
 
 
 def _stacked(parts: Sequence[tuple[DynamicCache, Tensor]]) -> tuple[DynamicCache, Tensor]:
-    """One cache and one mask of several batches' rows, padded on the left to one length."""
+    """One cache and one mask of several batches' rows, padded on the left to one length.
+
+    A batch in which no memory holds facts has no layer of tokens, or one that no longer grows; its rows need
+    none.
+    """
     length = max(mask.shape[1] for _, mask in parts)
     stacked = DynamicCache()
-    for number in range(len(parts[0][0].layers)):
-        held: list[list[Tensor]] = [[], []]
-        for cache, mask in parts:
-            layer: Any = cache.layers[number]
-            for tensors, one in zip(held, (layer.keys, layer.values), strict=True):
-                # a layer of token ids is padded with no token
-                fill = 0 if one.is_floating_point() else -1
-                tensors.append(functional.pad(one, (0, 0, length - mask.shape[1], 0), value=fill))
-        stacked.update(torch.cat(held[0]), torch.cat(held[1]), number)
+    for number in range(max(len(cache.layers) for cache, _ in parts)):
+        layers: list[Any] = [next(iter(cache.layers[number : number + 1]), None) for cache, _ in parts]
+        like = next(layer for layer in layers if layer is not None)
+        held: dict[str, list[Tensor]] = {"keys": [], "values": []}
+        for layer, (_, mask) in zip(layers, parts, strict=True):
+            for name, tensors in held.items():
+                tensor = getattr(like if layer is None else layer, name)
+                one = tensor[:1, :, :0].expand(len(mask), -1, -1, -1) if layer is None else tensor
+                tensors.append(functional.pad(one, (0, 0, length - one.shape[2], 0)))
+        stacked.update(torch.cat(held["keys"]), torch.cat(held["values"]), number)
     masks = [functional.pad(mask, (length - mask.shape[1], 0)) for _, mask in parts]
     return stacked, torch.cat(masks)

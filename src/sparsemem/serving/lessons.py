@@ -253,7 +253,7 @@ class Lessons:
                     title=entry["task"],
                     records=self.page.records.get(name, unknown),
                     seconds=round(entry["seconds"], 1),
-                    rows=sum(fact.num_answers for fact in facts),
+                    rows=len(patch.layers[self.stream.layer].scope.facts.rows),  # type: ignore[union-attr]
                     size=entry["bytes"],
                     on=name not in self.page.off,
                     replaced=len(silent.get(place, [])) == len(facts),
