@@ -439,10 +439,18 @@ def test_bad_options_are_one_sentence(folder, patches, message):
     assert "Traceback" not in result.stderr
 
 
-def test_patches_that_do_not_fit(folder, tiny):
+def test_patches_that_do_not_fit(folder, tiny, tmp_path):
     patch = folder / "city.safetensors"
     with pytest.raises(ValueError, match="a patch file needs the memory that it was made on"):
         load_served(str(tiny), {"city": patch})
+    base, _ = load_base(str(tiny))
+    other = get_peft_model(base, SparseMemoryConfig(**SMALL))
+    calibrate(other, [batch(seed) for seed in range(50, 58)])
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"city.safetensors: does not fit the memory of .*other \(.*addressing"
+    ):
+        load_served(str(tmp_path / "other"), {"city": patch})
     # beside what is written in an adapter, its memory is there empty for other patches
     served = load_served(str(folder / "queen"), {"city": patch})
     assert served.memories == ("queen", "city")

@@ -170,7 +170,13 @@ def _with_patch(model: Any, name: str, path: Path, served: Path) -> PeftModel:
     like = next(iter(model.peft_config))
     # a stream's patches lie in a folder beside their space, unless they were downloaded
     spaces = spaces_of(path.parent.parent) or spaces_of(served)
-    add_memory(model, adapter_of(name), like=like, patch=patch, spaces=spaces)
+    try:
+        add_memory(model, adapter_of(name), like=like, patch=patch, spaces=spaces)
+    except ValueError as error:
+        raise ValueError(
+            f"--patch {name}={path}: does not fit the memory of {served} ({error}); give the adapter on "
+            "which this patch was made as MODEL, and other adapters as folders"
+        ) from error
     return model
 
 
