@@ -4,6 +4,7 @@ The search uses the structure of the model, not the names of its modules, so it 
 """
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -51,6 +52,21 @@ def default_targets(
                 "remove the indices that are too large"
             )
     return [f"{blocks_name}.{index}.{mlps[index]}" for index in chosen]
+
+
+def state_modules(model: nn.Module, depths: Iterable[float]) -> list[str]:
+    """Module paths whose inputs are the states at some depths, from first to last, the same kind as
+    `default_targets` gives.
+
+    Args:
+        model: a causal LM.
+        depths: shares of the number of blocks; shares that fall on one block give one module.
+
+    Raises:
+        ValueError: as for `default_targets`.
+    """
+    number = num_blocks(model)
+    return default_targets(model, sorted({min(number - 1, round(depth * number)) for depth in depths}))
 
 
 def blocks_path(model: nn.Module) -> str:

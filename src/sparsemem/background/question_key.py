@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..adapter.blocks import blocks_path, default_targets
+from ..adapter.blocks import state_modules
 from .states import layer_inputs
 
 # Of the blocks whose MLP inputs make the key, relative to their number.
@@ -41,9 +41,7 @@ class QuestionKey:
 
 def key_layers(model: nn.Module) -> list[str]:
     """Paths of the modules whose inputs make the key, from first to last."""
-    number = len(list(model.get_submodule(blocks_path(model)).children()))
-    blocks = sorted({min(number - 1, round(depth * number)) for depth in DEPTHS})
-    return default_targets(model, blocks)
+    return state_modules(model, DEPTHS)
 
 
 @torch.no_grad()

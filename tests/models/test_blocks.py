@@ -1,0 +1,24 @@
+"""Which modules of a model a memory reads, whatever the architecture."""
+
+import pytest
+
+from sparsemem.adapter.blocks import state_modules
+from sparsemem.background.question_key import key_layers
+from tiny import ARCHITECTURES, tiny_model
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "opt", "mixtral", "gpt_oss"])
+def test_states_at_a_depth_are_inputs_of_one_module_in_each_block(architecture):
+    model = tiny_model(architecture, num_layers=30)
+    paths = state_modules(model, (0.53, 0.67, 0.77))
+    blocks = [[int(part) for part in path.split(".") if part.isdigit()] for path in paths]
+    assert blocks == [[16], [20], [23]]
+    assert all(model.get_submodule(path) is not None for path in paths)
+    assert key_layers(model) == paths
+
+
+def test_depths_of_a_shallow_model_fall_together():
+    assert state_modules(tiny_model(num_layers=2), (0.1, 0.53, 0.67, 1.0)) == [
+        "model.layers.0.mlp",
+        "model.layers.1.mlp",
+    ]
