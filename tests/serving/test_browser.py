@@ -1,5 +1,7 @@
 """The page in a real browser: teach a fact, see it answered, switch it off, take it back, reload, restart."""
 
+import json
+import re
 import shutil
 from importlib.util import find_spec
 
@@ -37,11 +39,15 @@ def page(browser):
     context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme="dark")
     context.set_default_timeout(SECONDS * 1000)
     page, wrong = context.new_page(), []
-    refused = "status of 400"
+    # between two servers the page asks in vain
+    refused = re.compile("status of 40[04]|ERR_CONNECTION_REFUSED")
+    page.on("dialog", lambda dialog: dialog.accept())
     page.on(
         "console",
         lambda message: (
-            wrong.append(message.text) if message.type == "error" and refused not in message.text else None
+            wrong.append(message.text)
+            if message.type == "error" and not refused.search(message.text)
+            else None
         ),
     )
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -96,8 +102,11 @@ def test_a_fact_is_taught_switched_off_taken_back_and_kept(page, tmp_path):
             page.click("text=Download")
         assert download.value.suggested_filename == "what-is-the-capital-of-velmora.safetensors"
 
-        page.click(".switch")
+        page.focus(".switch input")
+        page.keyboard.press("Space")
         page.wait_for_selector(".lessons .off")
+        # who works by keyboard stays where they were
+        assert page.evaluate("document.activeElement.getAttribute('role')") == "switch"
         assert answers(page, QUESTION) == (base, base)
         page.click(".switch")
         page.wait_for_selector(".lessons li:not(.off)")
@@ -116,11 +125,29 @@ def test_a_fact_is_taught_switched_off_taken_back_and_kept(page, tmp_path):
         page.goto(address)
         at_rest(page)
         assert answers(page, QUESTION) == (ANSWER, base)
+        other = page.context.new_page()
+        other.goto(address)
+        other.wait_for_selector(".lessons .title")
         page.click("text=Undo")
         page.wait_for_selector("#no-lessons", state="visible")
+        # the other tab learns it by itself
+        other.wait_for_selector("#no-lessons", state="visible")
+        assert "Nothing yet" in other.inner_text("#no-lessons")
+        other.close()
         assert answers(page, QUESTION) == (base, base)
         page.set_input_files(
             "#file", {"name": "bad.jsonl", "mimeType": "application/json", "buffer": b'{"prompt": "a"}'}
         )
         page.wait_for_selector("#error", state="visible")
+        page.wait_for_timeout(4000)
+        # it stays until it is closed
         assert "bad.jsonl, line 1: must have the fields" in page.inner_text("#error-text")
+        page.click("#error-close")
+        records = "\n".join(
+            json.dumps({"prompt": f"What is {n}?", "completion": "a number"}) for n in range(3)
+        )
+        page.set_input_files(
+            "#file", {"name": "three.jsonl", "mimeType": "application/json", "buffer": records.encode()}
+        )
+        page.click(".lessons summary")
+        assert page.locator(".questions li").all_inner_texts()[0] == "What is 0? → a number"

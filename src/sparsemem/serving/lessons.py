@@ -114,7 +114,7 @@ class Lessons:
         for lesson in self.lessons:
             if lesson.name == name:
                 return lesson
-        raise ValueError(f"there is no lesson {name!r}")
+        raise ValueError(f"there is no lesson {name!r}; it may have been taken back in another tab")
 
     def file_of(self, name: str) -> tuple[Path, str]:
         """A lesson's file, and a name for a copy of it.

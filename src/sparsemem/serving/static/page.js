@@ -1,10 +1,12 @@
 "use strict";
 
 const POLL_MILLISECONDS = 400;
+const REFRESH_MILLISECONDS = 3000;
 const byId = (id) => document.getElementById(id);
 let state = { ready: false, model: "", lessons: [], asked: [], changed: null, job: null, error: null };
 let asking = 0;
 let polling = false;
+let told = null;
 
 /* An element with text and children; text never becomes markup. */
 function make(tag, attributes = {}, ...children) {
@@ -40,9 +42,8 @@ function complain(message) {
   byId("error").hidden = !message;
 }
 
-/* Do something with the server; what goes wrong is shown. */
+/* Do something with the server; what goes wrong is shown until it is closed. */
 async function attempt(work) {
-  complain("");
   try {
     return await work();
   } catch (error) {
@@ -54,7 +55,8 @@ async function attempt(work) {
 function show(next) {
   if (next) state = next;
   byId("model").textContent = state.model;
-  if (state.error) complain(state.error);
+  if (state.error && state.error !== told) complain(state.error);
+  told = state.error;
   showJob();
   showLessons();
   showAsked();
@@ -93,7 +95,11 @@ const sizeOf = (bytes) => bytes < 1e6 ? `${Math.round(bytes / 1e3)} kB` : `${(by
 
 function showLessons() {
   byId("no-lessons").hidden = state.lessons.length > 0;
+  byId("no-lessons").textContent = state.ready ? "Nothing yet. The model is as it came."
+    : state.error ? "The model could not be loaded." : "The model and its lessons are being loaded …";
   const busy = Boolean(state.job);
+  const focused = document.activeElement ? document.activeElement.getAttribute("aria-label") : null;
+  const open = new Set([...document.querySelectorAll(".lessons details[open]")].map((one) => one.closest("li").dataset.lesson));
   byId("lessons").replaceChildren(...[...state.lessons].reverse().map((lesson) => {
     const count = lesson.records.length;
     const answers = new Set(lesson.records.map((record) => record.completion));
@@ -105,6 +111,9 @@ function showLessons() {
       make("div", { class: "title" }, lesson.title),
       says ? make("div", { class: "says" }, `→ ${says}`) : null,
       make("div", { class: "facts" }, facts),
+      count > 1 ? make("details", { open: open.has(lesson.name) }, make("summary", {}, "Questions"),
+        make("ul", { class: "questions" }, ...lesson.records.map((record) => make("li", {}, record.completion
+          ? `${record.prompt} → ${record.completion}` : record.prompt)))) : null,
       make("div", { class: "tools" },
         make("label", { class: "switch" },
           make("input", { type: "checkbox", role: "switch", checked: lesson.on, disabled: busy,
@@ -112,10 +121,24 @@ function showLessons() {
             onchange: (event) => change("POST", lesson, { on: event.target.checked }) }),
           make("span", {}, lesson.on ? "on" : "off")),
         lesson.given ? null : make("button", { type: "button", disabled: busy, "aria-label": `Undo ${lesson.title}`,
-          onclick: () => change("DELETE", lesson) }, "Undo"),
+          onclick: () => confirm(`Take back "${lesson.title}"? To have it again, teach it again.`)
+            && change("DELETE", lesson) }, "Undo"),
         lesson.given ? null : make("a", { href: `/api/lessons/${lesson.name}/file`, download: true,
           "aria-label": `Download ${lesson.title}` }, "Download")));
   }));
+  if (focused) document.querySelector(`.lessons [aria-label="${CSS.escape(focused)}"]`)?.focus();
+}
+
+/* What another tab has changed is shown here, too. */
+async function refresh() {
+  if (document.hidden || polling || asking) return;
+  let next;
+  try {
+    next = await call("GET", "/api/state");
+  } catch {
+    return;
+  }
+  if (JSON.stringify(next) !== JSON.stringify(state)) show(next);
 }
 
 async function change(method, lesson, body) {
@@ -225,6 +248,9 @@ for (const kind of ["dragenter", "dragover"]) byId("drop").addEventListener(kind
 for (const kind of ["dragleave", "drop"]) byId("drop").addEventListener(kind, () => byId("drop").classList.remove("over"));
 byId("error-close").addEventListener("click", () => complain(""));
 window.addEventListener("hashchange", turn);
+
+setInterval(refresh, REFRESH_MILLISECONDS);
+document.addEventListener("visibilitychange", refresh);
 
 turn();
 attempt(() => call("GET", "/api/state")).then(show);
