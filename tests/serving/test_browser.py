@@ -72,6 +72,10 @@ def answers(page, question):
 
 
 def test_a_fact_is_taught_switched_off_taken_back_and_kept(page, tmp_path):
+    """The only test of the page's script, and of a real model from the page to the server and back.
+
+    Most of its minute is the set-up of SmolLM2's memory.
+    """
     options = ("smollm2", "--out", tmp_path / "state")
     with server("ui", *options, seconds=SECONDS) as (address, _):
         page.goto(address)
