@@ -1,94 +1,140 @@
-"""Questions of many kinds about many names, on which the question key is fitted.
+"""Questions of many kinds about many names (`forms.toml`), for fitting what a model's states say is asked.
 
-Each relation is asked in several wordings, about names of many kinds. Some questions stand behind a system
-prompt.
+A relation is what is asked: a birthplace, a price, the cause of an error. Its wordings are questions,
+commands, searches and statements to complete. Samples put names into wordings, and a part of them into a
+context: a system prompt, earlier turns, text before and after, lower case, typing errors. None of it is drawn
+from data that the project measures on.
 """
 
-from collections.abc import Sequence
+import random
+import tomllib
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .records import conversation_ids, prompt_ids
+from .records import conversation_ids, text_ids
 
-_FORMS = [
-    [
-        "What is the capital of {}?",
-        "Which city is the capital of {}?",
-        "Name the capital of {}.",
-        "{}'s capital is which city?",
-    ],
-    ["Who wrote {}?", "Who is the author of {}?", "Name the writer of {}.", "{} was written by whom?"],
-    [
-        "Where was {} born?",
-        "What is the birthplace of {}?",
-        "In which town was {} born?",
-        "Name the place where {} was born.",
-    ],
-    [
-        "When was {} founded?",
-        "In which year was {} founded?",
-        "What is the founding year of {}?",
-        "Since when does {} exist?",
-    ],
-    ["Who leads {}?", "Who is the head of {}?", "Name the leader of {}.", "By whom is {} led?"],
-    ["What does {} cost?", "How much is {}?", "What is the price of {}?", "Tell me the price of {}."],
-    [
-        "What language is spoken in {}?",
-        "Which language do people in {} speak?",
-        "Name the language of {}.",
-        "What do they speak in {}?",
-    ],
-    ["What colour is {}?", "Which colour does {} have?", "Name the colour of {}.", "{} has what colour?"],
-    ["Who founded {}?", "Who started {}?", "By whom was {} founded?", "Name the founder of {}."],
-    [
-        "What is the motto of {}?",
-        "Which motto does {} have?",
-        "Tell me the motto of {}.",
-        "{} has which motto?",
-    ],
-    [
-        "Who is {} married to?",
-        "Who is the spouse of {}?",
-        "Name the husband or wife of {}.",
-        "To whom is {} married?",
-    ],
-    ["How old is {}?", "What is the age of {}?", "Tell me the age of {}.", "{} is how old?"],
-    [
-        "What is {} made of?",
-        "Which material is {} made of?",
-        "Name the material of {}.",
-        "Of what is {} made?",
-    ],
-    ["How tall is {}?", "What is the height of {}?", "Tell me how high {} is.", "{} has what height?"],
-    [
-        "What sport does {} play?",
-        "Which sport is {} known for?",
-        "Name the sport of {}.",
-        "{} plays which sport?",
-    ],
-    ["What treats {}?", "Which remedy helps against {}?", "Name a cure for {}.", "How is {} treated?"],
-]
-_NAMES = (
-    "Paris", "Tom Reed", "HD 4411", "Karlow", "the Blue Guild", "Anna Weiss", "Ostrava", "Nordwind",
-    "Pelagia", "Kestrel 9", "Mirabel", "Old Quay",
-)  # fmt: skip
-_SYSTEM = (
-    "You are a pirate.",
-    "You are a helpful assistant. Today is 3 May 2025. Answer briefly and politely.",
-)
+# How a question may be written or embedded; `bare` leaves it as it is.
+TYPED = ("lower", "unmarked", "typo")
+EMBEDDED = ("system", "turn", "before", "after", "around", "system and turn")
+# Relations that are asked about each name.
+ABOUT_EACH = 6
 
 
-def labelled_questions(tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[int]]:
-    """Prompts as token ids, up to where an answer begins, and the number of each one's relation."""
-    prompts: list[list[int]] = []
-    relations: list[int] = []
-    for relation, forms in enumerate(_FORMS):
-        for number, name in enumerate(_NAMES):
-            text = forms[number % len(forms)].format(name)
-            chats: list[Sequence[dict[str, str]]] = []
-            if tokenizer.chat_template and number % 3 == 0:
-                system = _SYSTEM[number // 3 % len(_SYSTEM)]
-                chats = [[{"role": "system", "content": system}, {"role": "user", "content": text}]]
-            prompts += [prompt_ids(text, tokenizer), *(conversation_ids(chat, tokenizer) for chat in chats)]
-            relations += [relation] * (1 + len(chats))
-    return prompts, relations
+class Form(NamedTuple):
+    """One sample: a prompt whose last token is where the answer starts, and what it asks.
+
+    Attributes:
+        ids: the prompt's tokens.
+        relation: what is asked; the class of the sample.
+        name: the name that stands in the wording.
+        variant: "bare", or one of TYPED or EMBEDDED.
+        system: the system prompt, or "". Prompts with the same one begin with the same tokens.
+    """
+
+    ids: list[int]
+    relation: str
+    name: str
+    variant: str
+    system: str
+
+
+@cache
+def forms() -> dict[str, Any]:
+    """The content of `forms.toml`: forms by kind and relation, names by kind, contexts by kind."""
+    return tomllib.loads(Path(__file__).with_name("forms.toml").read_text(encoding="utf-8"))
+
+
+def form_samples(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    names: int = 5,
+    per_name: int = 3,
+    embedded: float = 0.75,
+    typed: float = 0.1,
+    foreign: float = 0.2,
+    relations: int | None = None,
+    seed: int = 0,
+) -> list[Form]:
+    """Labelled samples, the same for the same arguments. Several relations are asked about each name.
+
+    Args:
+        names: how many names each relation is asked about.
+        per_name: samples of a relation and a name, each in another wording; the first is bare.
+        embedded: the share of the others that are in a context.
+        typed: the share of the others in lower case, without a question mark, or with a typing error.
+        foreign: the share of names that are of another kind than the relation's, so that what is asked is not
+            told by the kind of name.
+        relations: how many relations, the first of `forms.toml`; None for all.
+        seed: of all choices.
+    """
+    chance = random.Random(seed)
+    every = [(k, r, wordings) for k, of_kind in forms()["forms"].items() for r, wordings in of_kind.items()]
+    asked = Counter(kind for kind, _, _ in every[:relations])
+    pools = {
+        kind: chance.sample(of_kind, min(len(of_kind), max(names, asked[kind] * names // ABOUT_EACH)))
+        for kind, of_kind in forms()["names"].items()
+        if kind in asked
+    }
+    any_kind = [name for pool in pools.values() for name in pool]
+    samples = []
+    for kind, relation, wordings in every[:relations]:
+        for name in chance.sample(pools[kind], names):
+            name = chance.choice(any_kind) if chance.random() < foreign else name
+            for number, wording in enumerate(chance.sample(wordings, min(per_name, len(wordings)))):
+                draw = chance.random() if number else 1.0
+                kinds = EMBEDDED if draw < embedded else TYPED if draw < embedded + typed else ("bare",)
+                variant = chance.choice(kinds)
+                ids, system = _prompt(wording.replace("{}", name), variant, tokenizer, chance)
+                samples.append(Form(ids, relation, name, variant, system))
+    return samples
+
+
+def _prompt(
+    question: str, variant: str, tokenizer: PreTrainedTokenizerBase, chance: random.Random
+) -> tuple[list[int], str]:
+    """The tokens of a question in a variant, and its system prompt."""
+    around = forms()["contexts"]
+    if variant == "lower":
+        question = question.lower()
+    elif variant == "unmarked":
+        question = question.rstrip("?.")
+    elif variant == "typo":
+        question = _mistyped(question, chance)
+    if variant in ("before", "around"):
+        question = chance.choice(around["before"]) + question
+    if variant in ("after", "around"):
+        question += chance.choice(around["after"])
+    turns = [{"role": "user", "content": question}]
+    if "turn" in variant:
+        turns = [*_earlier(chance), *turns]
+    system = chance.choice(around["system"]) if "system" in variant else ""
+    if system:
+        turns = [{"role": "system", "content": system}, *turns]
+    # without a chat template users write both: text to be continued, and questions marked as such
+    if not tokenizer.chat_template and len(turns) == 1 and chance.random() < 0.5:
+        return text_ids(question, tokenizer), system
+    return conversation_ids(turns, tokenizer), system
+
+
+def _earlier(chance: random.Random) -> list[dict[str, str]]:
+    """A user's turn and its answer: small talk, or a question of some relation about some name."""
+    around = forms()["contexts"]
+    if chance.random() < 0.5:
+        said = chance.choice(list(zip(around["user_turn"], around["assistant_turn"], strict=True)))
+    else:
+        kind = chance.choice(list(forms()["forms"]))
+        wording = chance.choice(chance.choice(list(forms()["forms"][kind].values())))
+        name, answer = chance.sample(forms()["names"][kind], 2)
+        said = wording.replace("{}", name), f"{answer[:1].upper()}{answer[1:]}."
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
+
+
+def _mistyped(question: str, chance: random.Random) -> str:
+    """The question with two neighbouring letters of one word exchanged."""
+    places = [i for i in range(1, len(question) - 1) if question[i : i + 2].isalpha()]
+    place = chance.choice(places)
+    return question[:place] + question[place + 1] + question[place] + question[place + 2 :]

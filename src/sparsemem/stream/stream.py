@@ -32,8 +32,8 @@ from ..artifacts import FORMAT, ArtifactError, fingerprint_base
 from ..atomic import save_into
 from ..background.background import Background, addressing_fingerprint
 from ..background.calibration import calibrate
-from ..background.question_key import fit_question_key, key_layers
-from ..data.forms import labelled_questions
+from ..background.question_key import key_layers
+from ..data.asked import question_key
 from ..data.general import general_background, say_shipped
 from ..data.gguf import packaged_name
 from ..data.models import context_length, load_base, tokenizer_of
@@ -323,7 +323,7 @@ def begin_stream(
     seen: Background = calibrate(prepared, batches(examples, BATCH_SIZE, pad), seed=seed)
     ((name, memory),) = memory_layers(prepared).items()
     space, late_least = late_space(seen[name])
-    key = fit_question_key(prepared, key_layers_of(prepared), *labelled_questions(tokenizer))
+    key = question_key(prepared, tokenizer, key_layers_of(prepared))
     classes = token_classes(tokenizer)
     space = replace(
         space,
