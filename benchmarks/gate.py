@@ -18,7 +18,8 @@ from sparsemem import memory_layers
 from sparsemem.atomic import write_json
 from sparsemem.data.general import prose
 from sparsemem.data.models import load_base
-from sparsemem.layer.scope import Scope
+from sparsemem.layer.scope import KNOWN_WEIGHT, Scope, centre_scope
+from sparsemem.layer.space import plain_space
 from sparsemem.provenance import environment
 from sparsemem.training.methods import memory_config
 
@@ -30,7 +31,8 @@ def _scope(width: int) -> Scope:
     unit = torch.nn.functional.normalize
     centres, known = (unit(torch.randn(n, width), dim=-1) for n in (NUM_CENTRES, NUM_KNOWN))
     thresholds = torch.full((NUM_CENTRES,), 0.9), torch.full((NUM_CENTRES,), 0.95)
-    return Scope(torch.zeros(width), torch.eye(width), known, centres, *thresholds)
+    space = plain_space(torch.zeros(width), torch.eye(width), known, KNOWN_WEIGHT)
+    return centre_scope(space, known[:0], centres, *thresholds)
 
 
 @torch.inference_mode()
