@@ -35,6 +35,6 @@ TASKS = {
 RECIPES = {
     "demo": "an invented handbook, taught by three methods: what each learns and forgets",
     "medical": "diagnoses to ICD-10 chapters: a domain instead of facts",
-    "lifelong": "facts of zsRE or CounterFact, taught one at a time",
+    "lifelong": "facts of zsRE, CounterFact or PokeMQA, taught one at a time",
     "paper": "the whole protocol of 2605.03229",
 }

@@ -26,7 +26,13 @@ def model(tmp_path_factory, tiny_llama, tokenizer):
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     rows = [
-        {"src": f"Who owns {a}?", "alt": b, "rephrase": f"{a} is owned by whom?", "loc": f"nq: what is {n}"}
+        {
+            "subject": a,
+            "src": f"Who owns {a}?",
+            "alt": b,
+            "rephrase": f"{a} is owned by whom?",
+            "loc": f"nq: what is {n}",
+        }
         for n, (a, b) in enumerate(FACTS)
     ]
     (folder / "zsre.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -74,7 +80,7 @@ def test_every_rival_is_taught_one_edit_at_a_time_and_answers(model, tmp_path, m
     few = general_background()[:40]
     monkeypatch.setattr("sparsemem.data.general.general_background", lambda: few)
     base, tokenizer = load_base(model)
-    edits = [Edit(f"Who owns {a}?", b, f"{a} is owned by whom?", "what is it") for a, b in FACTS[:2]]
+    edits = [Edit(f"Who owns {a}?", b, (f"{a} is owned by whom?",), "what is it", a) for a, b in FACTS[:2]]
     options = {"max_steps": 2, "seed": 0}
     editor = editor_of(method, base, tokenizer, tmp_path, 0, options)
     editor.teach_until(edits, 1)
@@ -92,11 +98,41 @@ def test_the_nearest_text_shares_the_rarest_words():
     assert nearest("something else") == 0
 
 
+def test_pokemqa_pairs_each_fact_with_an_untaught_one_of_its_relation(tmp_path):
+    forms = {"Who made {}?": "{} was made by whom?", "Where is {}?": "{} lies where?"}
+    rows = [
+        {"relation": one, "subject": (name := f"Thing {n}"), "object": f"{n}",
+         "questions": [one.format(name), other.format(name)]}
+        for one, other in forms.items() for n in range(40)
+    ]  # fmt: skip
+    path = tmp_path / "pokemqa.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    halves = {half: lifelong.read_edits(path, "pokemqa", half) for half in lifelong.HALVES}
+    assert {edit.subject for edit in halves["report"]}.isdisjoint(edit.subject for edit in halves["choose"])
+    assert lifelong.half_of("Carl Sagan") == "choose"
+    for edits in halves.values():
+        assert len(edits) >= 15
+        taught = {edit.question for edit in edits}
+        for edit in edits:
+            assert edit.locality not in taught
+            assert edit.locality.split()[0] == edit.question.split()[0]
+            assert edit.record["subject"] in edit.question
+            assert len(edit.rephrases) == 1
+    assert lifelong.read_edits(path, "pokemqa") == halves["report"]
+    with pytest.raises(ValueError, match="half='both' is unknown"):
+        recipe(data_dir=tmp_path, settings=LifelongSettings(data="pokemqa", half="both"))
+    path.write_text(json.dumps({**rows[0], "questions": "Who?"}))
+    with pytest.raises(ValueError, match="questions must be a list of two or more"):
+        recipe(data_dir=tmp_path, settings=LifelongSettings(data="pokemqa"))
+
+
 def test_bad_data_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"needs --data-dir, the folder that holds zsre\.jsonl"):
         recipe()
     (tmp_path / "zsre.jsonl").write_text('{"src": "a"}\n')
-    with pytest.raises(ValueError, match="line 1: has not all of the fields src, alt, rephrase, loc"):
+    with pytest.raises(
+        ValueError, match="line 1: has not all of the fields subject, src, alt, rephrase, loc"
+    ):
         recipe(data_dir=tmp_path)
     with pytest.raises(ValueError, match="data='other' is unknown"):
         recipe(data_dir=tmp_path, settings=LifelongSettings(data="other"))

@@ -55,7 +55,13 @@ COLUMNS = (
     ),
     Column("generality", "generality", "the same, asked in other words", _percent),
     Column("first_tenth", "first tenth", "reliability of the tenth that was taught first", _percent),
-    Column("locality", "locality", "answers to unrelated questions that are the base's own", _percent),
+    Column(
+        "locality", "locality", "answers to questions about something else that are the base's own", _percent
+    ),
+    Column(
+        "untaught_changed", "untaught changed", "of these answers, those that are not the base's", _percent
+    ),
+    Column("untaught_taught", "untaught, taught answer", "of these, those with a taught answer", _percent),
     Column("seconds_per_edit", "time an edit", "of teaching, without the probes", "{:.2f} s".format),
     Column("bytes_per_edit", "bytes an edit", "that must be kept for it", _count),
     Column(

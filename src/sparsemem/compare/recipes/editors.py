@@ -12,16 +12,21 @@ BACKGROUND_METHODS = ("smf-shared", "smf-own-write")
 
 
 class Edit(NamedTuple):
-    """One fact: how it is taught, how it is asked otherwise, and a question about something else."""
+    """One fact: how it is taught, how it is asked otherwise, and a question about something else.
+
+    `subject` is given to the method with the fact; empty: the method has to find it.
+    """
 
     question: str
     answer: str
-    rephrase: str
+    rephrases: tuple[str, ...]
     locality: str
+    subject: str = ""
 
     @property
     def record(self) -> dict[str, str]:
-        return {"prompt": self.question, "completion": self.answer}
+        named = {"subject": self.subject} if self.subject else {}
+        return {"prompt": self.question, "completion": self.answer, **named}
 
 
 class Editor(Protocol):

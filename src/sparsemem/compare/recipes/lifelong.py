@@ -1,13 +1,15 @@
 """The lifelong benchmark: facts taught strictly one at a time, and what answers say after 1, 10, 100, 1,000.
 
-Data: `zsre.jsonl` or `counterfact.jsonl` in the data folder; every fact has one wording that is taught, one
-that is not, and a question that has nothing to do with it. Answers are generated greedily through the chat
-template, and right when they are the expected text, whole. Locality: the answer is the base's own, to the
-same question in a batch of the same questions, since bfloat16 rounds by the batch.
+Data: `zsre.jsonl`, `counterfact.jsonl` or `pokemqa.jsonl` in the data folder; every fact has one wording that
+is taught, others that are not, and a question about something else: in zsRE and CounterFact one that has
+nothing to do with it, in PokeMQA the same question about a subject that was not taught. Answers are generated
+greedily through the chat template, and right when they are the expected text, whole. Locality: the answer is
+the base's own, to the same question in a batch of the same questions, since bfloat16 rounds by the batch.
 """
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -21,7 +23,14 @@ from .questions import general_items
 from .runs import precision_setting, read_prose
 
 METHODS = ("smf", "smf-shared", "smf-own-write", "lora", "lora-each", "full", "retrieval")
-DATA = ("zsre", "counterfact")
+# the fields of a fact: subject, taught wording, answer, another wording, a question about something else
+DATA = {
+    "zsre": ("subject", "src", "alt", "rephrase", "loc"),
+    "counterfact": ("subject", "prompt", "target_new", "rephrase_prompt", "locality_prompt"),
+    "pokemqa": ("subject", "relation", "object"),
+}
+# of PokeMQA's subjects one half chooses settings, the other reports
+HALVES = ("report", "choose")
 
 
 @dataclass(frozen=True)
@@ -33,11 +42,15 @@ class LifelongSettings:
         limit: of edits, by method: rivals that would take hours stop earlier.
         steps, stop_loss, lr: of methods that train a model on each edit.
         locality_tokens: of the answers that must stay.
+        half: of PokeMQA, the one that "report"s or the one that may "choose" settings.
+        subjects: whether each fact's subject is given to the methods.
     """
 
     model: str = "smollm2"
     precision: str = "auto"
     data: str = "zsre"
+    half: str = "report"
+    subjects: bool = True
     counts: tuple[int, ...] = (1, 10, 100, 300, 1000)
     limit: dict[str, int] = field(
         default_factory=lambda: {
@@ -76,9 +89,9 @@ class LifelongSettings:
 
 SETTINGS = LifelongSettings()
 _ABOUT = (
-    "A language model was taught {number:,} invented facts of {data} strictly one at a time, each in one "
-    "wording. Then all that it had been taught so far was asked, in the taught words and in others, with "
-    "questions that have nothing to do with it; answers were generated and compared as a whole."
+    "A language model was taught {number:,} facts of {data} strictly one at a time, each in one wording. "
+    "Then all that it had been taught so far was asked, in the taught words and in others, with questions "
+    "about something else; answers were generated and compared as a whole."
 )
 
 
@@ -96,7 +109,11 @@ def recipe(
         raise ValueError(f"data={chosen.data!r} is unknown; allowed are {', '.join(DATA)}")
     if data_dir is None:
         raise ValueError(f"lifelong needs --data-dir, the folder that holds {chosen.data}.jsonl")
-    edits = read_edits(data_dir / f"{chosen.data}.jsonl", chosen.data)[: max(chosen.counts)]
+    if chosen.half not in HALVES:
+        raise ValueError(f"half={chosen.half!r} is unknown; allowed are {', '.join(HALVES)}")
+    edits = read_edits(data_dir / f"{chosen.data}.jsonl", chosen.data, chosen.half)[: max(chosen.counts)]
+    if not chosen.subjects:
+        edits = [edit._replace(subject="") for edit in edits]
     return Recipe(
         name="lifelong",
         model=chosen.model,
@@ -112,27 +129,57 @@ def recipe(
     )
 
 
-def read_edits(path: Path, data: str) -> list[Edit]:
-    """Raises:
-    ValueError: the file cannot be read, or a line lacks a field.
+def read_edits(path: Path, data: str, half: str = "report") -> list[Edit]:
+    """The facts in the order in which they are taught.
+
+    Raises:
+        ValueError: the file cannot be read, or a line lacks a field.
     """
     from ...data.reading import read_rows
 
-    fields = {
-        "zsre": ("src", "alt", "rephrase", "loc"),
-        "counterfact": ("prompt", "target_new", "rephrase_prompt", "locality_prompt"),
-    }[data]
-    edits = []
+    fields, rows = DATA[data], []
     for place, row in zip(*read_rows(path), strict=True):
         if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in fields):
             raise ValueError(f"{place}: has not all of the fields {', '.join(fields)} as text")
-        edits.append(Edit(*(row[name].strip() for name in fields)))
+        if data == "pokemqa" and not _several(row.get("questions")):
+            raise ValueError(f"{place}: questions must be a list of two or more wordings")
+        rows.append(row)
+    if data == "pokemqa":
+        return _paired([row for row in rows if half_of(row["subject"]) == half])
+    found = ([row[name].strip() for name in fields] for row in rows)
+    return [Edit(asked, answer, (other,), local, subject) for subject, asked, answer, other, local in found]
+
+
+def half_of(subject: str) -> str:
+    """The half of PokeMQA to which all facts about a subject belong."""
+    return HALVES[1 - int(hashlib.sha256(subject.encode()).hexdigest(), 16) % 2]
+
+
+def _several(questions: Any) -> bool:
+    return isinstance(questions, list) and len(questions) > 1 and all(isinstance(q, str) for q in questions)
+
+
+def _paired(rows: Sequence[dict[str, Any]]) -> list[Edit]:
+    """Facts in a mixed order, each with the same question about a subject of which it is not taught."""
+    rng, by_relation = random.Random(0), {}
+    # a question that the data have twice is asked once
+    for row in {row["questions"][0].casefold(): row for row in rows}.values():
+        by_relation.setdefault(row["relation"], []).append(row)
+    edits = []
+    for several in by_relation.values():
+        rng.shuffle(several)
+        for taught, other in zip(several[::2], several[1::2], strict=False):
+            first, *rest = taught["questions"]
+            edits.append(Edit(first, taught["object"], tuple(rest), other["questions"][0], taught["subject"]))
+    rng.shuffle(edits)
     return edits
 
 
 def method_settings(settings: LifelongSettings, method: str, edits: Sequence[Edit]) -> dict[str, Any]:
     """The settings that decide this method's outcome."""
     kept = {key: getattr(settings, key) for key in ("data", "locality_tokens", "knowledge_tokens")}
+    if settings.data == "pokemqa":
+        kept["half"] = settings.half
     kept |= {"prose_tokens": settings.prose_tokens, "counts": _counts(settings, method, len(edits))}
     if method in settings.steps:
         kept |= {"steps": settings.steps[method], "lr": settings.lr[method], "stop_loss": settings.stop_loss}
@@ -212,25 +259,36 @@ def measure(
     point: dict[str, Any] = {"edits": number}
     if before is None:
         point |= {"locality_answers": local, "knowledge_right": right, "locality": 1.0, "knowledge": 1.0}
-        point |= {"reliability": 0.0, "generality": 0.0, "examples": []}
+        point |= {"reliability": 0.0, "generality": 0.0, "untaught_changed": 0.0, "untaught_taught": 0.0}
+        point["examples"] = []
     else:
         length = 2 + max(len(ids) for ids in tokenizer([edit.answer for edit in edits]).input_ids)
         texts = editor.ask([edit.question for edit in edits], length)
-        reworded = editor.ask([edit.rephrase for edit in edits], length)
-        taught, general_too = (
-            [text.strip() == edit.answer for text, edit in zip(one, edits, strict=True)]
-            for one in (texts, reworded)
-        )
+        others = [(place, text) for place, edit in enumerate(edits) for text in edit.rephrases]
+        reworded = editor.ask([text for _, text in others], length)
+        taught = [text.strip() == edit.answer for text, edit in zip(texts, edits, strict=True)]
+        again: list[list[bool]] = [[] for _ in edits]
+        for (place, _), text in zip(others, reworded, strict=True):
+            again[place].append(text.strip() == edits[place].answer)
+        general_too = [_share(one) for one in again]
+        kept = [a == b for a, b in zip(local, before["locality_answers"], strict=True)]
+        answers = {edit.answer for edit in edits}
+        given = [
+            any(is_right(a, answer) and not is_right(b, answer) for answer in answers)
+            for a, b in zip(local, before["locality_answers"], strict=True)
+        ]
         known = [now for now, was in zip(right, before["knowledge_right"], strict=True) if was]
         point |= {
             "reliability": _share(taught),
-            "generality": _share(general_too),
-            "locality": _share([a == b for a, b in zip(local, before["locality_answers"], strict=True)]),
+            "generality": _share([right for one in again for right in one]),
+            "locality": _share(kept),
+            "untaught_changed": 1 - _share(kept),
+            "untaught_taught": _share(given),
             "knowledge": _share(known),
             "first_tenth": _share(taught[: max(1, number // 10)]),
             "right": taught,
             "right_rephrased": general_too,
-            "examples": _examples(edits, reworded, general_too),
+            "examples": _examples(edits, others, reworded),
         }
     if editor.model is not None:
         kind = "smf" if method.startswith("smf") else method
@@ -246,16 +304,17 @@ def _point(base: dict[str, Any] | None, number: int) -> dict[str, Any] | None:
     return next(point for point in base["points"] if point["edits"] == number)
 
 
-def _examples(edits: Sequence[Edit], texts: Sequence[str], right: Sequence[bool]) -> list[dict[str, Any]]:
-    chosen = range(0, len(edits), max(1, len(edits) // 5))
+def _examples(
+    edits: Sequence[Edit], others: Sequence[tuple[int, str]], texts: Sequence[str]
+) -> list[dict[str, Any]]:
     return [
         {
-            "question": edits[index].rephrase,
-            "expected": edits[index].answer,
+            "question": others[index][1],
+            "expected": edits[others[index][0]].answer,
             "answer": texts[index],
-            "right": right[index],
+            "right": texts[index].strip() == edits[others[index][0]].answer,
         }
-        for index in chosen
+        for index in range(0, len(others), max(1, len(others) // 5))
     ]
 
 
@@ -269,7 +328,7 @@ def _stages(settings: LifelongSettings, method: str, number: int) -> list[str]:
     return ["load the model", *(stage for pair in parts for stage in pair)]
 
 
-def _share(flags: Sequence[bool]) -> float:
+def _share(flags: Sequence[float]) -> float:
     return sum(flags) / len(flags) if flags else 0.0
 
 
