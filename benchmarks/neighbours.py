@@ -1,7 +1,7 @@
 """Contexts and neighbours of 20 facts of the demo's handbook, taught by `finetune`, by LoRA or by `Stream`.
 
-    python benchmarks/neighbours.py docs/results/neighbours/before-stream.json stream
-    python benchmarks/neighbours.py docs/results/neighbours/before-smf.json smf
+    python benchmarks/neighbours.py docs/results/neighbours/stream.json stream
+    python benchmarks/neighbours.py docs/results/neighbours/smf.json smf
 
 Every second fact is taught in its three training wordings; 20 of these 60 questions are asked in each context
 and 20 questions of each kind of neighbour, greedily, SmolLM2, the faster precision.

@@ -11,6 +11,7 @@ from sparsemem.adapter.memories import memory_layers
 from sparsemem.data.generation import answer_tokens
 from sparsemem.data.records import question_ids
 from sparsemem.stream.ledger import Ledger
+from sparsemem.stream.tasks import names_of
 
 BACKGROUND = [
     {
@@ -214,3 +215,31 @@ def test_a_folder_that_another_process_has_changed_is_not_written(stream_in, tmp
     again = stream_in(tmp_path / "s")
     assert again.tasks == ["river"]
     assert answers(again, questions("river")) == expected("river")
+
+
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        (["Who owns the Moon Quill?", "Whose is the Moon Quill?"], [("Moon Quill",)] * 2),
+        (["What treats dusk fever?", "Name a cure for dusk fever."], [("dusk fever",)] * 2),
+        # one question in lower case does not say which of its words are the subject
+        (["What treats dusk fever?"], [()]),
+        ([("What treats dusk fever?", "dusk fever")], [("dusk fever",)]),
+        ([("What treats dusk fever?", ["the fever", "dusk fever"])], [("the fever", "dusk fever")]),
+    ],
+)
+def test_a_subject_is_what_a_task_says_clearly(records, expected):
+    pairs = [one if isinstance(one, tuple) else (one, None) for one in records]
+    task = [
+        {"prompt": prompt, "completion": "x"} | ({} if subject is None else {"subject": subject})
+        for prompt, subject in pairs
+    ]
+    assert names_of(task) == expected
+
+
+def test_a_subject_that_is_not_in_its_prompt_is_refused(stream_in, tmp_path):
+    stream = stream_in(tmp_path / "s")
+    for subject in ("Sun Quill", "", 7):
+        with pytest.raises(ValueError, match="subject"):
+            stream.teach("moon", [{**TASKS["moon"][0], "subject": subject}])
+    assert stream.tasks == []

@@ -289,7 +289,7 @@ class Stream:
         longest, context = max(len(one["input_ids"]) for one in examples), context_length(self._model)
         if longest > context:
             raise ValueError(f"task {task!r}: has a record of {longest} tokens, the model reads {context}")
-        names = names_of(records, task)
+        names = names_of(records)
         facts = [fact_of(record, one) for record, one in zip(records, names, strict=True)]
         return fact_patch(self._head, self._place, examples, names, {"task": task, "facts": facts}, progress)
 

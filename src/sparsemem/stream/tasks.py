@@ -1,9 +1,10 @@
 """Records as a stream of tasks, and what fact a record teaches."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..data.subjects import question_and_subject
+from ..data.subjects import question_and_subject, subjects_in
 
 
 class Task(NamedTuple):
@@ -56,15 +57,27 @@ def fact_of(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
     return {"key": key, "subject": _plain(names[0]) if names else "", "question": question}
 
 
-def names_of(records: Sequence[Mapping[str, Any]], task: str) -> list[tuple[str, ...]]:
-    """The names of each record's subject: those that it gives as `subject`, else what its question names."""
-    found = []
-    for record in records:
-        given = record.get("subject")
-        given = [given] if isinstance(given, str) else list(given or ())
-        named = question_and_subject(record)[1]
-        found.append(tuple(given or ([named] if named else [])))
-    return found
+def names_of(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The names of each record's subject; none where the task does not say clearly what a record is about.
+
+    Clear are a `subject` that the record gives, words that several records of the task share, and a name.
+
+    Raises:
+        ValueError: a record's `subject` is not a name or a list of names, or its prompt has none of them.
+    """
+    found = subjects_in(records)
+    number = Counter(found)
+    names = []
+    for record, one in zip(records, found, strict=True):
+        given, (_, name) = record.get("subject"), question_and_subject(record)
+        if given is not None:
+            # other names of the subject, which this prompt does not have, are its names too
+            names.append((given,) if isinstance(given, str) else tuple(given))
+        elif number[one] > 1:
+            names.append(one)
+        else:
+            names.append((name,) if name else ())
+    return names
 
 
 def _plain(text: Any) -> str:
