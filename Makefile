@@ -45,7 +45,7 @@ fast: $(READY)
 
 # the budget of src in lines; the goal is 18,700. What came on top: facts with two keys, the shapes and files of
 # records, contexts and neighbours, and what clients of the server send
-LINES := 22000
+LINES := 23100
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
