@@ -111,7 +111,7 @@ def test_experts_and_vision_blocks_are_not_the_decoder_blocks():
 
     assert default_targets(Towers(), [0, 2]) == ["text.layers.0.mlp", "text.layers.2.mlp"]
     del Towers.get_decoder
-    assert default_targets(Towers(), 6) == ["vision.6.mlp"]
+    assert default_targets(Towers(), 1) == ["text.layers.1.mlp"]
     assert default_targets(Towers(), 2, "layers") == ["text.layers.2.mlp"]
 
 

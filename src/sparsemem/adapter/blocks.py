@@ -4,6 +4,7 @@ The search uses the structure of the model, not the names of its modules, so it 
 """
 
 import inspect
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,23 +36,23 @@ def default_targets(
         ValueError: no MLP was found, or a layer index is too large.
     """
     blocks_name, blocks = _decoder_blocks(model, [pattern] if isinstance(pattern, str) else pattern)
-    mlps = [_mlp_name(block) for block in blocks]
-    if not mlps or None in mlps:
+    if layers is None:
+        chosen = sorted({round(depth * (len(blocks) - 1)) for depth in DEFAULT_DEPTHS}) if len(blocks) else []
+    else:
+        chosen = [layers] if isinstance(layers, int) else layers
+        wrong = [index for index in chosen if index >= len(blocks)]
+        if wrong and len(blocks):
+            raise ValueError(
+                f"layers_to_transform={layers}: no layer {wrong[0]}, allowed are 0 to {len(blocks) - 1}; "
+                "remove the indices that are too large"
+            )
+    parts = [_read_part(blocks[index]) for index in chosen] if len(blocks) else []
+    if not parts or None in parts:
         raise ValueError(
             f"target_modules=None: no MLP was found in the decoder blocks of {type(model).__name__}. "
             "Please specify `target_modules`, for example target_modules=['mlp']"
         )
-    if layers is None:
-        chosen = sorted({round(depth * (len(mlps) - 1)) for depth in DEFAULT_DEPTHS})
-    else:
-        chosen = [layers] if isinstance(layers, int) else layers
-        wrong = [index for index in chosen if index >= len(mlps)]
-        if wrong:
-            raise ValueError(
-                f"layers_to_transform={layers}: no layer {wrong[0]}, allowed are 0 to {len(mlps) - 1}; "
-                "remove the indices that are too large"
-            )
-    return [f"{blocks_name}.{index}.{mlps[index]}" for index in chosen]
+    return [f"{blocks_name}.{index}.{part}" for index, part in zip(chosen, parts, strict=True)]
 
 
 def state_modules(model: nn.Module, depths: Iterable[float]) -> list[str]:
@@ -79,8 +80,13 @@ def num_blocks(model: nn.Module) -> int:
     return len(_decoder_blocks(model, None)[1])
 
 
+# Towers of other inputs than text, in the paths of modules.
+_OTHER_SENSES = re.compile("vision|visual|image|audio")
+
+
 def _decoder_blocks(model: nn.Module, patterns: list[str] | None) -> tuple[str, nn.ModuleList]:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = {n: m for n, m in lists.items() if not _OTHER_SENSES.search(n)} or lists
     # A list inside a block (experts) is not the list of blocks.
     outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
     # If the model has several parts (vision and text), use the blocks of the text decoder.
@@ -93,20 +99,21 @@ def _decoder_blocks(model: nn.Module, patterns: list[str] | None) -> tuple[str, 
     return max(outer.items(), key=lambda item: len(item[1]), default=("", nn.ModuleList()))
 
 
-def _mlp_name(block: nn.Module) -> str | None:
-    linear = None
+def _read_part(block: nn.Module) -> str | None:
+    """Name of the child of a block whose input is read: its MLP, or else its last linear map, or else the
+    last child that holds one (a mixer, attention)."""
+    linear = mixer = None
     for name, child in block.named_children():
         child = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
         words = " ".join(inspect.signature(child.forward).parameters)
-        if (
-            len(_linears(child)) + len(_experts(child)) >= 2
-            and "mask" not in words
-            and "past_key" not in words
-        ):
+        num_maps = len(_linears(child)) + len(_experts(child))
+        if num_maps >= 2 and "mask" not in words and "past_key" not in words:
             return name
         if is_linear(child):
             linear = name
-    return linear
+        elif num_maps:
+            mixer = name
+    return linear or mixer
 
 
 def widths(module: nn.Module, name: str, hidden_size: int | None) -> tuple[int, int]:
@@ -117,6 +124,10 @@ def widths(module: nn.Module, name: str, hidden_size: int | None) -> tuple[int, 
     """
     linears = _linears(module)
     if len(_experts(module)) >= 2 and hidden_size:
+        return hidden_size, hidden_size
+    in_maps = {id(p) for linear in linears for p in linear.parameters()}
+    if linears and hidden_size and any(p.dim() > 1 and id(p) not in in_maps for p in module.parameters()):
+        # experts as matrices, or a state space: the first and the last linear map say little
         return hidden_size, hidden_size
     if not linears:
         raise ValueError(
@@ -156,16 +167,59 @@ def hidden_size(model: nn.Module) -> int | None:
 def final_norm(model: nn.Module) -> tuple[str, nn.Module] | None:
     """Path and module of the norm after the last decoder block. None if there is none.
 
-    It is the last module next to the list of blocks whose parameters are all vectors of one width.
+    It is the last norm next to the list of blocks, or else next to a module that contains it; one as wide as
+    the hidden states, if there is one.
     """
-    blocks_name, blocks = _decoder_blocks(model, None)
-    if not len(blocks):
-        return None
-    parent_name = blocks_name.rpartition(".")[0]
-    found = None
-    for name, child in model.get_submodule(parent_name).named_children():
-        # PEFT's wrapper for modules_to_save contains the norm twice, so shapes are collected in a set.
-        shapes = {tuple(vector.shape) for vector in child.parameters()}
-        if len(shapes) == 1 and len(shapes.pop()) == 1:
-            found = (f"{parent_name}.{name}".lstrip("."), child)
-    return found
+    path, blocks = _decoder_blocks(model, None)
+    width = hidden_size(model)
+    while path and len(blocks):
+        path, _, inner = path.rpartition(".")
+        children = dict(model.get_submodule(path).named_children())
+        names = [name for name in children if name not in _EMBEDDING_NORMS and _is_norm(children[name])]
+        if children[inner] is not blocks:
+            # further out, what stands before the blocks runs before them
+            names = [name for name in names if list(children).index(name) > list(children).index(inner)]
+        fitting = [name for name in names if _width(children[name]) in (None, width)]
+        if names:
+            name = (fitting or names)[-1]
+            return f"{path}.{name}".lstrip("."), children[name]
+    return None
+
+
+def final_width(model: nn.Module) -> int:
+    """Width of the last residual, which the final norm reads."""
+    found = final_norm(model)
+    width = (found and _width(found[1])) or hidden_size(model)
+    assert width
+    return width
+
+
+# Norms of embeddings that stand beside the blocks in models without a final norm.
+_EMBEDDING_NORMS = {"layernorm_embedding", "embeddings_layer_norm", "layer_norm_emb"}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether all parameters are vectors of one width; a norm may have none, and is then known by name."""
+    if isinstance(module, nn.ModuleList):
+        return False
+    # PEFT's wrapper for modules_to_save contains the norm twice, so shapes are collected in a set.
+    shapes = {tuple(vector.shape) for vector in module.parameters()}
+    if not shapes:
+        return "norm" in type(module).__name__.lower()
+    return len(shapes) == 1 and len(shapes.pop()) == 1
+
+
+def _width(norm: nn.Module) -> int | None:
+    vector = next(norm.parameters(), None)
+    return None if vector is None else len(vector)
+
+
+def check_decoder(model: nn.Module) -> None:
+    """Raises:
+    ValueError: the model has an encoder, whose states a memory cannot tell from the decoder's.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"model: {type(model).__name__} is an encoder-decoder model, and a sparse memory needs a model "
+            "that is a decoder alone; give a causal language model"
+        )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache, StaticCache
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from ..layer.facts import Context
 
@@ -34,7 +34,7 @@ class CallContext:
             ids = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, -1)
         self.ids, self.cache = ids, cache
         # the blocks add the call's own tokens to the cache before the tail asks
-        self._past = 0 if cache is None else int(cache.get_seq_length())
+        self._past = _length(cache)
         self._given: Tensor | None = None
 
     def context(self) -> Context:
@@ -75,6 +75,13 @@ class CallContext:
             if self._past:
                 keys, values = (functional.pad(one, (0, 0, self._past, 0)) for one in (keys, values))
         layer.update(keys, values)
+
+
+def _length(cache: Cache | None) -> int:
+    """How many tokens a cache holds. States of linear attention do not say it; then the kept tokens do."""
+    layers = [] if cache is None else cache.layers
+    counted = any(isinstance(layer, CacheLayerMixin) for layer in layers)
+    return int(cache.get_seq_length()) if cache is not None and counted else 0
 
 
 def context_layer(cache: Cache) -> Any:
@@ -123,23 +130,44 @@ class ContextHooks:
         for hook in self._hooks:
             hook.remove()
 
-    def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self.tail.call = None
         if not self.tail.has_facts():
-            return
+            return None
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if ids is None:
             _warn_once("the call has embeddings in place of token ids")
-        self.tail.call = CallContext(ids, mask, given.get("past_key_values"))
+        held = [given[name] for name in _CACHES if given.get(name) is not None]
+        cache = held[0] if held and isinstance(held[0], Cache) else None
+        if held and cache is None:
+            _warn_once(
+                f"the tokens before this call are not known, since {type(model).__name__} has a cache "
+                "of its own kind (generate with use_cache=False)"
+            )
+        self.tail.call = CallContext(ids, mask, cache)
+        # notes are made of all tokens
+        if keeps_few(model) and isinstance(kwargs.get("logits_to_keep"), int):
+            return args, {**kwargs, "logits_to_keep": 0}
+        return None
 
     def _after(self, model: nn.Module, args: tuple, output: Any) -> None:
         call, self.tail.call = self.tail.call, None
         if call is None or output is None:
             return
         if call.cache is None:
-            held = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
+            held = output if isinstance(output, tuple) else [getattr(output, name, None) for name in _CACHES]
             call.keep(next((one for one in held if isinstance(one, Cache)), None))
         else:
             call.keep(call.cache)
+
+
+# the names under which models take and return what they remember
+_CACHES = ("past_key_values", "cache_params", "state", "mems")
+
+
+def keeps_few(model: nn.Module) -> bool:
+    """Whether late blocks run on the positions alone whose logits are kept (Gemma 4)."""
+    config: Any = getattr(model, "config", None)
+    return bool(config and getattr(config.get_text_config(), "num_kv_shared_layers", 0))

@@ -373,6 +373,15 @@ class SparseMemoryLayer(nn.Module, BaseTunerLayer):
                 output = memory(x, output)
         return (output, *rest) if isinstance(result, tuple) else output
 
+    def __getattr__(self, name: str) -> Any:
+        # a block may read what belongs to the module that this layer stands for
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
     def active_memories(self) -> list[ProductKeyMemory]:
         names = [name for name in self.active_adapters if name in self.sparse_memory_layers]
         return [self.sparse_memory_layers[name] for name in names]  # type: ignore[misc]

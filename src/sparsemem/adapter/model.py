@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from ..artifacts import ArtifactError, comparable_base, fits_base
 from ..layer.memory import ProductKeyMemory
 from ..layer.scope import SCOPE_TENSORS
-from .blocks import blocks_path, default_targets, final_norm, hidden_size, is_linear, widths
+from .blocks import (
+    blocks_path,
+    check_decoder,
+    default_targets,
+    final_norm,
+    final_width,
+    hidden_size,
+    is_linear,
+    widths,
+)
 from .config import SparseMemoryConfig
 from .context import ContextHooks
 from .layers import (
@@ -59,6 +68,7 @@ class SparseMemoryModel(BaseTuner):
         self._connect(model, self.peft_config[adapter_name], adapter_name)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        check_decoder(self.model)
         _check_base(self.model, peft_config)
         if peft_config.target_modules is None:
             peft_config.target_modules = set(
@@ -83,8 +93,7 @@ class SparseMemoryModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         d_out = layer.out_features
         if peft_config.write == "last":
-            _, norm = final_norm(self.model)  # type: ignore[misc]
-            d_out = len(next(norm.parameters()))
+            d_out = final_width(self.model)
             if not current_key.startswith(f"{blocks_path(self.model)}."):
                 raise ValueError(
                     f"target_modules: {current_key} does not lie in a decoder block, but write='last' needs "

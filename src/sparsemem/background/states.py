@@ -4,8 +4,10 @@ from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
+from ..adapter.context import keeps_few
 from ..adapter.layers import SparseMemoryLayer
 from ..adapter.memories import memory_layers
 from ..layer.memory import ProductKeyMemory
@@ -45,9 +47,8 @@ def layer_inputs(
         )
         for name, module in modules.items()
     ]
-    # the logits are not used, and in a small model they are a fifth of the work
     least = {
-        key: value for key, value in {"logits_to_keep": 1, "use_cache": False}.items() if takes(model, key)
+        key: value for key, value in {**few_logits(model), "use_cache": False}.items() if takes(model, key)
     }
     empty = True
     try:
@@ -76,6 +77,13 @@ def layer_inputs(
             handle.remove()
     if empty:
         raise ValueError("batches: is empty; pass at least one batch")
+
+
+def few_logits(model: nn.Module) -> dict[str, int]:
+    """What to pass to a model whose states are read: its logits are not used, and in a small model they are a
+    fifth of the work."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {"logits_to_keep": 1} if takes(model, "logits_to_keep") and not keeps_few(base) else {}
 
 
 def supervised(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

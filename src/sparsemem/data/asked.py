@@ -26,7 +26,7 @@ from ..background.question_key import (
     load_question_key,
     save_question_key,
 )
-from ..background.states import evaluating, memory_off
+from ..background.states import evaluating, few_logits, memory_off
 from ..precision import autocast, device_of, precise, precision_of
 from .forms import Form, form_samples, forms
 from .generation import accepted, by_length, read_beginning, rows_of
@@ -122,9 +122,11 @@ def answer_starts(model: nn.Module, samples: Sequence[Form], layers: Sequence[st
                     # padding is on the right, where no earlier token sees it
                     padded = nn.utils.rnn.pad_sequence(tails, batch_first=True).to(device_of(base))
                     with autocast(base):
-                        kept = accepted(base, logits_to_keep=1)
-                        base(input_ids=padded, past_key_values=rows_of(read, [0] * len(rows)), **kept)
-                    last = [seen[path][torch.arange(len(rows)), ends].float().cpu() for path in layers]
+                        past = accepted(base, past_key_values=rows_of(read, [0] * len(rows)))
+                        base(input_ids=padded, **past, **few_logits(base))
+                    # some blocks flatten the batch
+                    whole = [seen[path].reshape(*padded.shape, -1) for path in layers]
+                    last = [states[torch.arange(len(rows)), ends].float().cpu() for states in whole]
                     for index, state in zip(rows, torch.cat(last, -1), strict=True):
                         found[index] = state
                     progress.update(len(rows))

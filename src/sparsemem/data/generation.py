@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..precision import autocast, device_of, takes
 from .conversations import QUESTION, end_tokens
@@ -115,17 +116,27 @@ def read_beginning(
 ) -> tuple[int, DynamicCache | None]:
     """The number of tokens that all prompts begin with (a system prompt, worked examples), and their cache.
 
-    At least one token of every prompt is left out of the shared beginning. Without shared tokens the cache is
-    None.
+    At least one token of every prompt is left out of the shared beginning. Without shared tokens, and where
+    the model's cache cannot be repeated, nothing is shared and the cache is None.
     """
     differ = (place for place, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)
     num_shared = next(differ, min(map(len, prompts)) - 1)
-    if not num_shared:
-        return 0, None
-    ids = torch.tensor([list(prompts[0][:num_shared])], device=device_of(model))
+    cache = cache_of(model, prompts[0][:num_shared], precision=precision) if num_shared else None
+    return (0, None) if cache is None else (num_shared, cache)
+
+
+def cache_of(model: Any, ids: Sequence[int], *, precision: str | None) -> DynamicCache | None:
+    """The cache of token ids; None where its rows cannot be selected and repeated, since it holds states of
+    linear attention or of convolutions beside keys and values, or where the model has none."""
     with autocast(model, precision=precision):
-        out = model(input_ids=ids, use_cache=True, **accepted(model, logits_to_keep=1))
-    return num_shared, out.past_key_values
+        out = model(
+            input_ids=torch.tensor([list(ids)], device=device_of(model)),
+            **accepted(model, use_cache=True, logits_to_keep=1),
+        )
+    cache = getattr(out, "past_key_values", None)
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    plain = type(cache) is DynamicCache and all(type(layer) in kinds for layer in cache.layers)
+    return cache if plain else None
 
 
 def rows_of(cache: DynamicCache | None, rows: Sequence[int]) -> DynamicCache | None:

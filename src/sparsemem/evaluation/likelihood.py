@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.generation import accepted, by_length, pad_left, read_beginning, rows_of
+from ..data.generation import accepted, by_length, cache_of, pad_left, read_beginning, rows_of
 from ..data.models import context_length
 from ..precision import autocast
 
@@ -50,6 +50,8 @@ def log_probs(
     model.eval()
     found = [[torch.empty(0)] * len(several) for several in continuations]
     num_shared, beginning = read_beginning(model, kept, precision=precision)
+    if not num_shared and cache_of(model, kept[0][:1], precision=precision) is None:
+        return _whole(model, kept, continuations, batch_size, precision=precision)
     for chosen in by_length([context[num_shared:] for context in kept], batch_size, tight=True):
         ids, mask = pad_left([kept[index][num_shared:] for index in chosen], model)
         # the padding is between the shared beginning and the rest of the context
@@ -77,6 +79,32 @@ def log_probs(
                 scores[place] = torch.cat([scores[place], rest])
         for (row, n), score in zip(owners, scores, strict=True):
             found[chosen[row]][n] = score
+    return found
+
+
+def _whole(
+    model: Any,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[Sequence[int]]],
+    batch_size: int,
+    *,
+    precision: str | None,
+) -> list[list[Tensor]]:
+    """The same where a cache cannot be repeated: a context is read again for each continuation."""
+    owners = [(index, n) for index, several in enumerate(continuations) for n in range(len(several))]
+    rows = [[*contexts[index], *continuations[index][n][:-1]] for index, n in owners]
+    found = [[torch.empty(0)] * len(several) for several in continuations]
+    for chosen in by_length(rows, batch_size, tight=True):
+        ids, mask = pad_left([rows[place] for place in chosen], model)
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        with autocast(model, precision=precision):
+            further = accepted(model, position_ids=places, use_cache=False)
+            logits = model(input_ids=ids, attention_mask=mask, **further).logits
+        for row, place in enumerate(chosen):
+            index, n = owners[place]
+            tokens = torch.tensor(list(continuations[index][n]), device=ids.device)
+            scores = logits[row, -len(tokens) :].float().log_softmax(-1)
+            found[index][n] = scores.gather(-1, tokens[:, None])[:, 0].cpu()
     return found
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapter.memories import fact_places, gated_layers, layer_gates, memory_layers
 from ..background.states import layer_inputs
-from ..data.generation import complete
+from ..data.generation import accepted, complete
 from ..data.models import tokenizer_of
 from ..data.records import QUESTION, choice_tokens, question_ids
 from ..precision import autocast, device_of
@@ -212,13 +212,13 @@ def drift(
     if base is None and not isinstance(model, PeftModel):
         raise ValueError("base=None needs a model with an adapter; give the untouched base model")
     model.eval()
-    total = 0.0
+    total, uncached = 0.0, accepted(model, use_cache=False)
     first = torch.tensor(opening, dtype=input_ids.dtype)
     for piece in input_ids.split(window):
         ids = torch.cat([first, piece])[None].to(device_of(model))
-        ours = model(input_ids=ids, use_cache=False).logits[:, len(opening) :].float().log_softmax(-1)
+        ours = model(input_ids=ids, **uncached).logits[:, len(opening) :].float().log_softmax(-1)
         with model.disable_adapter() if isinstance(model, PeftModel) and base is None else nullcontext():
-            logits = (base or model)(input_ids=ids, use_cache=False).logits[:, len(opening) :]
+            logits = (base or model)(input_ids=ids, **uncached).logits[:, len(opening) :]
         theirs = logits.float().log_softmax(-1)
         total += functional.kl_div(ours, theirs, log_target=True, reduction="sum").item()
     return total / len(input_ids)
@@ -278,7 +278,8 @@ def scope_gate(model: PeftModel, batch: Mapping[str, Tensor]) -> dict[str, Tenso
 def _losses(model: Any, ids: Tensor, num_kept: int, *, precision: str | None) -> Tensor:
     """Losses of the last `num_kept` tokens, float32 [batch, num_kept]."""
     with autocast(model, precision=precision):
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=num_kept + 1).logits
+        least = accepted(model, use_cache=False, logits_to_keep=num_kept + 1)
+        logits = model(input_ids=ids, **least).logits[:, -num_kept - 1 :]
     scores, targets = logits[:, :-1].float(), ids[:, -num_kept:]
     return functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none").view(
         targets.shape

@@ -312,6 +312,11 @@ def begin_stream(
     set_seed(seed)
     # PEFT notes the paths in the config that it is given
     prepared: Any = get_peft_model(model, stream_config(model))
+    if prepared.active_peft_config.write != "last":
+        raise ValueError(
+            f"model: {type(model).__name__} has no norm after its last decoder block, where learn writes; "
+            "teach it with finetune, or give another model"
+        )
     pad = int(tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
     examples = encode(read_records(background, mixed=True), tokenizer, max_length=context_length(model))
     head = TailHead(prepared, pad)

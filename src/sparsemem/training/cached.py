@@ -9,6 +9,7 @@ to a limit, and in a memory-mapped file beyond it. In float32 on a CPU every rec
 states depend on no other record, and a run without the cache trains bit-identical rows (law 12).
 """
 
+import copy
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers.utils.logging import tqdm
 
-from ..adapter.blocks import final_norm
+from ..adapter.blocks import final_norm, final_width
 from ..adapter.layers import gated_sum
 from ..adapter.memories import memory_layers, writes_last
 from ..artifacts import fingerprint_base
@@ -29,7 +30,7 @@ from ..atomic import write_atomically
 from ..background.scoping import Supervised
 from ..background.states import layer_inputs, supervised
 from ..data.records import collate
-from ..precision import autocast, precision_of
+from ..precision import autocast, precise, precision_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +49,15 @@ class TailHead:
     def __init__(self, model: Any, pad_token_id: int) -> None:
         self.model, self.pad_token_id = model, pad_token_id
         self.layers = memory_layers(model)
-        found = final_norm(model)
+        base = model.get_base_model()
+        found = final_norm(base)
         assert found is not None
         self.norm, self.head = found[1], model.get_output_embeddings()
-        self.width = len(next(self.norm.parameters()))
+        self.width = final_width(base)
         self._cast: Tensor | None = None
+        self._inner, _, rest = found[0].partition(".")
+        self._shell = _shell(base, self._inner, self.norm) if rest else None
+        self._plain = self._shell is None or self._is_plain()
 
     def __call__(
         self,
@@ -81,13 +86,22 @@ class TailHead:
 
     def logits_of(self, residual: Tensor) -> Tensor:
         """[n, vocabulary] of last residuals [n, width], as they are read behind the last block."""
-        logits = self._project(self.norm(residual.to(next(self.norm.parameters()).dtype)))
-        config = self.model.config.get_text_config()
-        # Gemma, Cohere and Granite change their logits after the head.
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        logits = logits * getattr(config, "logit_scale", 1.0)
-        return logits / getattr(config, "logits_scaling", 1.0)
+        residual = residual.to(next(self.model.parameters()).dtype)
+        return self._project(self.norm(residual)) if self._plain else self._asked(residual)
+
+    def _asked(self, residual: Tensor) -> Tensor:
+        """Logits as the model computes them, which may scale or cap them after the head."""
+        assert self._shell is not None
+        self._shell.get_submodule(self._inner).state = residual[None]
+        ids = torch.zeros(1, len(residual), dtype=torch.int64, device=residual.device)
+        return type(self._shell).forward(self._shell, input_ids=ids).logits[0]
+
+    @torch.no_grad()
+    def _is_plain(self) -> bool:
+        parameter = next(self.model.parameters())
+        states = torch.randn(4, self.width, generator=torch.Generator().manual_seed(0)).to(parameter)
+        with precise(self.model):
+            return torch.equal(self._project(self.norm(states)), self._asked(states))
 
     def _project(self, x: Tensor) -> Tensor:
         """Apply the head; its frozen weight is cast once, where autocast would cast it in every step."""
@@ -129,6 +143,42 @@ class TailHead:
             predicts = supervised(batch)[0]
             theirs = self.model(input_ids=batch["input_ids"]).logits[0][predicts].float()
         return bool((ours - theirs).abs().max() <= AGREEMENT * theirs.abs().max())
+
+
+class _Inner(nn.Module):
+    """Stands for the model within a causal language model, and for each of its parts: its output is the
+    final norm of `state`."""
+
+    def __init__(self, norm: nn.Module, inner: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.state: Tensor | None = None
+        # not as a part of this module
+        self._for = (inner,)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            held = getattr(self._for[0], name)
+            return self if isinstance(held, nn.Module) else held
+
+    def forward(self, *_: Any, **__: Any) -> "_InnerOutput":
+        return _InnerOutput((self.norm(self.state),))
+
+
+class _InnerOutput(tuple):
+    """Whatever else a model reads from the output of the model within is None."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[0] if name == "last_hidden_state" else None
+
+
+def _shell(base: nn.Module, inner: str, norm: nn.Module) -> nn.Module:
+    """A copy of the outer model that shares all parts but one."""
+    shell = copy.copy(base)
+    vars(shell)["_modules"] = {**base._modules, inner: _Inner(norm, base.get_submodule(inner))}
+    return shell
 
 
 class StateRows(Dataset):

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import inspect
 import json
 import math
 import threading
@@ -15,8 +16,10 @@ from typing import Any
 
 import psutil
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
@@ -71,12 +74,23 @@ class FinetuneTrainer(Trainer):
         if self.head is not None:
             states = {key: inputs[key] for key in ("states", "shift_labels")}
             return super().compute_loss(self.head, states, *args, **kwargs)  # type: ignore[arg-type]
+        if not predicts_next(self.model):  # type: ignore[arg-type]
+            return self._next_token_loss(model, inputs, *args, **kwargs)
         # logits are a fifth of a small model's computation, and most positions have no loss
         if takes(self.model, "logits_to_keep"):  # type: ignore[arg-type]
             labels = inputs["labels"][:, 1:]
             kept = (labels != -100).any(dim=0).nonzero().squeeze(1)
             inputs = {**inputs, "logits_to_keep": kept, "shift_labels": labels[:, kept].contiguous()}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _next_token_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
+        loss = functional.cross_entropy(
+            outputs.logits.float().flatten(0, 1), labels.flatten(), reduction="sum"
+        )
+        loss = loss / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -243,6 +257,13 @@ def first_records(batch: dict[str, Any], number: int) -> dict[str, Any]:
     if number == 0:
         kept["labels"] = torch.full_like(kept["labels"], -100)
     return kept
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Whether the model's own loss is transformers' loss of the next token. Decoders that were made as a part
+    of an encoder-decoder model compare each token to itself."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "loss_function" in inspect.unwrap(type(base).forward).__code__.co_names
 
 
 def no_loss(model: nn.Module) -> Tensor:
