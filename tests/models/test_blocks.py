@@ -3,7 +3,7 @@
 import pytest
 
 from sparsemem.adapter.blocks import state_modules
-from sparsemem.background.question_key import key_layers
+from sparsemem.background.question_key import DEPTHS, key_layers
 from tiny import ARCHITECTURES, tiny_model
 
 
@@ -14,7 +14,7 @@ def test_states_at_a_depth_are_inputs_of_one_module_in_each_block(architecture):
     blocks = [[int(part) for part in path.split(".") if part.isdigit()] for path in paths]
     assert blocks == [[16], [20], [23]]
     assert all(model.get_submodule(path) is not None for path in paths)
-    assert key_layers(model) == paths
+    assert key_layers(model) == state_modules(model, DEPTHS)
 
 
 def test_depths_of_a_shallow_model_fall_together():
