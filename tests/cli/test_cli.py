@@ -628,7 +628,7 @@ def test_demo_prints_table_report_and_questions(tmp_path):
 @pytest.mark.usefixtures("toy")
 def test_demo_stopped_keeps_finished_methods_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("STOP_AT", "lora")
-    result = invoke("demo", "--out", tmp_path)
+    result = invoke("demo", "--out", tmp_path, "--methods", "base,smf,lora,full")
     assert result.exit_code == 130
     assert "base, smf-seed0" in result.stderr
     assert [row["method"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]] == [
@@ -637,7 +637,7 @@ def test_demo_stopped_keeps_finished_methods_and_goes_on(tmp_path, monkeypatch):
     ]
     assert (tmp_path / "report.html").exists()
     monkeypatch.delenv("STOP_AT")
-    result = invoke("demo", "--out", tmp_path)
+    result = invoke("demo", "--out", tmp_path, "--methods", "base,smf,lora,full")
     assert result.exit_code == 0
     assert "smf-seed0: already finished" in result.stderr
     assert "| full " in result.stdout
