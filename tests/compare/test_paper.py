@@ -184,6 +184,5 @@ def test_a_dry_run_says_what_the_papers_own_model_takes(tmp_path):
         for seed in (1, 2, 3):
             assert f"{method}-seed{seed}: to do" in result.stdout
     assert "steps=11250" in result.stdout
-    assert "weight_bytes=" in result.stdout
     assert "stage1_steps=5938" in result.stdout
     assert not (tmp_path / "out").exists()
