@@ -27,7 +27,7 @@ SHRINKAGE = 0.1
 # relations that were left out of the fit.
 QUANTILE = 0.9
 # The least cosine is never above this one: a model that cannot tell questions apart leaves it to the subject.
-MOST = 0.45
+MOST = 0.5
 
 
 @dataclass(frozen=True)
