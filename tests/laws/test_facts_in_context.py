@@ -163,3 +163,10 @@ def test_an_answer_is_given_behind_a_system_prompt_and_in_a_second_turn(stream):
     # a random model's question keys differ behind other contexts, but no other fact's answer is given
     assert places[0] == 0
     assert set(places) <= {0, -1}
+
+
+def test_a_compiled_forward_pass_gives_the_same(stream):
+    ids = torch.tensor(prompts_of(stream)[:1])
+    with torch.no_grad():
+        compiled = torch.compile(stream.model, backend="eager")(ids).logits
+        assert torch.equal(compiled, stream.model(ids).logits)

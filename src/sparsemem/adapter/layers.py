@@ -195,6 +195,8 @@ class _Keep:
             self.tail.keep(self.path, args[0] if args else next(iter(kwargs.values())))
 
 
+# names are looked up on the host, which a compiled graph cannot do
+@torch.compiler.disable
 @torch.no_grad()
 def places_of(
     memory: ProductKeyMemory, call: CallContext, late: Tensor, middle: Tensor | None, rows: Tensor | None
