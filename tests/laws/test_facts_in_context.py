@@ -165,6 +165,7 @@ def test_an_answer_is_given_behind_a_system_prompt_and_in_a_second_turn(stream):
     assert set(places) <= {0, -1}
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_pass_gives_the_same(stream):
     ids = torch.tensor(prompts_of(stream)[:1])
     with torch.no_grad():
