@@ -168,7 +168,7 @@ class Tail:
             middle = [states.get(f"{_WATCHED}{path}") for path in self.key_layers.get(adapter, ())]
             late = next(states[path] for path in reversed(list(self.memories(adapter))))
             places = places_of(
-                memory,
+                memory,  # type: ignore[call-arg]
                 self.call,
                 late.reshape(*shape, -1),
                 torch.cat([x.reshape(*shape, -1) for x in middle], -1) if middle else None,  # type: ignore[union-attr]
