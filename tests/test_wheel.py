@@ -55,7 +55,7 @@ def test_the_installed_wheel_runs(wheel, tmp_path):
     command = python.with_name("sparsemem")
     assert "Teach a model in the browser." in ran("--help", python=command, cwd=tmp_path)
     planned = ran("compare", "demo", "--dry-run", python=command, cwd=tmp_path)
-    assert "smf" in planned
+    assert "learn" in planned
     (imports,) = re.findall(r"^from sparsemem import .*$", (PROJECT / "README.md").read_text(), re.MULTILINE)
     program = f"{imports}\nimport sparsemem\nprint(sparsemem.__file__, sparsemem.__version__)"
     where, version = ran("-c", program, python=python, cwd=tmp_path).split()
