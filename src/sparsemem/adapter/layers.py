@@ -168,7 +168,7 @@ class Tail:
             middle = [states.get(f"{_WATCHED}{path}") for path in self.key_layers.get(adapter, ())]
             late = next(states[path] for path in reversed(list(self.memories(adapter))))
             places = places_of(
-                memory,  # type: ignore[call-arg]
+                memory,
                 self.call,
                 late.reshape(*shape, -1),
                 torch.cat([x.reshape(*shape, -1) for x in middle], -1) if middle else None,  # type: ignore[union-attr]
@@ -195,10 +195,8 @@ class _Keep:
             self.tail.keep(self.path, args[0] if args else next(iter(kwargs.values())))
 
 
-# names are looked up on the host, which a compiled graph cannot do
-@torch.compiler.disable
 @torch.no_grad()
-def places_of(
+def _places_of(
     memory: ProductKeyMemory, call: CallContext, late: Tensor, middle: Tensor | None, rows: Tensor | None
 ) -> Tensor:
     """`given_at` for the new tokens of a call, [batch, new]; -1 in rows that do not use this memory.
@@ -215,6 +213,10 @@ def places_of(
     places = places.masked_fill(call.taken(), -1)
     call.note(noted(scope.facts, places))
     return places
+
+
+# names are looked up on the host, which a compiled graph cannot do
+places_of: Any = torch.compiler.disable(_places_of)
 
 
 def adapters_of(row: str | tuple[str, ...]) -> tuple[str, ...]:
