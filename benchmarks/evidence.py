@@ -62,6 +62,7 @@ ARMS = "base,replacement-kl,additive-kl,additive-tfidf,additive-scale-kl,calibra
 RUNS = (
     Runs("medical-arms", "medical", f"{ARMS},lora-long,full-long,lora-kl,lora-mlp,lora-gated", "0", 6),
     Runs("medical-arms", "medical", "base,additive-kl,additive-scale-kl,lora,full", "1,2", 6),
+    Runs("demo-learn", "demo", "base,learn", "0", 4),
     Runs("demo", "demo", "base,smf,lora,full", "0,1,2", 4),
     Runs("demo", "demo", "lora-kl,lora-mlp,lora-replay,osf,shira,lora-gated", "0", 8),
     Runs("medical", "medical", "base,smf,lora,full", "0,1,2", 10),
@@ -86,7 +87,8 @@ TABLES = {
     "demo": Table(
         {**_HANDBOOK, **_KEPT},
         (
-            ("**smf (sparse memory)**", "demo", "smf"),
+            ("**learn (sparse memory, facts; one seed)**", "demo-learn", "learn"),
+            ("smf (sparse memory, a table)", "demo", "smf"),
             ("lora", "demo-one-layer", "lora"),
             ("full finetuning", "demo-one-layer", "full"),
             ("lora with KL to the base (one seed)", "demo", "lora-kl"),
