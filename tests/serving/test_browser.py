@@ -58,6 +58,8 @@ def page(browser):
 
 
 def at_rest(page):
+    """Wait until the model is loaded and no job runs. Before the first state arrives, #job is hidden too."""
+    page.wait_for_selector("#ask-button:enabled")
     page.wait_for_selector("#job", state="hidden")
 
 
