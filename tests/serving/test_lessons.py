@@ -184,8 +184,8 @@ def test_progress_is_told_in_tokens(two):
 def test_changes_are_looked_for(two):
     found = two.look_for_changes(silent)
     assert [pair["question"] for pair in found["questions"]] == ["What is it?", "Who?"]
-    assert all(isinstance(pair["base"], str) for pair in found["mentions"])
-    assert len(found["mentions"]) > 1
+    assert all(isinstance(pair["base"], str) for pair in found["neighbours"])
+    assert len(found["neighbours"]) > 1
     assert found["prose"][0]["base"] > 1
     assert found["lessons"] == ["000001", "000002"]
 

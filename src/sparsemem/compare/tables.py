@@ -54,6 +54,18 @@ COLUMNS = (
         "reliability", "reliability", "of all of them, answered wholly right in the taught words", _percent
     ),
     Column("generality", "generality", "the same, asked in other words", _percent),
+    Column(
+        "contexts",
+        "in contexts",
+        "taught questions asked behind system prompts, in later turns, in longer texts, answered rightly",
+        _percent,
+    ),
+    Column(
+        "worst_context",
+        "worst context",
+        "the same, in the one of these contexts with the fewest right answers",
+        _percent,
+    ),
     Column("first_tenth", "first tenth", "reliability of the tenth that was taught first", _percent),
     Column(
         "locality", "locality", "answers to questions about something else that are the base's own", _percent
@@ -107,6 +119,18 @@ COLUMNS = (
         "drift",
         "mean KL divergence from the base model on the same prose, in nats per token",
         _small,
+    ),
+    Column(
+        "neighbours_taught",
+        "neighbours, taught answer",
+        "taught forms about other subjects, and other questions about taught ones, that get a taught answer",
+        _percent,
+    ),
+    Column(
+        "neighbours_changed",
+        "neighbours changed",
+        "of these questions, those whose answers differ from the base model's",
+        _percent,
     ),
     Column(
         "mentions_changed",

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .records import conversation_ids, text_ids
 
-# How a question may be written or embedded; `bare` leaves it as it is.
+# How a question may be written or embedded, the likelier ones named more than once; `bare` leaves it as it is.
 TYPED = ("lower", "unmarked", "typo")
-EMBEDDED = ("system", "turn", "before", "after", "around", "system and turn")
+EMBEDDED = ("system", "turn", "before", "after", "around", "around", "system and turn")
 # Relations that are asked about each name.
 ABOUT_EACH = 6
 
@@ -53,8 +53,8 @@ def form_samples(
     *,
     names: int = 5,
     per_name: int = 3,
-    embedded: float = 0.75,
-    typed: float = 0.1,
+    embedded: float = 0.9,
+    typed: float = 0.06,
     foreign: float = 0.2,
     relations: int | None = None,
     seed: int = 0,

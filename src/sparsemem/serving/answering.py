@@ -11,9 +11,10 @@ from ..adapter.layers import BASE_ROW, tail_of
 from ..background.states import layer_inputs
 from ..data.conversations import QUESTION, end_tokens
 from ..data.general import prose
-from ..data.known import PROBE_FORMS, mention_texts, prose_texts
+from ..data.known import prose_texts
 from ..data.records import question_ids
 from ..data.subjects import subjects_of
+from ..evaluation.neighbours import neighbour_questions
 from ..precision import autocast, device_of
 from .decoding import Decoder, Row, Sampling
 from .engine import AnswerText
@@ -131,15 +132,15 @@ def changes(
     """Compare the base with the model in which memories speak.
 
     Args:
-        records: what was taught; its subjects are mentioned in other questions and in prose.
+        records: what was taught; its subjects are named in prose, its neighbours asked about.
 
     Returns:
-        `{"questions", "mentions", "prose"}`: lists of `{"question", "base", "taught"}`, and of `{"name",
+        `{"questions", "neighbours", "prose"}`: lists of `{"question", "base", "taught"}`, and of `{"name",
         "base", "taught", "in_scope"}` with perplexities and the share of tokens in scope.
     """
     subjects = subjects_of(records)[:NUM_SUBJECTS] if records else []
-    named = [text for subject in subjects for text in mention_texts(subject, PROBE_FORMS[:2])]
-    asked = [*GENERAL_QUESTIONS, *named]
+    near = neighbour_questions(records, NUM_SUBJECTS) if subjects else []
+    asked = [*GENERAL_QUESTIONS, *(one.turns[-1]["content"] for one in near)]
     pairs = []
     for start in range(0, len(asked), AT_ONCE):
         progress("Asking other questions", start, len(asked))
@@ -156,7 +157,7 @@ def changes(
     ]
     read = [_read(model, name, ids, memories) for name, ids in texts]
     split = len(GENERAL_QUESTIONS)
-    return {"questions": pairs[:split], "mentions": pairs[split:], "prose": read}
+    return {"questions": pairs[:split], "neighbours": pairs[split:], "prose": read}
 
 
 @torch.inference_mode()

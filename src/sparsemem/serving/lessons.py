@@ -188,7 +188,7 @@ class Lessons:
         return result
 
     def look_for_changes(self, progress: Progress) -> dict[str, Any]:
-        """General questions, mentions and prose, before and after; see `changes`."""
+        """General questions, neighbours and prose, before and after; see `changes`."""
         on = [lesson for lesson in self.lessons if lesson.on]
         records = [record for lesson in on for record in lesson.records]
         found = changes(self.stream.model, self.stream.tokenizer, records, self.speaking, progress)

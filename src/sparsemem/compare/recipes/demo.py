@@ -73,13 +73,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class Probing:
-    """The evaluation: tokens of prose, length of answers, and number of subjects in mention questions."""
+    """The evaluation: tokens of prose, length of answers, and numbers of questions.
+
+    Attributes:
+        asked: questions in each context, and of each kind of neighbour.
+    """
 
     prose_tokens: int = 2048
     max_new_tokens: int = 12
     mention_subjects: int = 16
     mention_forms: int = 2
     mention_tokens: int = 24
+    asked: int = 20
 
 
 @dataclass(frozen=True)
@@ -225,7 +230,13 @@ _ABOUT = (
     "subjects. Its perplexity on general prose was measured too."
 )
 # expected seconds on two cores, to estimate the time left
-_PROBES = {"ask taught questions": 9, "ask general questions": 8, "ask other questions": 5, "read prose": 18}
+_PROBES = {
+    "ask taught questions": 9,
+    "ask general questions": 8,
+    "ask other questions": 5,
+    "ask in contexts, and neighbours": 60,
+    "read prose": 18,
+}
 _TEACHING_SECONDS = {LEARN: 90, "smf": 80, "smf-open": 100, "lora": 150, "full": 170}
 
 
@@ -290,6 +301,9 @@ def run(
     stage("ask other questions")
     figures, untouched = ask_mentions(settings.probing, model, tokenizer, base)
 
+    stage("ask in contexts, and neighbours")
+    embedded, told_embedded = ask_neighbours(settings.probing, model, tokenizer, base)
+
     stage("read prose")
     pieces = settings.probing.prose_tokens, settings.memory.prose_piece_tokens
     row = {
@@ -301,6 +315,7 @@ def run(
         "knowledge_total": answers["general"].share,
         "num_known": sum(known),
         **figures,
+        **embedded,
         **read_prose(model, tokenizer, settings.model, method, *pieces),
         **cost,
         "precision": precision_of(model),
@@ -310,6 +325,7 @@ def run(
         "row": row,
         "known": known,
         "mentions": untouched,
+        "embedded": told_embedded,
         "examples": examples(shown, known),
         "answers": shown,
     }
@@ -339,6 +355,30 @@ def ask_mentions(
         "mentions_prose_perplexity": prose,
     }
     return figures, asdict(untouched)
+
+
+def ask_neighbours(
+    probing: Probing, model: Any, tokenizer: Any, base: dict[str, Any] | None
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The row's numbers for taught questions in contexts and for their neighbours; all answers and parts."""
+    from ...evaluation.neighbours import contexts, neighbours
+
+    found = {}
+    for ask in (contexts, neighbours):
+        before = None if base is None else base["embedded"][ask.__name__]["answers"]
+        options: dict[str, Any] = {"limit": probing.asked, "max_new_tokens": probing.mention_tokens}
+        found[ask.__name__] = ask(model, tokenizer, training_records(), base=before, **options)
+    embedded, near = found["contexts"], found["neighbours"]
+    figures = {
+        "contexts": embedded.metrics["right"],
+        "worst_context": embedded.metrics["worst_right"],
+        "neighbours_taught": near.all.taught,
+        "neighbours_changed": near.all.changed,
+    }
+    return figures, {
+        name: {"parts": {kind: asdict(one) for kind, one in probe.parts.items()}, "answers": probe.texts}
+        for name, probe in found.items()
+    }
 
 
 def examples(shown: dict[str, list[dict[str, Any]]], known: list[bool]) -> list[dict[str, Any]]:

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from math import log
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+Turns: TypeAlias = Sequence[dict[str, str]]
 
 BACKGROUND_METHODS = ("smf-shared", "smf-own-write")
 
@@ -43,8 +45,8 @@ class Editor(Protocol):
         """Teach the first `number` edits one at a time, except those that were taught before."""
         ...
 
-    def ask(self, questions: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Greedy answers."""
+    def ask(self, asked: Sequence[str | Turns], max_new_tokens: int) -> list[str]:
+        """Greedy answers to questions, or to conversations that end with one."""
         ...
 
 
@@ -62,11 +64,11 @@ class Plain:
     def teach_until(self, edits: Sequence[Edit], number: int) -> None:
         pass
 
-    def ask(self, questions: Sequence[str], max_new_tokens: int) -> list[str]:
+    def ask(self, asked: Sequence[str | Turns], max_new_tokens: int) -> list[str]:
         from ...data.generation import complete
-        from ...data.records import question_ids
+        from ...data.records import conversation_ids
 
-        prompts = [question_ids(question, self.tokenizer) for question in questions]
+        prompts = [conversation_ids(_turns(one), self.tokenizer) for one in asked]
         return complete(self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
 
 
@@ -149,15 +151,15 @@ class LoraEach:
             self.bytes += 4 * done.trained_params
             self.edits.append(edit)
 
-    def ask(self, questions: Sequence[str], max_new_tokens: int) -> list[str]:
+    def ask(self, asked: Sequence[str | Turns], max_new_tokens: int) -> list[str]:
         nearest = Nearest([edit.question for edit in self.edits])
-        chosen = [nearest(question) for question in questions]
-        answers = [""] * len(questions)
+        chosen = [nearest(_turns(one)[-1]["content"]) for one in asked]
+        answers = [""] * len(asked)
         for index in sorted(set(chosen)):
             self.adapted.set_adapter(f"edit-{index}")
             places = [place for place, one in enumerate(chosen) if one == index]
-            asked = [questions[place] for place in places]
-            found = Plain(self.adapted, self.tokenizer).ask(asked, max_new_tokens)
+            some = [asked[place] for place in places]
+            found = Plain(self.adapted, self.tokenizer).ask(some, max_new_tokens)
             for place, answer in zip(places, found, strict=True):
                 answers[place] = answer
         return answers
@@ -175,21 +177,20 @@ class Retrieved:
         self.edits = edits[:number]
         self.bytes = sum(len((edit.question + edit.answer).encode()) for edit in self.edits)
 
-    def ask(self, questions: Sequence[str], max_new_tokens: int) -> list[str]:
-        from ...data.generation import complete
-        from ...data.records import conversation_ids
-
+    def ask(self, asked: Sequence[str | Turns], max_new_tokens: int) -> list[str]:
         nearest = Nearest([edit.question for edit in self.edits])
-        prompts = []
-        for question in questions:
-            fact = self.edits[nearest(question)]
-            turns = [
+        chats = []
+        for one in asked:
+            turns = _turns(one)
+            fact = self.edits[nearest(turns[-1]["content"])]
+            shown = [
                 {"role": "user", "content": fact.question},
                 {"role": "assistant", "content": fact.answer},
-                {"role": "user", "content": question},
             ]
-            prompts.append(conversation_ids(turns, self.tokenizer))
-        return complete(self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
+            # behind a system prompt
+            place = int(turns[0]["role"] == "system")
+            chats.append([*turns[:place], *shown, *turns[place:]])
+        return Plain(self.model, self.tokenizer).ask(chats, max_new_tokens)
 
 
 class Nearest:
@@ -237,6 +238,10 @@ def editor_of(method: str, model: Any, tokenizer: Any, folder: Path, seed: int, 
     if method in ("lora", "full"):
         return Finetuned(model, tokenizer, method, options)
     return Plain(model, tokenizer)
+
+
+def _turns(asked: str | Turns) -> Turns:
+    return [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
 
 
 def _words(text: str) -> list[str]:

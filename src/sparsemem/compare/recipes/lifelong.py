@@ -3,8 +3,10 @@
 Data: `zsre.jsonl`, `counterfact.jsonl` or `pokemqa.jsonl` in the data folder; every fact has one wording that
 is taught, others that are not, and a question about something else: in zsRE and CounterFact one that has
 nothing to do with it, in PokeMQA the same question about a subject that was not taught. Answers are generated
-greedily through the chat template, and right when they are the expected text, whole. Locality: the answer is
-the base's own, to the same question in a batch of the same questions, since bfloat16 rounds by the batch.
+greedily through the chat template, and right when they are the expected text, whole. In contexts (a system
+prompt, a later turn, a longer message; `evaluation.neighbours`) 20 of them are asked again. Locality: the
+answer is the base's own, to the same question in a batch of the same questions, since bfloat16 rounds by the
+batch.
 """
 
 import hashlib
@@ -230,7 +232,9 @@ def run(
     }
 
 
-_DETAILS = ("locality_answers", "knowledge_right", "right", "right_rephrased", "examples")
+# facts that are asked in contexts
+NUM_IN_CONTEXTS = 20
+_DETAILS = ("locality_answers", "knowledge_right", "right", "right_rephrased", "examples", "in_contexts")
 
 
 def measure(
@@ -247,6 +251,7 @@ def measure(
     Args:
         former: an earlier point whose knowledge and prose still hold.
     """
+    from ...evaluation.neighbours import context_questions
     from ...evaluation.probes import is_right
 
     number, before = len(edits), _point(base, len(edits))
@@ -266,6 +271,13 @@ def measure(
         texts = editor.ask([edit.question for edit in edits], length)
         others = [(place, text) for place, edit in enumerate(edits) for text in edit.rephrases]
         reworded = editor.ask([text for _, text in others], length)
+        embedded = context_questions([edit.record for edit in edits], NUM_IN_CONTEXTS)
+        spoken = editor.ask([one.turns for one in embedded], length)
+        inside = [text.strip() == one.answer for text, one in zip(spoken, embedded, strict=True)]
+        parts = {
+            kind: _share([right for right, one in zip(inside, embedded, strict=True) if one.kind == kind])
+            for kind in dict.fromkeys(one.kind for one in embedded)
+        }
         taught = [text.strip() == edit.answer for text, edit in zip(texts, edits, strict=True)]
         again: list[list[bool]] = [[] for _ in edits]
         for (place, _), text in zip(others, reworded, strict=True):
@@ -281,6 +293,9 @@ def measure(
         point |= {
             "reliability": _share(taught),
             "generality": _share([right for one in again for right in one]),
+            "contexts": _share(inside),
+            "worst_context": min(parts.values()),
+            "in_contexts": parts,
             "locality": _share(kept),
             "untaught_changed": 1 - _share(kept),
             "untaught_taught": _share(given),

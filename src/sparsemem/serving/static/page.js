@@ -193,7 +193,7 @@ function showChanges() {
     make("td", { class: "number", "data-label": "Tokens in scope" }, `${(100 * text.in_scope).toFixed(1)} %`)));
   byId("changes").replaceChildren(
     ...pairTable("General questions", found.questions),
-    ...pairTable("Questions that mention what was taught", found.mentions),
+    ...pairTable("Neighbours: the taught forms about others, and other questions about what was taught", found.neighbours || []),
     make("h3", {}, "Prose"),
     make("table", {}, make("thead", {}, make("tr", {}, ...["Text", "Perplexity before", "after", "Tokens in scope"].map((name) => make("th", { scope: "col" }, name)))),
       make("tbody", {}, ...prose)));
