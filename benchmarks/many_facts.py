@@ -1,6 +1,8 @@
-"""What many facts cost: teaching, opening, reading a token, memory. A tiny random model, made-up names.
+"""What many facts cost: teaching, opening, reading a token, memory. Made-up names.
 
-    python benchmarks/many_facts.py docs/results/many_facts.json [--facts 100000]
+    python benchmarks/many_facts.py docs/results/many_facts.json [--facts 100000] [--model smollm2]
+
+The model is a tiny random one, unless a name is given.
 
 Facts are taught in tasks of 1,000, the last hundred one at a time. Seconds are medians of the same work at
 100 facts and at all of them, in one process.
@@ -22,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import CHAT_TEMPLATE, make_tokenizer
-from sparsemem import Stream, memory_layers
+from sparsemem import Stream, load_base, memory_layers
 from sparsemem.data.records import question_ids
 from sparsemem.provenance import environment
 
@@ -57,19 +59,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--facts", type=int, default=100_000)
+    parser.add_argument("--model")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = make_tokenizer(CHAT_TEMPLATE)
     with tempfile.TemporaryDirectory() as folder:
-        result = measured(Path(folder) / "s", tokenizer, arguments.facts)
-    command = f"python benchmarks/many_facts.py {arguments.out} --facts {arguments.facts}"
+        result = measured(Path(folder) / "s", arguments.model, arguments.facts)
+    named = f" --model {arguments.model}" if arguments.model else ""
+    command = f"python benchmarks/many_facts.py {arguments.out} --facts {arguments.facts}{named}"
     text = json.dumps({"command": command, "facts": arguments.facts, **result, **environment()}, indent=1)
     arguments.out.write_text(text + "\n")
 
 
-def measured(folder: Path, tokenizer, number: int) -> dict:
+def measured(folder: Path, name: str | None, number: int) -> dict:
     records = facts(number)
-    stream = Stream(model(tokenizer), folder, tokenizer=tokenizer, background=background())
+    base, tokenizer = loaded(name)
+    stream = Stream(base, folder, tokenizer=tokenizer, background=background())
     first = [
         timed(lambda one=one, n=n: stream.teach(f"one-{n}", [one])) for n, one in enumerate(records[:100])
     ]
@@ -92,7 +96,7 @@ def measured(folder: Path, tokenizer, number: int) -> dict:
         if key in ("fact_keys", "fact_states", "rows", "names")
     )
     saving = timed(stream.save)
-    opening = timed(lambda: Stream(model(tokenizer), folder, tokenizer=tokenizer).model)
+    opening = timed(lambda: Stream(loaded(name)[0], folder, tokenizer=tokenizer).model)
     return {
         "seconds": {
             "teach one of the first 100": statistics.median(first),
@@ -108,12 +112,18 @@ def measured(folder: Path, tokenizer, number: int) -> dict:
         "ratios": {
             "teaching": statistics.median(last) / statistics.median(first),
             "token": (many / many_base) / (few / few_base),
+            "token at 100, to the base": few / few_base,
+            "token at all, to the base": many / many_base,
         },
         "bytes a fact": {"resident, with patches": grown / number, "tensors": held / number},
     }
 
 
-def model(tokenizer):
+def loaded(name: str | None):
+    """The base model and its tokenizer."""
+    if name:
+        return load_base(name)
+    tokenizer = make_tokenizer(CHAT_TEMPLATE)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -127,7 +137,7 @@ def model(tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval(), tokenizer
 
 
 def background() -> list[dict]:

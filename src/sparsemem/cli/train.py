@@ -158,6 +158,9 @@ def train(
 ) -> None:  # fmt: skip
     """Train MODEL or ADAPTER on the data and save the result in a new folder.
 
+    Single facts are better taught by `sparsemem learn`: faster, in any context, and each can be taken back.
+    This command is for a domain, such as many cases of one task.
+
     With --method smf or smf-open, a MODEL first gets an empty memory, as `graft` creates by default. An
     ADAPTER can be trained further with a method of its own kind.
     """

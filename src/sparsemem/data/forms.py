@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .records import conversation_ids, text_ids
 
-# How a question may be written or embedded, the likelier ones named more than once; `bare` leaves it as it is.
+# How a question may be written or embedded; likelier ones stand twice, `bare` leaves it as it is.
 TYPED = ("lower", "unmarked", "typo")
 EMBEDDED = ("system", "turn", "before", "after", "around", "around", "system and turn")
 # Relations that are asked about each name.
