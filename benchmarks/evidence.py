@@ -57,18 +57,23 @@ class Runs(NamedTuple):
         return [n for n in self.names() if not (RESULTS / self.folder / "runs" / n / "result.json").is_file()]
 
 
+def _lifelong(data: str, number: int) -> tuple[str, ...]:
+    return "--set", f"data={data}", "--set", f"counts=[100,{number}]"
+
+
 # The learning rate of the paper's arms is chosen on a split of the training records: dev/LOG.md.
 ARMS = "base,replacement-kl,additive-kl,additive-tfidf,additive-scale-kl,calibrated-kl,smf-own,lora,full"
 RUNS = (
     Runs("medical-arms", "medical", f"{ARMS},lora-long,full-long,lora-kl,lora-mlp,lora-gated", "0", 6),
     Runs("medical-arms", "medical", "base,additive-kl,additive-scale-kl,lora,full", "1,2", 6),
-    Runs("demo-learn", "demo", "base,learn", "0", 4),
-    Runs("demo", "demo", "base,smf,lora,full", "0,1,2", 4),
-    Runs("demo", "demo", "lora-kl,lora-mlp,lora-replay,osf,shira,lora-gated", "0", 8),
+    Runs("handbook", "demo", "base,learn,smf,lora,full", "0", 5),
+    Runs("handbook", "demo", "base,learn,smf,lora,full", "1,2", 5),
+    Runs("handbook", "demo", "lora-kl,lora-mlp,lora-replay,osf,shira,lora-gated", "0", 8),
     Runs("medical", "medical", "base,smf,lora,full", "0,1,2", 10),
-    Runs("lifelong", "lifelong", "base,smf,retrieval", "0", 15, needs_data=True),
+    Runs("lifelong-pokemqa", "lifelong", "base,smf,retrieval", "0", 6, _lifelong("pokemqa", 300), True),
+    Runs("lifelong-zsre", "lifelong", "base,smf,retrieval", "0", 15, _lifelong("zsre", 1000), True),
     Runs(
-        "lifelong-counterfact", "lifelong", "base,smf,retrieval", "0", 15, ("--set", "data=counterfact"), True
+        "lifelong-counterfact", "lifelong", "base,smf,retrieval", "0", 15, _lifelong("counterfact", 960), True
     ),
     Runs("demo-gemma3", "demo", "base,smf,lora,full", "0,1,2", 15, ("--model", "gemma3-270m")),
 )

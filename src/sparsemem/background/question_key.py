@@ -20,14 +20,14 @@ from ..artifacts import load_artifact, save_artifact
 
 # Of the blocks whose MLP inputs make the key, relative to their number.
 DEPTHS = (0.43, 0.53, 0.67, 0.77)
-WIDTH = 32
+WIDTH = 24
 # Of the identity in the covariance within classes, where each state has variance 1.
-SHRINKAGE = 0.1
+SHRINKAGE = 0.2
 # The least cosine is this quantile of those of two questions about one name that ask different things, of
 # relations that were left out of the fit.
 QUANTILE = 0.9
 # The least cosine is never above this one: a model that cannot tell questions apart leaves it to the subject.
-MOST = 0.5
+MOST = 0.55
 
 
 @dataclass(frozen=True)
