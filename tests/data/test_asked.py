@@ -1,6 +1,7 @@
 """The question key of a model: of its states alone, the same each time, fitted once."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -76,7 +77,19 @@ def test_a_key_is_fitted_once_per_named_model_and_then_read_from_the_cache(base,
     assert torch.equal(read.projection, fitted.projection)
     assert read.least == fitted.least
     question_key(base, tokenizer, key_layers(base)[:1])
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.glob("*.safetensors"))) == 2
+
+
+def test_two_that_ask_at_once_fit_once(tiny_llama, tokenizer, cache, caplog):
+    bases = [tiny_llama(), tiny_llama()]
+    for base in bases:
+        base.config.name_or_path = "some/model"
+
+    with caplog.at_level(logging.INFO), ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda base: question_key(base, tokenizer, key_layers(base)), bases)
+
+    assert caplog.text.count("fitting what is asked") == 1
+    assert torch.equal(one.projection, two.projection)
 
 
 def test_a_model_without_a_name_leaves_no_file(base, tokenizer, cache):
@@ -88,7 +101,7 @@ def test_a_model_without_a_name_leaves_no_file(base, tokenizer, cache):
 def test_a_damaged_file_is_made_again(base, tokenizer, cache, caplog):
     base.config.name_or_path = "some/model"
     fitted = question_key(base, tokenizer, key_layers(base))
-    (file,) = cache.iterdir()
+    (file,) = cache.glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-3] ^= 255
     file.write_bytes(content)

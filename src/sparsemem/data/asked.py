@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from filelock import FileLock
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -62,14 +63,17 @@ def question_key(model: nn.Module, tokenizer: PreTrainedTokenizerBase, layers: S
     ]
     digest = hashlib.sha256(json.dumps([*made_of, *numbers]).encode()).hexdigest()
     path = cache_folder() / "question-keys" / f"{digest[:16]}.safetensors"
-    if path.is_file():
-        try:
-            return load_question_key(path)
-        except ArtifactError as error:
-            logger.warning("%s; it is made again", error)
-    logger.info("fitting what is asked in the states of this model (once)")
-    key = fit_question_key(model, tokenizer, layers)
-    save_question_key(key, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # a second process waits for the first one's key
+    with FileLock(path.with_suffix(".lock")):
+        if path.is_file():
+            try:
+                return load_question_key(path)
+            except ArtifactError as error:
+                logger.warning("%s; it is made again", error)
+        logger.info("fitting what is asked in the states of this model (once)")
+        key = fit_question_key(model, tokenizer, layers)
+        save_question_key(key, path)
     return key
 
 
