@@ -1,4 +1,4 @@
-"""How much of the medical task is in the base's late states: probes on cached states, beside what methods reach.
+"""How much of the medical task the base's late states hold: probes on cached states.
 
     python benchmarks/ceiling.py docs/results/ceiling.json
 
@@ -51,7 +51,6 @@ def main() -> None:
             "linear": probe(ridge, RIDGES, pick, learnt, chosen_on, train, test),
             "mlp": probe(mlp, EPOCHS, pick, learnt, chosen_on, train, test),
         }
-        print(name, rows[str(name)], flush=True)
     command = f"python benchmarks/ceiling.py {' '.join(sys.argv[1:])}"
     found = {"command": command, "seeds": SEEDS, "blocks": blocks, "accuracy": rows}
     write_json(Path(sys.argv[1]), {**found, "num_test": len(test), **environment()})
@@ -70,7 +69,7 @@ def accuracy(fit: Any, option: float, pick: Any, train: list, test: list) -> flo
     mean, spread = x.mean(0), x.std(0).clamp_min(1e-6)
     scores = fit((x - mean) / spread, classes, len(names), (y - mean) / spread, option)
     right = [
-        max(range(4), key=lambda n: float(row[names.index(one["choices"][n])])) == one["answer"]  # noqa: B023
+        max(range(4), key=lambda n: float(row[names.index(one["choices"][n])])) == one["answer"]
         for row, one in zip(scores, test, strict=True)
     ]
     return sum(right) / len(right)
