@@ -84,7 +84,7 @@ def test_answers_are_compared_with_the_base_and_with_what_was_taught(adapted, to
 def test_a_base_without_a_template_reads_contexts_as_text(tiny_llama, plain_tokenizer):
     found = contexts(tiny_llama(max_position_embeddings=2048), plain_tokenizer, RECORDS, max_new_tokens=2)
     assert set(found.parts) == set(asking.CONTEXTS)
-    ids = asking._ids(asking.context_questions(RECORDS)[0].turns, plain_tokenizer, True)
+    ids = asking.turn_ids(asking.context_questions(RECORDS)[0].turns, plain_tokenizer, True)
     text = plain_tokenizer.decode(ids, skip_special_tokens=True)
     assert text == "You are a pirate.\n\nWho owns the Moon Quill?"
 

@@ -186,6 +186,9 @@ def test_changes_are_looked_for(two):
     assert [pair["question"] for pair in found["questions"]] == ["What is it?", "Who?"]
     assert all(isinstance(pair["base"], str) for pair in found["neighbours"])
     assert len(found["neighbours"]) > 1
+    assert "[You are a pirate.] " in found["contexts"][0]["question"]
+    assert len(found["contexts"]) == 16
+    assert any(pair["right"] for pair in found["contexts"])
     assert found["prose"][0]["base"] > 1
     assert found["lessons"] == ["000001", "000002"]
 

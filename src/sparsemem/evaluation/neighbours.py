@@ -270,7 +270,7 @@ def _probe(
 ) -> Probe:
     base = options.pop("base")
     plain = not tokenizer.chat_template and not any("messages" in record for record in records)
-    prompts = [_ids(one.turns, tokenizer, plain) for one in asked]
+    prompts = [turn_ids(one.turns, tokenizer, plain) for one in asked]
     texts = answers_to(model, tokenizer, prompts, **options)
     if base is None:
         base = texts
@@ -314,8 +314,11 @@ def _figures(rows: Sequence[tuple[str, bool | None, bool, bool]]) -> Figures:
     )
 
 
-def _ids(turns: Sequence[dict[str, str]], tokenizer: Any, plain: bool) -> list[int]:
-    """Tokens of a conversation; a system prompt goes before the question where the template takes none."""
+def turn_ids(turns: Sequence[dict[str, str]], tokenizer: Any, plain: bool = False) -> list[int]:
+    """Tokens of a conversation, `plain` without the template.
+
+    A system prompt goes before the question where the template takes none.
+    """
     if plain:
         # prompts were taught as written, without a template
         return text_ids("".join(_written(turns)), tokenizer)

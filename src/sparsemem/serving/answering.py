@@ -1,7 +1,8 @@
 """Answers to look at: several at once, token by token, and how far in scope each token was."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -12,14 +13,16 @@ from ..background.states import layer_inputs
 from ..data.conversations import QUESTION, end_tokens
 from ..data.general import prose
 from ..data.known import prose_texts
-from ..data.records import question_ids
+from ..data.subjects import asked as question_of
 from ..data.subjects import subjects_of
-from ..evaluation.neighbours import neighbour_questions
+from ..evaluation.answers import is_right
+from ..evaluation.neighbours import Asked, context_questions, neighbour_questions, turn_ids
 from ..precision import autocast, device_of
 from .decoding import Decoder, Row, Sampling
 from .engine import AnswerText
 
 MAX_BATCH = 16
+Turns: TypeAlias = Sequence[dict[str, str]]
 
 
 class Answer:
@@ -30,8 +33,9 @@ class Answer:
         cut: whether it did not end by itself.
     """
 
-    def __init__(self, question: str, memories: tuple[str, ...], tokenizer: Any) -> None:
-        self.row = Row(question_ids(question, tokenizer), memories, Sampling(temperature=0))
+    def __init__(self, asked: str | Turns, memories: tuple[str, ...], tokenizer: Any) -> None:
+        turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        self.row = Row(turn_ids(turns, tokenizer), memories, Sampling(temperature=0))
         # a model without a chat template goes on with the next question
         self._text = AnswerText(tokenizer, [] if tokenizer.chat_template else [f"\n{QUESTION}"])
         self.pieces: list[str] = []
@@ -61,11 +65,11 @@ class Answer:
 
 
 def answer_all(
-    model: Any, tokenizer: Any, asked: Sequence[tuple[str, tuple[str, ...]]], *, max_tokens: int
+    model: Any, tokenizer: Any, asked: Sequence[tuple[str | Turns, tuple[str, ...]]], *, max_tokens: int
 ) -> list[Answer]:
-    """Greedy answers to questions, each with the memories that speak in it."""
+    """Greedy answers to questions, or to conversations that end with one, each with its memories."""
     decoder, ends = Decoder(model), end_tokens(model, tokenizer)
-    answers = [Answer(question, memories, tokenizer) for question, memories in asked]
+    answers = [Answer(one, memories, tokenizer) for one, memories in asked]
     for start in range(0, len(answers), MAX_BATCH):
         running = answers[start : start + MAX_BATCH]
         decoder.join([answer.row for answer in running])
@@ -117,7 +121,7 @@ GENERAL_QUESTIONS = (
     "How do I boil an egg?",
     "Give me a tip for better sleep.",
 )
-NUM_SUBJECTS, MAX_TOKENS, PROSE_TOKENS = 4, 20, 256
+NUM_SUBJECTS, NUM_IN_CONTEXTS, MAX_TOKENS, PROSE_TOKENS = 4, 2, 20, 256
 # questions that are answered together, by the base and with memories
 AT_ONCE = 8
 
@@ -135,20 +139,27 @@ def changes(
         records: what was taught; its subjects are named in prose, its neighbours asked about.
 
     Returns:
-        `{"questions", "neighbours", "prose"}`: lists of `{"question", "base", "taught"}`, and of `{"name",
-        "base", "taught", "in_scope"}` with perplexities and the share of tokens in scope.
+        `{"questions", "neighbours", "contexts", "prose"}`: lists of `{"question", "base", "taught"}`, and of
+        `{"name", "base", "taught", "in_scope"}` with perplexities and the share of tokens in scope. Contexts
+        are taught questions behind system prompts, in later turns and in longer texts; they have `"right"`.
     """
     subjects = subjects_of(records)[:NUM_SUBJECTS] if records else []
     near = neighbour_questions(records, NUM_SUBJECTS) if subjects else []
-    asked = [*GENERAL_QUESTIONS, *(one.turns[-1]["content"] for one in near)]
-    pairs = []
+    inside = context_questions(records, NUM_IN_CONTEXTS) if any(map(question_of, records)) else []
+    general = [Asked("general", ({"role": "user", "content": text},)) for text in GENERAL_QUESTIONS]
+    asked = [*general, *near, *inside]
+    pairs: list[dict[str, Any]] = []
     for start in range(0, len(asked), AT_ONCE):
         progress("Asking other questions", start, len(asked))
         some = asked[start : start + AT_ONCE]
-        rows = [(question, names) for question in some for names in ((), memories)]
+        rows = [(one.turns, names) for one in some for names in ((), memories)]
         answers = answer_all(model, tokenizer, rows, max_tokens=MAX_TOKENS)
-        for question, base, taught in zip(some, answers[::2], answers[1::2], strict=True):
-            pairs.append({"question": question, "base": base.shown, "taught": taught.shown})
+        for one, base, taught in zip(some, answers[::2], answers[1::2], strict=True):
+            pair: dict[str, Any] = {"question": _shown(one.turns), "base": base.shown, "taught": taught.shown}
+            if one.answer is not None:
+                begun = taught.cut and one.answer.startswith(taught.text)
+                pair["right"] = begun or is_right(taught.text, one.answer)
+            pairs.append(pair)
     progress("Reading prose", len(asked), len(asked))
     texts = [("Prose about other things", tokenizer(prose()[1]).input_ids[:PROSE_TOKENS])]
     texts += [
@@ -156,8 +167,18 @@ def changes(
         for subject, text in zip(subjects, prose_texts(subjects), strict=True)
     ]
     read = [_read(model, name, ids, memories) for name, ids in texts]
-    split = len(GENERAL_QUESTIONS)
-    return {"questions": pairs[:split], "neighbours": pairs[split:], "prose": read}
+    parts = iter(pairs)
+    found = {
+        name: list(islice(parts, len(of_part)))
+        for name, of_part in (("questions", general), ("neighbours", near), ("contexts", inside))
+    }
+    return {**found, "prose": read}
+
+
+def _shown(turns: Turns) -> str:
+    """A conversation on one line."""
+    marks = {"system": "[{}] ", "user": "{}", "assistant": " → {} → "}
+    return "".join(marks[turn["role"]].format(turn["content"]) for turn in turns)
 
 
 @torch.inference_mode()

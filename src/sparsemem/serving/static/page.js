@@ -163,7 +163,7 @@ function showAsked() {
   }));
 }
 
-function pairTable(title, pairs) {
+function pairTable(title, pairs, told) {
   if (!pairs.length) return [];
   const changed = pairs.filter((pair) => pair.base !== pair.taught).length;
   const isSame = (pair) => pair.base === pair.taught;
@@ -171,7 +171,7 @@ function pairTable(title, pairs) {
     make("td", { "data-label": "Question" }, pair.question),
     make("td", { "data-label": "Before" }, pair.base),
     make("td", { "data-label": "After", class: isSame(pair) ? "quiet" : "other" }, isSame(pair) ? "the same" : pair.taught)));
-  return [make("h3", {}, `${title}: ${changed} of ${pairs.length} changed`),
+  return [make("h3", {}, `${title}: ${told || `${changed} of ${pairs.length} changed`}`),
     make("table", { class: "pairs" }, make("thead", {}, make("tr", {}, ...["Question", "Before", "After"].map((name) => make("th", { scope: "col" }, name)))),
       make("tbody", {}, ...rows))];
 }
@@ -186,6 +186,7 @@ function showChanges() {
   const on = state.lessons.filter((lesson) => lesson.on).map((lesson) => lesson.name);
   const stale = JSON.stringify(on) !== JSON.stringify(found.lessons);
   byId("changes-when").textContent = stale ? "The lessons have changed since: look again." : "";
+  const contexts = found.contexts || [];
   const prose = found.prose.map((text) => make("tr", {},
     make("td", {}, text.name),
     make("td", { class: "number", "data-label": "Perplexity before" }, text.base.toFixed(2)),
@@ -194,6 +195,7 @@ function showChanges() {
   byId("changes").replaceChildren(
     ...pairTable("General questions", found.questions),
     ...pairTable("Neighbours: the taught forms about others, and other questions about what was taught", found.neighbours || []),
+    ...pairTable("What was taught, asked in contexts", contexts, `${contexts.filter((pair) => pair.right).length} of ${contexts.length} right`),
     make("h3", {}, "Prose"),
     make("table", {}, make("thead", {}, make("tr", {}, ...["Text", "Perplexity before", "after", "Tokens in scope"].map((name) => make("th", { scope: "col" }, name)))),
       make("tbody", {}, ...prose)));
