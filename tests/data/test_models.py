@@ -1,6 +1,5 @@
 import importlib
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -89,14 +88,6 @@ def test_a_model_is_on_the_accelerator_where_there_is_one(folder, monkeypatch):
     assert {one.device.type for one in models.load_base(str(folder))[0].parameters()} == {"meta"}
 
 
-@pytest.mark.slow
-def test_a_configuration_is_read_without_dequantising(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "cache"))
-    config = models.config_of("smollm2")
-    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
-    assert not (tmp_path / "cache").exists()
-
-
 def test_a_gguf_file_is_dequantised_once(tmp_path, monkeypatch, tokenizer):
     pytest.importorskip("gguf")
     monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "cache"))
@@ -108,17 +99,6 @@ def test_a_gguf_file_is_dequantised_once(tmp_path, monkeypatch, tokenizer):
     assert copy.stat().st_mtime == before
     ids = tokenizer("a word", return_tensors="pt").input_ids
     assert torch.equal(model(ids).logits, again(ids).logits)
-
-
-def test_a_configuration_is_read_from_the_copy_where_there_is_one(tmp_path, monkeypatch, tokenizer):
-    pytest.importorskip("gguf")
-    monkeypatch.setenv("SPARSEMEM_CACHE", str(tmp_path / "cache"))
-    file = tmp_path / "tiny.gguf"
-    write_tiny_gguf(file, tokenizer)
-    models.load_base(str(file))
-    (copied,) = (tmp_path / "cache").glob("*/config.json")
-    copied.write_text(json.dumps({**json.loads(copied.read_text()), "rms_norm_eps": 0.5}))
-    assert models.config_of(str(file)).rms_norm_eps == 0.5
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./no", "absent.gguf", "EMPTY", "BROKEN.gguf"])
@@ -172,7 +152,7 @@ def test_gemma_is_joined_once_and_keeps_its_name(site, tmp_path, tokenizer, ids)
     pytest.importorskip("gguf")
     write_tiny_gguf(tmp_path / "tiny.gguf", tokenizer)
     stand_in(site, tmp_path / "tiny.gguf")
-    assert models.config_of("gemma3-270m").num_hidden_layers == 4
+    models.load_base("gemma3-270m")
     joined = tmp_path / "cache" / gguf.GEMMA_FILE
     assert joined.read_bytes() == (tmp_path / "tiny.gguf").read_bytes()
     (site / gguf.GEMMA_PACKAGE / "part0").unlink()

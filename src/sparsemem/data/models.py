@@ -17,10 +17,8 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,7 +26,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..adapter.saving import load_onto
 from ..artifacts import ArtifactError
-from .gguf import cache_folder, copy_of, dequantised, gguf_file, packaged_name
+from .gguf import cache_folder, dequantised, gguf_file, packaged_name
 from .names import MODEL_NAMES, check_model
 
 
@@ -55,25 +53,6 @@ def load_base(
         tokenizer.pad_token = tokenizer.eos_token
     device: Any = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.eval().to(device), tokenizer
-
-
-def config_of(name: str) -> PreTrainedConfig:
-    """The configuration of the model that `load_base` loads by this name, without loading its weights.
-
-    Nothing is written, except the joined file of a model that comes in parts.
-
-    Raises:
-        ValueError: as `load_base`.
-    """
-    gguf = gguf_file(name)
-    if gguf and (copy := copy_of(gguf)).is_dir():
-        # reading a GGUF file's header takes half a minute
-        gguf, name = None, str(copy)
-    source = {"gguf_file": gguf.name} if gguf else {"local_files_only": not hub_reachable()}
-    try:
-        return AutoConfig.from_pretrained(str(gguf.parent) if gguf else _folder(name), **source)
-    except (OSError, ValueError) as error:
-        raise _not_found(name, error) from error
 
 
 def load(

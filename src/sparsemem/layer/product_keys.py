@@ -67,24 +67,18 @@ class _BestSubKeys(torch.autograd.Function):
         return grad.view(*sub_keys.shape[:-1], width), None, None, None
 
 
-def top_k_slots(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def best_pairs(best: Tensor, sub_keys: Tensor, num_keys: int, top_k: int) -> tuple[Tensor, Tensor]:
     """The exact top_k slots by summed sub-key scores.
 
     Args:
-        scores: [tokens, heads, 2, num_keys].
+        best, sub_keys: [..., heads, 2, n], scores and indices of the best n = min(top_k, num_keys) sub-keys
+            of both halves, as from `best_sub_keys`.
         top_k: at most num_keys ** 2.
 
     Returns:
-        slots [tokens, heads, top_k] int64, and their scores [tokens, heads, top_k], best first. Ties are
-        broken as `torch.topk` breaks them.
+        slots [..., heads, top_k] int64, and their scores [..., heads, top_k], best first. Ties are broken as
+        `torch.topk` breaks them.
     """
-    num_keys = scores.shape[-1]
-    best, sub_keys = scores.topk(min(top_k, num_keys), dim=-1)
-    return best_pairs(best, sub_keys, num_keys, top_k)
-
-
-def best_pairs(best: Tensor, sub_keys: Tensor, num_keys: int, top_k: int) -> tuple[Tensor, Tensor]:
-    """As `top_k_slots`, from the best min(top_k, num_keys) sub-keys of both halves (`best_sub_keys`)."""
     # a compiler traces the function, and would warn of its cache
     candidates = _candidates.__wrapped__ if torch.compiler.is_compiling() else _candidates
     first, second = candidates(top_k, best.shape[-1], best.device)
@@ -93,13 +87,6 @@ def best_pairs(best: Tensor, sub_keys: Tensor, num_keys: int, top_k: int) -> tup
     slots = sub_keys[..., 0, :].gather(-1, first[chosen]) * num_keys + sub_keys[..., 1, :].gather(
         -1, second[chosen]
     )
-    return slots, top
-
-
-def exhaustive_top_k_slots(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The slow version of `top_k_slots`: same arguments and result, computed from all num_keys ** 2 sums."""
-    sums = (scores[..., 0, :, None] + scores[..., 1, None, :]).flatten(-2)
-    top, slots = sums.topk(top_k, dim=-1)
     return slots, top
 
 

@@ -19,7 +19,6 @@ same form of question. dev/LOG.md has the measurement.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -110,11 +109,6 @@ class Scope:
         among = torch.maximum(nearest_known(z, self.space.known), nearest_known(z, self.task_known))
         score = z @ self.centres.T - self.space.known_weight * among[:, None]
         return ((score - self.lo) / (self.hi - self.lo)).clamp(0, 1).amax(-1)
-
-    @cached_property
-    def needs_context(self) -> bool:
-        """Whether the gate depends on the tokens of the context."""
-        return len(self.facts) > 0
 
 
 def centre_scope(space: Space, task_known: Tensor, centres: Tensor, lo: Tensor, hi: Tensor) -> Scope:

@@ -125,14 +125,6 @@ class Options:
         return found
 
 
-def check_method(method: str) -> None:
-    """Raises:
-    ValueError: an unknown method.
-    """
-    if method not in LEARNING_RATES:
-        raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(LEARNING_RATES)}")
-
-
 def check_trackers(report_to: Sequence[str]) -> None:
     """Raises:
     ValueError: a tracker that is unknown or not installed.
