@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "sparsemem"
 ROOT = ("choices", "provenance", "precision", "processes", "atomic", "artifacts")
 FOLDERS = (
     "layer", "adapter", "background", "optim", "patches", "data", "training", "stream", "evaluation", "saved",
-    "serving",
+    "study", "serving",
 )  # fmt: skip
 # these may know all
 FREE = ("cli", "compare", "__init__", "__main__")

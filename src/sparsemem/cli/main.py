@@ -22,12 +22,13 @@ from .learn import Learn, learn
 from .options import NAMES, check_inputs
 from .patches import patch
 from .serve import serve, ui
+from .study import study
 from .train import train
 
 # by use: what a new user needs comes first
 ORDER = (
-    "ui", "train", "learn", "chat", "eval", "serve", "patch", "push", "demo", "compare", "report", "graft",
-    "config", "env",
+    "ui", "train", "study", "learn", "chat", "eval", "serve", "patch", "push", "demo", "compare", "report",
+    "graft", "config", "env",
 )  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def _lines() -> Iterator[str]:
             return
 
 
-for command in (train, learn, evaluate, serve, ui, patch, push, demo, compare, report, graft):
+for command in (train, study, learn, evaluate, serve, ui, patch, push, demo, compare, report, graft):
     main.add_command(command)
 for command in main.commands.values():
     # `learn` is a group whose first command has all options; other groups take no file
