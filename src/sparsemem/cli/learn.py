@@ -66,7 +66,8 @@ def teach(
     """Teach MODEL the tasks of a file, one at a time.
 
     Each task leaves a patch and a line in the ledger of the --out folder, which is an adapter too. After an
-    interruption --resume continues. With --add, a folder is taught another file.
+    interruption --resume continues. With --add, a folder is taught another file. Of documents, in a file that
+    `study` wrote, changed sections are taught again, and those that are gone are taken back.
     """
     check_inputs(model, general=stream or add)
     check_inputs(None, general=background)
@@ -107,7 +108,10 @@ def teach(
 @click.option("--model", help="The base model. Default: the one that the folder names.")
 @as_json
 def undo_task(folder: Path, task: str, model: str | None, as_json: bool) -> None:
-    """Take TASK of DIR back: the others answer then as if they alone had been taught, to the byte."""
+    """Take TASK of DIR back: the others answer then as if they alone had been taught, to the byte.
+
+    The name of a document that `study` read takes all of its sections back.
+    """
     _undo(folder, task, model, as_json)
 
 

@@ -62,6 +62,15 @@ def owners(name: str, patches: Sequence[RowPatch]) -> list[int]:
     return [place for place, kept in enumerate(_kept(name, patches)) for _ in range(int(kept.sum()))]
 
 
+def questions(name: str, patches: Sequence[RowPatch]) -> list[str]:
+    """For each fact of the `composed` scope, the question that it was taught with."""
+    found = []
+    for patch, kept in zip(patches, _kept(name, patches), strict=True):
+        asked = [fact.question for fact in facts_of(patch) for _ in range(fact.num_answers)]
+        found += [question for question, held in zip(asked, kept.tolist(), strict=True) if held]
+    return found
+
+
 def _kept(name: str, patches: Sequence[RowPatch]) -> list[Tensor]:
     """For each patch, [num_facts] bool: which of its facts no later fact replaces."""
     replaced, kept = replaced_facts(patches), []

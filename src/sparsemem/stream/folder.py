@@ -19,10 +19,11 @@ from ..artifacts import ArtifactError
 from ..atomic import finish_save, refuse_existing
 from ..data.gguf import packaged_name
 from ..data.names import public_model
-from ..data.reading import digest_of, read_records
+from ..data.reading import read_records
 from ..layer.scope import SCOPE_TENSORS, empty_tensor
 from ..patches.facts import composed, facts_of, replaced_facts
 from ..patches.space import load_spaces, memory_digest, space_digest
+from .documents import data_digest, difference, of_document, sources_of
 from .ledger import FILE, LEARN, Ledger, checked_patch
 from .tasks import Task, tasks_of
 
@@ -50,7 +51,9 @@ def learn(
             folder, and tasks whose very records the folder holds are not taught again.
 
     Returns:
-        What was taught and skipped, what it took, and the questions whose earlier answers were replaced.
+        What was taught and skipped, what it took, and the questions whose earlier answers were replaced. Of
+        documents (records with a `source`) the difference is taught: changed sections again, and those that
+        are gone are taken back.
 
     Raises:
         ValueError: bad data, a folder that exists without `resume` or `add`, a name that was given to other
@@ -74,19 +77,30 @@ def learn(
     elif background is not None:
         raise ValueError(f"--background {background}: {out} keeps its own; leave it out")
     before: set[str] = set()
+    changed, gone = set(), []
     if ledger is not None:
         if add:
             held = {entry["data"] for entry in ledger.active()}
-            before = {task.name for task in tasks if digest_of(task.records) in held}
-        before |= _refuse_other_data(ledger, [t for t in tasks if t.name not in before])
+            before = {task.name for task in tasks if data_digest(task.records) in held}
+        same, changed, gone = difference(ledger, tasks)
+        from_documents = {task.name for task in tasks if sources_of(task.records)}
+        before = (before - from_documents) | same
+        others = [t for t in tasks if t.name not in before and t.name not in from_documents]
+        before |= _refuse_other_data(ledger, others)
     general = None if background is None else general_records(background)
     earlier = _replaced(out, Ledger(out / FILE)) if is_there else set()
     with _one_sentence(out):
         stream = Stream(model or model_of(out), out, background=general, seed=seed)
         began, num_bytes, taught = time.perf_counter(), 0, 0
+        for name in gone:
+            stream.undo(name)
+            say(f"took back {name}: its document does not have it any more")
         for number, task in enumerate(tasks, start=1):
             if task.name in before:
+                stream.note_sources(task.name, sources_of(task.records))
                 continue
+            if task.name in changed:
+                stream.undo(task.name)
             entry = stream.teach(task.name, task.records)
             taught += 1
             num_bytes += entry["bytes"]
@@ -101,7 +115,7 @@ def learn(
 
 
 def undo(out: Path, task: str, model: str | None = None) -> dict[str, Any]:
-    """Take a task back.
+    """Take a task back, or all tasks of a document.
 
     Returns:
         What is left, and under "again" the questions of older facts that it had replaced, which are answered
@@ -113,19 +127,22 @@ def undo(out: Path, task: str, model: str | None = None) -> dict[str, Any]:
     """
     from .stream import Stream
 
-    entry = _held(out, Ledger(out / FILE), task)
+    ledger = Ledger(out / FILE)
+    of_one = [] if ledger.holds(task) else of_document(task, [entry["task"] for entry in ledger.active()])
+    entry = _held(out, ledger, (of_one or [task])[0])
     with _one_sentence(out):
         stream = Stream(model or model_of(out), out)
         replaced = _replaced(out, stream.ledger)
-        stream.undo(task)
+        for name in of_one or [task]:
+            stream.undo(name)
         stream.save()
     again = sorted(replaced - _replaced(out, stream.ledger))
     return {
         "out": str(out),
         "task": task,
-        "question": first_question(out, entry),
+        "question": "" if of_one else first_question(out, entry),
         "tasks": len(stream.tasks),
-        "again": [question for name, question in again if name != task],
+        "again": [question for name, question in again if name not in (of_one or [task])],
     }
 
 
@@ -204,7 +221,7 @@ def _refuse_other_data(ledger: Ledger, tasks: list[Task]) -> set[str]:
     """
     before = {entry["task"]: entry["data"] for entry in ledger.entries[1:] if entry["op"] == LEARN}
     for task in tasks:
-        if before.get(task.name, digest := digest_of(task.records)) != digest:
+        if before.get(task.name, digest := data_digest(task.records)) != digest:
             raise ValueError(
                 f"task {task.name!r} was taught from other records before; give the new ones another name in "
                 "their field `task`, or, if they have no such field, teach the file with --add"

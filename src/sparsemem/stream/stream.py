@@ -29,7 +29,7 @@ from ..adapter.config import SparseMemoryConfig
 from ..adapter.memories import check_bare, fact_places, key_layers_of, memory_layers
 from ..adapter.saving import load_onto
 from ..artifacts import FORMAT, ArtifactError, fingerprint_base
-from ..atomic import save_into
+from ..atomic import read_json, save_into, write_json
 from ..background.background import Background, addressing_fingerprint
 from ..background.calibration import calibrate
 from ..background.question_key import key_layers
@@ -38,13 +38,14 @@ from ..data.general import general_background, say_shipped
 from ..data.gguf import packaged_name
 from ..data.models import context_length, load_base, tokenizer_of
 from ..data.naming import opening_tokens, token_classes, turn_tokens
-from ..data.reading import digest_of, read_records
+from ..data.reading import read_records
 from ..data.records import batches, encode
-from ..patches.facts import composed, owners
+from ..patches.facts import composed, owners, questions
 from ..patches.patch import RowPatch
 from ..patches.space import load_spaces, memory_digest, save_spaces, space_digest
 from ..provenance import environment
 from ..training.cached import TailHead
+from .documents import SOURCES, data_digest, sources_of, spelled_out
 from .fact_rows import Place, fact_patch, late_space
 from .ledger import FILE, LEARN, UNDO, Ledger, checked_patch
 from .tasks import fact_of, names_of
@@ -61,6 +62,7 @@ class Stream:
         ledger: what was taught and taken back.
         tokenizer: the base model's.
         layer: name of the memory layer that holds all tasks.
+        sources: for each task from a document, where the answer to each of its questions comes from.
     """
 
     def __init__(
@@ -121,6 +123,8 @@ class Stream:
         )
         self._head = TailHead(self._model, int(self.tokenizer.pad_token_id or 0))  # type: ignore[arg-type]
         self._versions = environment()["versions"]
+        file = self.folder / SOURCES
+        self.sources: dict[str, dict[str, Any]] = read_json(file) if file.is_file() else {}
         self._patches: dict[str, RowPatch] = {}
         self._only: set[str] | None = None
         self._stale = True
@@ -170,6 +174,23 @@ class Stream:
         pairs = zip(places.tolist(), facts, strict=True)
         return [selected[of_fact[fact]]["task"] if place >= 0 else None for place, fact in pairs]
 
+    def sources_at(self, places: Tensor) -> list[dict[str, Any] | None]:
+        """Where the answers at places [tokens], as from `fact_places`, come from; None: no taught answer.
+
+        Each is {"task", "question"}, with "file" and "lines" or "pages" where the record had a `source`.
+        """
+        scope = memory_layers(self._model)[self.layer].scope
+        asked = [] if scope is None else questions(self.layer, [self.patch(e) for e in self._selected()])
+        found: list[dict[str, Any] | None] = []
+        for place, task in zip(places.tolist(), self.tasks_at(places), strict=True):
+            if task is None or scope is None:
+                found.append(None)
+                continue
+            question = asked[int(scope.facts.fact_of_token[place])]
+            source = self.sources.get(task, {}).get(question, {})
+            found.append({"task": task, "question": question, **source})
+        return found
+
     def teach(
         self,
         task: str,
@@ -180,7 +201,8 @@ class Stream:
 
         Args:
             task: a name that the model does not hold yet.
-            records: whatever `read_records` takes. The loss is on their completions.
+            records: whatever `read_records` takes. The loss is on their completions. A record may have
+                `wordings`, other questions with the same answer, and a `source`, see `sources_at`.
             progress: gets the number of tokens that are learnt, and of all.
 
         Raises:
@@ -192,7 +214,8 @@ class Stream:
             raise ValueError(f"task {task!r} is taught already; undo it first, or give another name")
         began = time.perf_counter()
         records = read_records(records, mixed=True)
-        patch = self._patch_of(task, records, progress)
+        sources = sources_of(records)
+        patch = self._patch_of(task, spelled_out(records), progress)
         name = f"{PATCHES}/{len(self.ledger.entries):06d}.safetensors"
         file = self.folder / name
         with self.ledger.alone():
@@ -201,7 +224,7 @@ class Stream:
                 {
                     "op": LEARN,
                     "task": task,
-                    "data": digest_of(records),
+                    "data": data_digest(records),
                     "records": len(records),
                     "patch": name,
                     "patch_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
@@ -213,7 +236,14 @@ class Stream:
             )
         self._patches[name] = RowPatch.load(file)
         self._stale = True
+        self.note_sources(task, sources)
         return entry
+
+    def note_sources(self, task: str, sources: dict[str, Any]) -> None:
+        """Keep where the answers to a task's questions come from, {question: {"file", ...}}."""
+        if sources != self.sources.get(task, {}):
+            self.sources[task] = sources
+            write_json(self.folder / SOURCES, self.sources)
 
     def undo(self, task: str) -> dict[str, Any]:
         """Take a task back: the model is what it would be had the others alone been taught.
