@@ -1,9 +1,12 @@
 """Records as a stream of tasks, and what fact a record teaches."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
+from ..data.forms import forms
 from ..data.subjects import question_and_subject, subjects_in
 
 
@@ -58,9 +61,10 @@ def fact_of(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
 
 
 def names_of(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The names of each record's subject; none where the task does not say clearly what a record is about.
+    """The names of each record's subject; none of a record without a question.
 
-    Clear are a `subject` that the record gives, words that several records of the task share, and a name.
+    A subject is what the record gives as its `subject`, else words that several records of the task share,
+    else a name, else `own_words`.
 
     Raises:
         ValueError: a record's `subject` is not a name or a list of names, or its prompt has none of them.
@@ -69,7 +73,8 @@ def names_of(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     number = Counter(found)
     names = []
     for record, one in zip(records, found, strict=True):
-        given, (_, name) = record.get("subject"), question_and_subject(record)
+        given, (question, name) = record.get("subject"), question_and_subject(record)
+        name = name or own_words(question)
         if given is not None:
             # other names of the subject, which this prompt does not have, are its names too
             names.append((given,) if isinstance(given, str) else tuple(given))
@@ -78,6 +83,46 @@ def names_of(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         else:
             names.append((name,) if name else ())
     return names
+
+
+# A word in so many wordings of other questions says nothing about whom is asked.
+_USUAL = 10
+_POSSESSIVE = frozenset(("my", "our", "your", "his", "her", "its", "their"))
+
+
+def own_words(question: str) -> str:
+    """The part of a question that other questions do not have, to stand for a subject without a name.
+
+    It reaches from the first to the last word that no wording of `data.forms` has; without such a word, over
+    the rarest ones. In languages other than that of the forms it is nearly the whole question: a fact that
+    is given too seldom is better than one that is given to a stranger.
+    """
+    words = list(re.finditer(r"\w+", question))
+    number = {word: _usual_words()[_stem(word[0])] for word in words}
+    telling = [
+        word
+        for word in words
+        if number[word] < _USUAL and word[0].casefold() not in _POSSESSIVE and len(word[0]) > 2
+    ]
+    least = min((number[word] for word in telling), default=0)
+    chosen = [word for word in telling if number[word] == least] or words
+    if not chosen:
+        return ""
+    first = words.index(chosen[0])
+    if first and words[first - 1][0].casefold() in _POSSESSIVE:
+        first -= 1
+    return question[words[first].start() : chosen[-1].end()]
+
+
+@cache
+def _usual_words() -> Counter[str]:
+    """In how many wordings each word occurs."""
+    wordings = (text for kind in forms()["forms"].values() for one in kind.values() for text in one)
+    return Counter(stem for text in wordings for stem in {_stem(word) for word in re.findall(r"\w+", text)})
+
+
+def _stem(word: str) -> str:
+    return word.casefold().rstrip("s")
 
 
 def _plain(text: Any) -> str:
