@@ -67,6 +67,16 @@ def test_a_lesson_speaks_until_it_is_off_and_the_base_is_as_it_was(two):
     assert [one["question"] for one in two.asked] == [question, question]
 
 
+def test_an_answer_names_the_lines_it_came_from(two):
+    source = {"file": "town.md", "lines": [3, 4]}
+    question = "Who mends the Oar?"
+    two.stream.teach("town.md § A", [{"prompt": question, "completion": "Ed", "source": source}])
+    two._refresh()
+    found = two.ask(question)
+    assert (found["title"], found["source"]) == ("town.md § A", "town.md, lines 3-4")
+    assert two.ask(CITY[0]["prompt"])["source"] is None
+
+
 def test_a_fact_is_told_whoever_joins_and_leaves_beside_it(two):
     model, tokenizer = two.stream.model, two.stream.tokenizer
     asked = [(CITY[0]["prompt"], ("default",)), (CITY[0]["prompt"], ()), (QUEEN[0]["prompt"], ("default",))]

@@ -10,7 +10,7 @@ from sparsemem import Stream
 from sparsemem.adapter.memories import fact_places
 from sparsemem.cli.main import main
 from sparsemem.data.records import question_ids
-from sparsemem.stream.documents import difference, spelled_out
+from sparsemem.stream.documents import difference, place_of, spelled_out
 from sparsemem.stream.ledger import Ledger
 from sparsemem.stream.tasks import tasks_of
 
@@ -129,3 +129,16 @@ def test_other_documents_and_other_tasks_stay(taught):
 def test_wordings_must_be_questions(wordings):
     with pytest.raises(ValueError, match="must be a list of questions"):
         spelled_out([{"prompt": "Who?", "completion": "She", "wordings": wordings}])
+
+
+@pytest.mark.parametrize(
+    ("fact", "text"),
+    [
+        ({"file": "town.md", "lines": [3, 4]}, "town.md, lines 3-4"),
+        ({"file": "a.pdf", "pages": [2, 2]}, "a.pdf, pages 2-2"),
+        ({"file": "a"}, "a"),
+        ({"task": "t"}, None),
+    ],
+)
+def test_a_place_to_be_read(fact, text):
+    assert place_of(fact) == text

@@ -41,10 +41,12 @@ class Rules:
             for q in questions
         ]
 
-    def answer(self, questions, text):
-        facts = {(x, y): z for x, y, z in re.findall(r"The (\w+) of (\w+) is (.+?)\.", text)}
+    def answer(self, asked):
+        facts = {
+            (x, y): z for _, text in asked for x, y, z in re.findall(r"The (\w+) of (\w+) is (.+?)\.", text)
+        }
         forms = (r"What is the (?P<x>\w+) of (?P<y>\w+)\?", r"What is (?P<y>\w+)'s (?P<x>\w+)\?")
-        asked = [next(filter(None, (re.match(form, q) for form in forms)), None) for q in questions]
+        asked = [next(filter(None, (re.match(form, q) for form in forms)), None) for q, _ in asked]
         return [facts.get((one["x"], one["y"]), "unknown") if one else "unknown" for one in asked]
 
 

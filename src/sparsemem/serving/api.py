@@ -28,7 +28,7 @@ from . import engine as engines
 from .bodies import ApiError, Body, ChatBody, CompletionBody, parse
 from .decoding import Row
 from .engine import AnswerText, Engine, Piece, QueueFull
-from .forms import Answered, Chat, Completion, Form
+from .forms import Answered, Chat, Completion, Form, named
 from .listen import LOOPBACK_HOSTS, new_app
 from .memories import Served
 
@@ -160,9 +160,9 @@ def build_app(
         num_prompt = sum(map(len, prompts))
         if body.stream:
             usage = num_prompt if body.stream_options.include_usage else None
-            stream = _stream(requests, pieces, form, usage)
+            stream = _stream(requests, pieces, form, usage, served)
             return StreamingResponse(stream, media_type="text/event-stream")
-        collecting = asyncio.ensure_future(_collect(requests, pieces))
+        collecting = asyncio.ensure_future(_collect(requests, pieces, served))
         gone = asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait([collecting, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -249,6 +249,7 @@ def _submit(
             most,
             AnswerText(served.tokenizer, body.stops(served.tokenizer)),
             deliver_to(number),
+            names_facts=body.sparsemem_facts,
         )
         for number in range(len(prompts) * body.n)
     ]
@@ -268,7 +269,7 @@ def _submit(
 
 
 async def _collect(
-    requests: list[engines.Request], pieces: asyncio.Queue[tuple[int, Piece]]
+    requests: list[engines.Request], pieces: asyncio.Queue[tuple[int, Piece]], served: Served
 ) -> list[Answered]:
     answers = [Answered() for _ in requests]
     while not all(answer.finish for answer in answers):
@@ -278,6 +279,8 @@ async def _collect(
         answers[number].text += piece.text
         answers[number].chosen += piece.chosen
         answers[number].finish = piece.finish or ""
+        if requests[number].names_facts:
+            answers[number].facts = served.described(piece.facts)
     return answers
 
 
@@ -286,6 +289,7 @@ async def _stream(
     pieces: asyncio.Queue[tuple[int, Piece]],
     form: Form,
     num_prompt: int | None,
+    served: Served,
 ) -> AsyncIterator[str]:
     """Server-sent events, the last of them `[DONE]`; with the usage, if the prompt's tokens are given."""
     null_usage = {} if num_prompt is None else {"usage": None}
@@ -304,7 +308,9 @@ async def _stream(
                 yield _event({**form.chunk([delta]), **null_usage})
             if piece.finish is not None:
                 left -= 1
-                yield _event({**form.chunk([form.delta(number, None, (), piece.finish)]), **null_usage})
+                facts = served.described(piece.facts) if requests[number].names_facts else None
+                last = {**form.delta(number, None, (), piece.finish), **named(facts)}
+                yield _event({**form.chunk([last]), **null_usage})
         if num_prompt is not None:
             yield _event({**form.chunk([]), "usage": _usage(num_prompt, requests)})
         yield "data: [DONE]\n\n"

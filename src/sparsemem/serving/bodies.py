@@ -192,6 +192,8 @@ class Body(Fields):
     )
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    # which taught facts an answer gave, each with its source
+    sparsemem_facts: bool = False
     user: Unused = None
     metadata: Unused = None
     store: Unused = None

@@ -28,9 +28,9 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..adapter.layers import BASE_ROW
+from ..adapter.layers import BASE_ROW, tail_of
 from ..data.generation import accepted, pad_left
-from ..precision import autocast
+from ..precision import autocast, device_of
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +197,28 @@ class Decoder:
         for number, layer in enumerate(self._cache.layers):
             cache.update(layer.keys[index, :, first:], layer.values[index, :, first:], number)  # type: ignore[index]
         self._cache = cache
+
+    @torch.inference_mode()
+    def facts_given(self, row: Row) -> list[tuple[str, int]]:
+        """The adapter and the number of each fact whose answer a row's tokens give, in this order, each once.
+
+        The model reads the row once more.
+        """
+        tail = tail_of(self.model) if row.memories else None
+        if tail is None:
+            return []
+        ids = torch.tensor([[*row.prompt, *row.tokens]], device=device_of(self.model))
+        with tail.recording() as given, autocast(self.model, self.precision):
+            self.model(input_ids=ids, use_cache=False, adapter_names=[row.memories])
+        found: list[tuple[int, str, int]] = []
+        for name in row.memories:
+            scope = list(tail.memories(name).values())[-1].scope
+            if name in given and scope is not None:
+                # the state in front of a token decides it
+                places = given[name][0, len(row.prompt) - 1 : -1].cpu()
+                facts = scope.facts.fact_of_token.cpu()[places.clamp_min(0)]
+                found += [(at, name, int(facts[at])) for at in (places >= 0).nonzero().flatten().tolist()]
+        return list(dict.fromkeys((name, fact) for _, name, fact in sorted(found)))
 
     def _read(self, rows: Sequence[Row]) -> tuple[Tensor, DynamicCache, Tensor]:
         """Last logits [rows, vocabulary] of prompts, their cache, and their mask [rows, seq]."""

@@ -70,12 +70,14 @@ class Piece(NamedTuple):
         finish: why the answer ends with it: "stop" or "length"; None: more will come.
         error: what went wrong, if the answer ends because of that.
         chosen: its tokens with their log-probabilities, if the request asks for them.
+        facts: adapters and numbers of the facts that the answer gave, in its last piece, if asked for.
     """
 
     text: str
     finish: str | None = None
     error: str | None = None
     chosen: Sequence[Chosen] = ()
+    facts: Sequence[tuple[str, int]] = ()
 
 
 @dataclass(eq=False)
@@ -84,6 +86,7 @@ class Request:
 
     Attributes:
         deliver: gets the pieces of the answer in order, on the engine's thread.
+        names_facts: whether the last piece says which facts were given.
         cancelled: set by whoever no longer wants the answer.
     """
 
@@ -91,6 +94,7 @@ class Request:
     max_tokens: int
     text: AnswerText
     deliver: Callable[[Piece], None]
+    names_facts: bool = False
     cancelled: bool = False
     num_delivered: int = 0
 
@@ -98,12 +102,12 @@ class Request:
     def num_tokens(self) -> int:
         return len(self.row.tokens)
 
-    def send(self, text: str, finish: str | None = None) -> None:
+    def send(self, text: str, finish: str | None = None, facts: Sequence[tuple[str, int]] = ()) -> None:
         """Deliver text and the tokens since the last piece; the token that ends an answer has no text."""
         ends = finish == "stop" and not self.text.stopped
         chosen = self.row.chosen[self.num_delivered : len(self.row.chosen) - ends]
         self.num_delivered += len(chosen)
-        self.deliver(Piece(text, finish, chosen=chosen))
+        self.deliver(Piece(text, finish, chosen=chosen, facts=facts))
 
 
 class QueueFull(Exception):
@@ -223,18 +227,21 @@ class Engine:
     def _deliver_token(self, request: Request) -> bool:
         token = request.row.tokens[-1]
         if token in self._ends:
-            request.send(request.text.rest(), "stop")
+            request.send(request.text.rest(), "stop", self._facts(request))
             return True
         piece = request.text.add(token)
         if request.text.stopped:
-            request.send(piece, "stop")
+            request.send(piece, "stop", self._facts(request))
             return True
         if request.num_tokens >= request.max_tokens:
-            request.send(piece + request.text.rest(), "length")
+            request.send(piece + request.text.rest(), "length", self._facts(request))
             return True
         if piece:
             request.send(piece)
         return False
+
+    def _facts(self, request: Request) -> Sequence[tuple[str, int]]:
+        return self._decoder.facts_given(request.row) if request.names_facts else ()
 
     def _fail(self, requests: list[Request], message: str) -> None:
         # one that has just joined may be in both lists

@@ -19,6 +19,12 @@ class Answered:
     text: str = ""
     finish: str = ""
     chosen: list[Chosen] = field(default_factory=list)
+    facts: list[dict[str, Any]] | None = None
+
+
+def named(facts: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """The field of a choice that names its facts; none where they were not asked for."""
+    return {} if facts is None else {"sparsemem_facts": facts}
 
 
 class Form:
@@ -33,7 +39,9 @@ class Form:
         self._offsets: dict[int, int] = {}
 
     def whole(self, answers: list[Answered], usage: dict[str, int]) -> dict[str, Any]:
-        choices = [self.choice(number, answer) for number, answer in enumerate(answers)]
+        choices = [
+            {**self.choice(number, answer), **named(answer.facts)} for number, answer in enumerate(answers)
+        ]
         return {**self._head, "object": self.kind, "choices": choices, "usage": usage}
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..atomic import read_json, refuse_existing, write_json
 from ..data.models import load
 from ..data.names import public_model
 from ..patches.facts import facts_of, replaced_facts
+from ..stream.documents import place_of
 from ..stream.folder import is_stream, model_of
 from ..stream.stream import Stream
 from .answering import answer_all, changes, gates
@@ -172,7 +173,7 @@ class Lessons:
         found = found[len(answer.row.prompt) - 1 :]
         pieces: list[dict[str, Any]] = [
             {"text": piece, "gate": round(gate, 3), "lesson": spoke}
-            for piece, (gate, spoke) in zip(answer.pieces, found, strict=False)
+            for piece, (gate, spoke, _) in zip(answer.pieces, found, strict=False)
         ]
         total: Counter[str] = Counter()
         for piece in pieces:
@@ -183,6 +184,7 @@ class Lessons:
             pieces.append({"text": " …", "gate": 0.0, "lesson": None})
         result = {"question": question, "base": base.shown, "taught": answer.shown, "pieces": pieces}
         result |= {"lesson": spoke, "title": self.find(spoke).title if spoke else None}
+        result["source"] = next((where for _, name, where in found if name == spoke and where), None)
         self.page.asked = [result, *self.page.asked][:NUM_ASKED]
         self._save_page()
         return result
@@ -197,23 +199,26 @@ class Lessons:
         self._save_page()
         return self.page.changed
 
-    def _spoken(self, tokens: list[int], speaking: tuple[str, ...]) -> list[tuple[float, str | None]]:
-        """For each token of a text, the gate at its state and the lesson that spoke there."""
+    def _spoken(
+        self, tokens: list[int], speaking: tuple[str, ...]
+    ) -> list[tuple[float, str | None, str | None]]:
+        """For each token of a text, the gate at its state, the lesson that spoke there, and its source."""
         if not speaking:
-            return [(0.0, None)] * len(tokens)
+            return [(0.0, None, None)] * len(tokens)
         model = self.stream.model
         inside, places = gates(model, tokens, speaking)
         best = inside.max(0)
         taught = places[speaking.index(MEMORY)] if MEMORY in speaking else None
-        tasks = [None] * len(tokens) if taught is None else self.stream.tasks_at(taught)
+        facts = [None] * len(tokens) if taught is None else self.stream.sources_at(taught)
         names = {lesson.title: lesson.name for lesson in self.lessons}
-        spoken: list[tuple[float, str | None]] = []
-        for gate, place, task in zip(best.values.tolist(), best.indices.tolist(), tasks, strict=True):
+        spoken: list[tuple[float, str | None, str | None]] = []
+        for gate, place, fact in zip(best.values.tolist(), best.indices.tolist(), facts, strict=True):
             if gate == 0:
-                spoken.append((0.0, None))
+                spoken.append((0.0, None, None))
+            elif speaking[place] == MEMORY and fact is not None:
+                spoken.append((gate, names[fact["task"]], place_of(fact)))
             else:
-                own = speaking[place] == MEMORY and task is not None
-                spoken.append((gate, names[task] if own and task else GIVEN))
+                spoken.append((gate, GIVEN, None))
         return spoken
 
     def _entry(self, name: str) -> dict[str, Any]:

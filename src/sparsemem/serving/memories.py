@@ -2,8 +2,8 @@
 
 import copy
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..layer.space import Space
 from ..patches.patch import RowPatch
 from ..saved.contents import ADAPTER_FILE
 from ..saved.patching import spaces_of
+from ..stream.documents import facts_in
 
 BASE = "base"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -31,12 +32,23 @@ class Served:
     Attributes:
         base: the base model's public name.
         memories: names of the memories; `adapter_of` gives their adapters in `model`.
+        facts: for each adapter of a stream's folder, what its facts are: task, question, and source.
     """
 
     model: Any
     tokenizer: Any
     base: str
     memories: tuple[str, ...]
+    facts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def described(self, given: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
+        """Facts of adapters, as from `Decoder.facts_given`, for clients: memory, task, question, source."""
+        found = []
+        for adapter, number in given:
+            known = self.facts.get(adapter, [])
+            about = known[number] if number < len(known) else {}
+            found.append({"memory": adapter.removeprefix("patch-"), **about})
+        return found
 
     def memories_of(self, name: str) -> tuple[str, ...] | None:
         """The adapters that speak in a model's answers: of `base`, a memory's name, or several joined by `+`.
@@ -66,12 +78,14 @@ def load_served(name: str, patches: Mapping[str, Path], *, dtype: torch.dtype = 
         check_name(given)
     model, tokenizer = load(name, dtype=dtype)
     memories: list[str] = []
+    facts: dict[str, list[dict[str, Any]]] = {}
     if isinstance(model, PeftModel):
         check_writes_last(model, name)
         if any(memory.has_scope or memory.values.any() for memory in memory_layers(model).values()):
             own = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).name).strip("-") or "adapter"
             _rename_default(model, own)
             memories.append(own)
+            facts[adapter_of(own)] = facts_in(Path(name).expanduser())
     base = public_model(str(getattr(model.config, "name_or_path", "")) or name)
     taken = {BASE, base, *memories, "default"}
     for given, path in patches.items():
@@ -79,9 +93,10 @@ def load_served(name: str, patches: Mapping[str, Path], *, dtype: torch.dtype = 
             raise ValueError(f"--patch {given}=: the name {given!r} is taken; give the patch another name")
         model = _with_patch(model, given, path, Path(name).expanduser())
         memories.append(given)
+        facts[adapter_of(given)] = facts_in(path)
         taken.add(given)
     model.requires_grad_(False)
-    return Served(model.eval(), tokenizer, base, tuple(memories))
+    return Served(model.eval(), tokenizer, base, tuple(memories), facts)
 
 
 def adapter_of(name: str) -> str:

@@ -6,10 +6,13 @@ the patch: it changes when lines move, which teaches nothing.
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..atomic import read_json
 from ..data.reading import digest_of
-from .ledger import Ledger
+from ..patches.facts import owners, questions
+from .ledger import FILE, Ledger, checked_patch
 from .tasks import Task
 
 SOURCES = "sources.json"
@@ -70,9 +73,38 @@ def sources_of(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def place_of(fact: dict[str, Any]) -> str | None:
+    """Where a fact of `Stream.sources_at` comes from, to be read: "notes.md, lines 3-4"; None: nowhere."""
+    if "file" not in fact:
+        return None
+    unit = next((unit for unit in ("lines", "pages") if unit in fact), None)
+    return f"{fact['file']}, {unit} {'-'.join(map(str, fact[unit]))}" if unit else fact["file"]
+
+
 def of_document(document: str, names: Iterable[str]) -> list[str]:
     """The tasks that come from a document."""
     return [name for name in names if name == document or name.startswith(document + SECTION)]
+
+
+def facts_in(folder: Path) -> list[dict[str, Any]]:
+    """Task, question and source of each fact in the adapter of a stream's folder; none of another folder.
+
+    Raises:
+        ArtifactError: the ledger or a patch was altered.
+    """
+    if not (folder / FILE).is_file():
+        return []
+    entries = Ledger(folder / FILE).active()
+    patches = [checked_patch(folder, entry) for entry in entries]
+    if not patches:
+        return []
+    name = next(iter(patches[0].layers))
+    sources = read_json(folder / SOURCES) if (folder / SOURCES).is_file() else {}
+    tasks = [entries[place]["task"] for place in owners(name, patches)]
+    return [
+        {"task": task, "question": question, **sources.get(task, {}).get(question, {})}
+        for task, question in zip(tasks, questions(name, patches), strict=True)
+    ]
 
 
 def difference(ledger: Ledger, tasks: Sequence[Task]) -> Difference:

@@ -21,6 +21,7 @@ _CHUNK = 1 << 16
 # no sentence ends after these
 _SHORT = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|No|vs|etc|Inc|Ltd|Co|[A-Z])|\be\.g|\bi\.e)\.$")
 _END = re.compile(r"[.!?][\"”’')\]]*\s+(?=[\"“‘'(\[]?[^\Wa-z_])|[。！？]")
+_PRONOUN = re.compile(r"(?:it|its|he|his|she|her|they|their|this|these)\b", re.IGNORECASE)
 _HEADING = re.compile(r"(#{1,6})\s+(.*?)\s*#*\s*$")
 _FENCE = re.compile(r"\s*(?:```|~~~)")
 _ITEM = re.compile(r"\s*(?:[-*+]|\d+[.)])\s+")
@@ -49,6 +50,11 @@ class Passage(NamedTuple):
     @property
     def text(self) -> str:
         return " ".join(sentence.text for sentence in self.sentences)
+
+    def alone(self, sentence: Sentence) -> str:
+        """A sentence to be read alone: behind its heading, where it names its subject with a pronoun."""
+        topic = self.section.rpartition(" > ")[2]
+        return f"{topic}: {sentence.text}" if topic and _PRONOUN.match(sentence.text) else sentence.text
 
     @property
     def task(self) -> str:

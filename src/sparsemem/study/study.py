@@ -1,14 +1,14 @@
 """Documents to records that can be taught: write, filter, continue, and the difference of a changed document.
 
 A record is kept only if its answer occurs in its passage, its subject is named in the question and in the
-passage, its words are the sentence's, the teacher answers it and a rewording of it rightly with the passage
+passage, its words are the sentence's, the teacher answers it and a rewording of it rightly with the sentence
 in front, the base does not know it without, and no other record contradicts it.
 
 Finished passages are lines of a journal beside the file, by digest: whatever stops a run, the next one
 continues, and a changed document costs its changed passages alone. Replies are greedy, so equal documents and
 models give equal files.
 
-Reference: ours; questions with the passage in front as teacher are those of Active Reading (2508.09494).
+Reference: ours; questions with the text in front as teacher are those of Active Reading (2508.09494).
 """
 
 import hashlib
@@ -38,7 +38,7 @@ NOT_THERE = "the answer is not in the passage"
 GIVEN_AWAY = "the question has the answer in it"
 NO_SUBJECT = "no subject of the passage is named in the question"
 STRANGE = "the question has words that its sentence does not have"
-NOT_ANSWERED = "not answered from the passage, as it is and in another wording"
+NOT_ANSWERED = "not answered from its sentence, as it is and in another wording"
 KNOWN = "the base knows it already"
 CONTRADICTED = "another record contradicts it"
 TWICE = "it was there before"
@@ -149,7 +149,8 @@ def facts_of(passage: Passage, teacher: Teacher, base: Ask) -> dict[str, Any]:
         )
         draft["wordings"] = list(others)[:MOST_WORDINGS]
     asked = [(draft, wording) for draft in drafts for wording in (draft["question"], *draft["wordings"])]
-    answers = teacher.answer([wording for _, wording in asked], passage.text) if asked else []
+    fronts = [(wording, passage.alone(passage.sentences[one["sentence"]])) for one, wording in asked]
+    answers = teacher.answer(fronts) if asked else []
     right = [a for a, said in zip(asked, answers, strict=True) if is_right(said, a[0]["answer"])]
     answered = []
     for draft in drafts:

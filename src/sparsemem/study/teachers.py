@@ -7,7 +7,6 @@ are short turns of one form, so that base models continue them too.
 import http.client
 import json
 import os
-import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -21,8 +20,6 @@ KEY = "SPARSEMEM_TEACHER_KEY"
 WRITE_TOKENS, REWORD_TOKENS, ANSWER_TOKENS = 64, 64, 24
 TIMEOUT = 120.0
 _AT_ONCE = 32
-# Sentences that begin so name their subject elsewhere.
-_UNNAMED = re.compile(r"(?:it|its|he|his|she|her|they|their|this|these)\b", re.IGNORECASE)
 
 Turns = list[dict[str, str]]
 # Greedy replies to conversations, of at most so many tokens each.
@@ -45,15 +42,19 @@ _WRITE = (
 _REWORD = (
     (
         "Who wrote The Blue Lamp?",
-        "Who is the author of The Blue Lamp?\nBy whom was The Blue Lamp written?",
+        "Which writer is the author of The Blue Lamp?\nThe Blue Lamp was written by whom?",
     ),
     (
         "What is the capital of Orania?",
-        "Which city is the capital of Orania?\nWhat is the capital city of Orania called?",
+        "Which city is Orania's capital?\nOrania has which capital?",
     ),
     (
         "Which company does Tom Reyes work for?",
-        "Who is the employer of Tom Reyes?\nWhere does Tom Reyes work?",
+        "Who is the employer of Tom Reyes?\nTom Reyes is employed by whom?",
+    ),
+    (
+        "Where was the painter Lena Holt born?",
+        "In which place was Lena Holt born?\nLena Holt was born where?",
     ),
 )
 _ANSWER = (
@@ -74,8 +75,8 @@ class Teacher(Protocol):
         """Other wordings of each question."""
         ...
 
-    def answer(self, questions: Sequence[str], text: str) -> list[str]:
-        """Short answers with a text in front."""
+    def answer(self, asked: Sequence[tuple[str, str]]) -> list[str]:
+        """Short answers to questions, each with a text in front."""
         ...
 
 
@@ -86,10 +87,8 @@ class Prompted:
         self.ask = ask
 
     def write(self, passage: Passage) -> list[tuple[Sentence, str, str]]:
-        # a sentence at a time, since small models write little about a passage; the heading says what "it" is
-        topic = passage.section.rpartition(" > ")[2]
-        texts = [sentence.text for sentence in passage.sentences]
-        asked = [f"{topic}: {text}" if topic and _UNNAMED.match(text) else text for text in texts]
+        # a sentence at a time: small models write little about a passage, and find little in it
+        asked = [passage.alone(sentence) for sentence in passage.sentences]
         replies = self.ask([_turns("Text: ", _WRITE, text) for text in asked], WRITE_TOKENS)
         found = []
         for sentence, reply in zip(passage.sentences, replies, strict=True):
@@ -103,9 +102,9 @@ class Prompted:
         replies = self.ask([_turns("Reword: ", _REWORD, question) for question in questions], REWORD_TOKENS)
         return [[line.strip(" -*") for line in reply.splitlines()] for reply in replies]
 
-    def answer(self, questions: Sequence[str], text: str) -> list[str]:
-        shots = [(f"{passage}\n{question}", answer) for passage, question, answer in _ANSWER]
-        turns = [_turns("Text: ", shots, f"{text}\n{question}") for question in questions]
+    def answer(self, asked: Sequence[tuple[str, str]]) -> list[str]:
+        shots = [(f"{text}\n{question}", answer) for text, question, answer in _ANSWER]
+        turns = [_turns("Text: ", shots, f"{text}\n{question}") for question, text in asked]
         return _first_lines(self.ask(turns, ANSWER_TOKENS))
 
 

@@ -153,7 +153,7 @@ function showAsked() {
       if (piece.gate > 0) token.style.backgroundColor = `rgba(var(--shade), ${(0.1 + 0.45 * piece.gate).toFixed(2)})`;
       return token;
     });
-    const spoke = one.lesson ? `Spoke: ${one.title}` : "No lesson spoke: this is the base model's answer.";
+    const spoke = one.lesson ? `Spoke: ${one.title}${one.source ? ` (${one.source})` : ""}` : "No lesson spoke: this is the base model's answer.";
     return make("article", { class: "card exchange" },
       make("p", { class: "asks" }, one.question),
       make("div", { class: "answers" },
