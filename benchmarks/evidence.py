@@ -90,13 +90,18 @@ _KEPT = {"perplexity": "perplexity (base {base})", "drift": "drift"}
 _HANDBOOK = {"recall": "recall", "recall, reworded": "recall, reworded", "knowledge kept": "knowledge kept"}
 TABLES = {
     "demo": Table(
-        {**_HANDBOOK, **_KEPT},
+        {
+            **_HANDBOOK,
+            "in contexts": "in contexts",
+            "neighbours changed": "neighbours changed",
+            **_KEPT,
+        },
         (
-            ("**learn (sparse memory, facts; one seed)**", "demo-learn", "learn"),
-            ("smf (sparse memory, a table)", "demo", "smf"),
-            ("lora", "demo-one-layer", "lora"),
-            ("full finetuning", "demo-one-layer", "full"),
-            ("lora with KL to the base (one seed)", "demo", "lora-kl"),
+            ("**learn (sparse memory, facts)**", "handbook", "learn"),
+            ("lora", "handbook", "lora"),
+            ("full finetuning", "handbook", "full"),
+            ("smf (sparse memory, a table; three seeds)", "demo", "smf"),
+            ("lora with KL to the base", "demo", "lora-kl"),
         ),
     ),
     "rivals": Table(
@@ -117,7 +122,13 @@ TABLES = {
     ),
 }
 # folder -> (method, numbers of edits), of the tables of facts taught one at a time
-EDITS = {"lifelong": (("smf", (100, 300, 1000)), ("retrieval", (100, 300, 1000)))}
+EDITS = {
+    # before facts had two keys
+    "lifelong": (("smf", (100, 300, 1000)), ("retrieval", (100, 300, 1000))),
+    "lifelong-pokemqa": (("smf", (100, 300)), ("retrieval", (100, 300))),
+    "lifelong-zsre": (("smf", (100, 1000)), ("retrieval", (100, 1000))),
+    "lifelong-counterfact": (("smf", (100, 960)), ("retrieval", (100, 960))),
+}
 
 
 def listed() -> str:
@@ -143,9 +154,32 @@ def run(data_dir: Path | None) -> None:
         subprocess.run([sys.executable, "-m", "sparsemem", *runs.command(data_dir)], cwd=PROJECT, check=True)
 
 
+# of the handbook: methods whose answers in contexts and to neighbours are listed
+EMBEDDED = ("learn", "lora", "full")
+
+
 def made(name: str) -> str:
-    """A table of TABLES or EDITS as Markdown, from the run folders."""
+    """A table of TABLES or EDITS, or "contexts", as Markdown, from the run folders."""
+    if name == "contexts":
+        return _contexts_table()
     return _edits_table(name) if name in EDITS else _table(TABLES[name])
+
+
+def _contexts_table() -> str:
+    """The handbook's questions in each context, and its neighbours; seed 0."""
+    found = [
+        read_json(RESULTS / "handbook" / "runs" / run_name(one, 0) / "result.json")["embedded"]
+        for one in EMBEDDED
+    ]
+    lines = [["asked", *EMBEDDED], ["---", *["---:"] * len(EMBEDDED)]]
+    for kind in found[0]["contexts"]["parts"]:
+        right = [one["contexts"]["parts"][kind]["right"] for one in found]
+        lines.append([f"taught, context: {kind}", *(f"{share:.2f} right" for share in right)])
+    for kind in found[0]["neighbours"]["parts"]:
+        parts = [one["neighbours"]["parts"][kind] for one in found]
+        cells = [f"{part['taught']:.2f} taught, {part['changed']:.2f} changed" for part in parts]
+        lines.append([f"neighbour: {kind}", *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _table(wanted: Table) -> str:
@@ -165,13 +199,14 @@ def _cells(folder: str, method: str) -> dict[str, str]:
 
 
 def _edits_table(folder: str) -> str:
-    shares = ("reliability", "generality", "locality", "knowledge", "first_tenth")
+    shares = ("reliability", "generality", "contexts", "locality", "knowledge", "first_tenth")
     head = [
         "method",
         "edits",
         "reliability",
         "reworded",
-        "unrelated unchanged",
+        "in contexts",
+        "others unchanged",
         "knowledge kept",
         "first tenth",
     ]
@@ -180,7 +215,7 @@ def _edits_table(folder: str) -> str:
         points = _points(folder, method)
         for count in counts:
             point = points[count]
-            cells = [f"{100 * point[key]:.1f} %" for key in shares]
+            cells = [f"{100 * point[key]:.1f} %" if key in point else "–" for key in shares]
             cost = f"{point['seconds_per_edit']:.2f}, {point['bytes_per_edit']:,.0f}"
             lines.append([method, f"{count:,}", *cells, cost])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,6 +1,5 @@
 """Contexts and neighbours of 20 facts of the demo's handbook, taught by `finetune`, by LoRA or by `Stream`.
 
-    python benchmarks/neighbours.py docs/results/neighbours/stream.json stream
     python benchmarks/neighbours.py docs/results/neighbours/smf.json smf
 
 Every second fact is taught in its three training wordings; 20 of these 60 questions are asked in each context

@@ -28,7 +28,7 @@ def test_the_list_names_what_is_missing_and_what_is_left(tmp_path):
     runs = EVIDENCE["Runs"]("no-such-folder", "demo", "base,smf", "0,1", 2)
     assert runs.missing() == ["base", "smf-seed0", "smf-seed1"]
     shown = EVIDENCE["listed"]()
-    assert "compare demo --methods base,smf,lora,full --seeds 0,1,2" in shown
+    assert "compare demo --methods base,learn,smf,lora,full --seeds 1,2" in shown
     assert shown.count("sparsemem compare") == len(EVIDENCE["RUNS"])
 
 
