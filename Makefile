@@ -44,8 +44,8 @@ fast: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
 # the budget of src in lines; the goal is 18,700. What came on top: facts with two keys, the shapes and files of
-# records, contexts and neighbours, what clients of the server send, and documents to facts (`study`)
-LINES := 24150
+# records, contexts and neighbours, what clients of the server send, and documents to facts with their sources
+LINES := 24350
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

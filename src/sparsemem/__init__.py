@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .optim.selection import select_rows
     from .patches.patch import RowPatch
     from .stream.stream import Stream
+    from .study.teach import teach_documents
     from .training.finetune import finetune
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ _ROOM = {
     "select_rows": "optim.selection",
     "set_scope": "background.scoping",
     "set_trainable": "adapter.memories",
+    "teach_documents": "study.teach",
 }
 
 __all__ = [
@@ -66,7 +68,7 @@ __all__ = [
     "SparseMemoryConfig", "Stream", "calibrate", "clear_scope", "count_accesses", "drift", "evaluate",
     "exposure", "finetune", "load", "load_base", "log_probs", "memory_layers", "multiple_choice", "observe",
     "perplexity", "quantize_rows", "read_items", "recall", "scope_gate", "select_rows", "set_scope",
-    "set_trainable",
+    "set_trainable", "teach_documents",
 ]  # fmt: skip
 
 

@@ -48,21 +48,19 @@ def study(
         check_inputs(teacher)
     from ..data.models import load
     from ..study import study as studying
-    from ..study.teachers import Prompted, of_model, of_url
+    from ..study.teachers import Prompted, ask_of, of_model, token_count
 
-    asked = of_url(teacher, teacher_model) if teacher is not None and is_url else None
+    own = None if teacher is None or teacher == model else ask_of(teacher, teacher_model)
     loaded, tokenizer = load(model)
     base = of_model(loaded, tokenizer)
-    if asked is None:
-        asked = base if teacher in (None, model) else of_model(*load(teacher))
     about = {"model": model, "teacher": teacher or model, "teacher_model": teacher_model}
     try:
         done = studying.study(
             documents,
             out,
-            Prompted(asked),
+            Prompted(own or base),
             base,
-            lambda text: len(tokenizer(text, add_special_tokens=False).input_ids),
+            token_count(tokenizer),
             about=about,
             say=say,
         )

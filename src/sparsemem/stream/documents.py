@@ -107,13 +107,17 @@ def facts_in(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def difference(ledger: Ledger, tasks: Sequence[Task]) -> Difference:
-    """What a file teaches anew of the documents in it; tasks without a source do not count."""
+def difference(ledger: Ledger, tasks: Sequence[Task], documents: Iterable[str] = ()) -> Difference:
+    """What a file teaches anew of the documents in it; tasks without a source do not count.
+
+    Args:
+        documents: further ones, in which no fact was found.
+    """
     held = {entry["task"]: entry["data"] for entry in ledger.active()}
     found = {task.name: sources_of(task.records) for task in tasks}
     own = [task for task in tasks if found[task.name]]
     same = {task.name for task in own if held.get(task.name) == data_digest(task.records)}
-    documents = {source["file"] for task in own for source in found[task.name].values()}
+    every = {*documents, *(source["file"] for task in own for source in found[task.name].values())}
     names = {task.name for task in tasks}
-    gone = [one for document in sorted(documents) for one in of_document(document, held) if one not in names]
+    gone = [one for document in sorted(every) for one in of_document(document, held) if one not in names]
     return Difference(same, {task.name for task in own if task.name in held} - same, gone)

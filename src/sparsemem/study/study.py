@@ -48,7 +48,7 @@ _LITTLE = frozenset(
         r"\w+",
         """
         a an the of in is was are were did do does has have had be been by for to at on s what which who whom
-        whose when where how it its that this name called
+        whose when where how it its that this name called you know can could tell me please with from as and
         """,
     )
 )

@@ -113,6 +113,32 @@ def closed_book(ask: Ask, questions: Sequence[str]) -> list[str]:
     return _first_lines(ask([_turns("", _CLOSED, question) for question in questions], ANSWER_TOKENS))
 
 
+def ask_of(teacher: str, model: str | None = None) -> Ask:
+    """Replies of a teacher by name.
+
+    Args:
+        teacher: the name of a model, or the address of a server.
+        model: the one to ask of a server.
+
+    Raises:
+        ValueError: there is no such model, or the server does not answer.
+    """
+    if is_url(teacher):
+        return of_url(teacher, model)
+    from ..data.models import load
+
+    return of_model(*load(teacher))
+
+
+def is_url(teacher: str) -> bool:
+    return teacher.startswith(("http://", "https://"))
+
+
+def token_count(tokenizer: Any) -> Callable[[str], int]:
+    """The number of tokens of a text."""
+    return lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
+
+
 def of_model(model: Any, tokenizer: Any) -> Ask:
     """Greedy replies of a model in this process."""
     from ..data.generation import complete
