@@ -147,14 +147,19 @@ def read_edits(path: Path, data: str, half: str = "report") -> list[Edit]:
             raise ValueError(f"{place}: questions must be a list of two or more wordings")
         rows.append(row)
     if data == "pokemqa":
-        return _paired([row for row in rows if half_of(row["subject"]) == half])
+        if not (edits := _paired([row for row in rows if half_of(row["subject"]) == half])):
+            raise ValueError(
+                f"{path}: has no two facts of one relation in the half {half!r}; give the whole file"
+            )
+        return edits
     found = ([row[name].strip() for name in fields] for row in rows)
     return [Edit(asked, answer, (other,), local, subject) for subject, asked, answer, other, local in found]
 
 
 def half_of(subject: str) -> str:
     """The half of PokeMQA to which all facts about a subject belong."""
-    return HALVES[1 - int(hashlib.sha256(subject.encode()).hexdigest(), 16) % 2]
+    # the first byte: the file was cut by the last one
+    return HALVES[1 - hashlib.sha256(subject.encode()).digest()[0] % 2]
 
 
 def _several(questions: Any) -> bool:
