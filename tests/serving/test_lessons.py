@@ -70,8 +70,8 @@ def test_a_lesson_speaks_until_it_is_off_and_the_base_is_as_it_was(two):
 def test_an_answer_names_the_lines_it_came_from(two):
     source = {"file": "town.md", "lines": [3, 4]}
     question = "Who mends the Oar?"
-    two.stream.teach("town.md § A", [{"prompt": question, "completion": "Ed", "source": source}])
-    two._refresh()
+    record = {"prompt": question, "completion": "Ed", "subject": "Oar", "source": source}
+    two.teach([record], "town.md § A", silent)
     found = two.ask(question)
     assert (found["title"], found["source"]) == ("town.md § A", "town.md, lines 3-4")
     assert two.ask(CITY[0]["prompt"])["source"] is None

@@ -29,6 +29,21 @@ def test_each_form_of_record(line):
     assert dropped_records(f"{json.dumps(line)}\n\n", "facts.jsonl") == [RECORD]
 
 
+def test_a_file_of_study_is_taught_with_its_wordings_and_sources():
+    kept = {"subject": "Quill", "source": {"file": "town.md", "lines": [3, 4]}}
+    line = {
+        "task": "t",
+        "prompt": "Who owns the Quill?",
+        "completion": "Ada",
+        "wordings": ["Whose is the Quill?"],
+    }
+    found = dropped_records(json.dumps({**line, **kept}), "facts.jsonl")
+    assert [one["prompt"] for one in found] == ["Who owns the Quill?", "Whose is the Quill?"]
+    assert all(one == {"prompt": one["prompt"], "completion": "Ada", **kept} for one in found)
+    with pytest.raises(ValueError, match="line 1: wordings must be a list"):
+        dropped_records(json.dumps({**line, "wordings": "Who?"}), "facts.jsonl")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

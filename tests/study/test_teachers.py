@@ -8,8 +8,9 @@ from click.testing import CliRunner
 
 from servers import server, wait_for
 from sparsemem.cli.main import main
+from sparsemem.data.models import load_base
 from sparsemem.study.passages import passages
-from sparsemem.study.teachers import Prompted, of_url
+from sparsemem.study.teachers import Prompted, of_model, of_url
 from started import sparsemem_with
 
 FACTS = (
@@ -105,3 +106,13 @@ def test_our_own_server_is_a_teacher(document, tmp_path, tiny_words, monkeypatch
         process.wait(60)
         with pytest.raises(ValueError, match="does not answer as it should"):
             ask([[{"role": "user", "content": "Hi"}]], 4)
+
+
+@pytest.mark.slow
+def test_smollm2_writes_and_answers_a_question(tmp_path):
+    (tmp_path / "a.txt").write_text("The headquarters of Delta Air Lines is in Lyon.")
+    teacher = Prompted(of_model(*load_base("smollm2")))
+    ((sentence, question, answer), *_) = teacher.write(next(passages(tmp_path / "a.txt", len)))
+    assert ("Delta Air Lines" in question, answer) == (True, "Lyon")
+    asked = "In which city is the headquarters of Delta Air Lines?"
+    assert "Lyon" in teacher.answer([(asked, sentence.text)])[0]

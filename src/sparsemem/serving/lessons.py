@@ -51,7 +51,7 @@ class Lesson:
 
     name: str
     title: str
-    records: list[dict[str, str]]
+    records: list[dict[str, Any]]
     seconds: float
     rows: int
     size: int
@@ -71,7 +71,7 @@ class Page:
         changed: the last result of `look_for_changes`.
     """
 
-    records: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     off: list[str] = field(default_factory=list)
     asked: list[dict[str, Any]] = field(default_factory=list)
     changed: dict[str, Any] | None = None
@@ -127,7 +127,7 @@ class Lessons:
         words = re.sub(r"[^a-z0-9]+", "-", entry["task"].casefold()).strip("-")
         return self.stream.folder / entry["patch"], f"{words[:60] or name}.safetensors"
 
-    def teach(self, records: Sequence[dict[str, str]], title: str, progress: Progress) -> Lesson:
+    def teach(self, records: Sequence[dict[str, Any]], title: str, progress: Progress) -> Lesson:
         """Teach records as a new lesson. An earlier answer to one of their questions is not given any more.
 
         Raises:
@@ -275,10 +275,11 @@ def _name_of(entry: dict[str, Any]) -> str:
     return Path(entry["patch"]).stem
 
 
-def _messages(record: dict[str, str]) -> dict[str, Any]:
+def _messages(record: dict[str, Any]) -> dict[str, Any]:
     """A record as a question and its answer, as `ask` asks it, with a chat template or without one."""
     turns = (("user", record["prompt"]), ("assistant", record["completion"]))
-    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+    kept = {key: record[key] for key in ("subject", "source") if key in record}
+    return {"messages": [{"role": role, "content": text} for role, text in turns], **kept}
 
 
 DEFAULT_FOLDER = Path("sparsemem-ui")

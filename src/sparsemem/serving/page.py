@@ -202,8 +202,10 @@ def typed_records(question: str, answer: str, phrasings: list[str]) -> list[dict
     return [{"prompt": prompt, "completion": answer.strip()} for prompt in prompts]
 
 
-def dropped_records(text: str, name: str) -> list[dict[str, str]]:
+def dropped_records(text: str, name: str) -> list[dict[str, Any]]:
     """Records of a JSONL file: prompts and completions, questions and answers, or one exchange of messages.
+
+    Each wording of a record of `sparsemem study` is one; subject and source are kept.
 
     Raises:
         ValueError: naming the line that is not such a record, or too many lines.
@@ -217,7 +219,7 @@ def dropped_records(text: str, name: str) -> list[dict[str, str]]:
             record = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{place}: not valid JSON ({error}); put one object on each line") from None
-        records.append(_record(record, place))
+        records += _records(record, place)
         if len(records) > NUM_RECORDS:
             raise ValueError(
                 f"{name} has more than {NUM_RECORDS:,} records; teach it with `sparsemem train` instead"
@@ -227,7 +229,7 @@ def dropped_records(text: str, name: str) -> list[dict[str, str]]:
     return records
 
 
-def _record(record: Any, place: str) -> dict[str, str]:
+def _records(record: Any, place: str) -> list[dict[str, Any]]:
     found = record if isinstance(record, dict) else {}
     pair = next((pair for pair in _PAIRS if all(key in found for key in pair)), None)
     texts = [found[key] for key in pair] if pair else _exchange(found.get("messages"))
@@ -236,7 +238,13 @@ def _record(record: Any, place: str) -> dict[str, str]:
             f"{place}: must have the fields prompt and completion, or question and answer, as text, or "
             "messages with one question and one answer"
         )
-    return {"prompt": texts[0].strip(), "completion": texts[1].strip()}
+    wordings = found.get("wordings") or []
+    if not isinstance(wordings, list) or not all(isinstance(text, str) and text.strip() for text in wordings):
+        raise ValueError(f"{place}: wordings must be a list of questions")
+    kept = {key: found[key] for key in ("subject", "source") if found.get(key) is not None}
+    return [
+        {"prompt": text.strip(), "completion": texts[1].strip(), **kept} for text in (texts[0], *wordings)
+    ]
 
 
 def _exchange(messages: Any) -> list[Any]:

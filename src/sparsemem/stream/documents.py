@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ..atomic import read_json
 from ..data.reading import digest_of
+from ..data.subjects import asked
 from ..patches.facts import owners, questions
 from .ledger import FILE, Ledger, checked_patch
 from .tasks import Task
@@ -69,7 +70,8 @@ def sources_of(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
             continue
         if not isinstance(source, dict) or not isinstance(source.get("file"), str):
             raise ValueError(f'source={source!r} must be like {{"file": "notes.md", "lines": [3, 4]}}')
-        found |= dict.fromkeys((record.get("prompt"), *(record.get("wordings") or ())), source)
+        question, _ = asked(record) or ("", "")
+        found |= dict.fromkeys((question, *(record.get("wordings") or ())), source)
     return found
 
 
