@@ -7,6 +7,7 @@ from data that the project measures on.
 """
 
 import random
+import re
 import tomllib
 from collections import Counter
 from functools import cache
@@ -46,6 +47,18 @@ class Form(NamedTuple):
 def forms() -> dict[str, Any]:
     """The content of `forms.toml`: forms by kind and relation, names by kind, contexts by kind."""
     return tomllib.loads(Path(__file__).with_name("forms.toml").read_text(encoding="utf-8"))
+
+
+@cache
+def usual_words() -> Counter[str]:
+    """In how many wordings each word occurs, by its `stem`."""
+    wordings = (text for kind in forms()["forms"].values() for one in kind.values() for text in one)
+    return Counter(one for text in wordings for one in {stem(word) for word in re.findall(r"\w+", text)})
+
+
+def stem(word: str) -> str:
+    """A word without letter case and the ending s."""
+    return word.casefold().rstrip("s")
 
 
 def form_samples(

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import regex
 
+from .forms import stem, usual_words
+
 logger = logging.getLogger(__name__)
 
 # If a fact has at least this many prompts, a rare word next to a name in all of them is part of the subject.
@@ -86,7 +88,9 @@ def subjects_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
     which no other record has. Its subject is the text that its prompts have in quotation marks. Without
     quotation marks it is the longest run of words that all its prompts share; runs with a name (capitals
     within a sentence) come first. If the fact has one prompt, it is the longest run of capitalised words, or
-    else of words that no other record has.
+    else of words that no other record has. Where these are words of any question ("founded"), it is the name
+    that most prompts share: the firm that all records are about. A run without a name that is most of its
+    prompt is no subject.
 
     Args:
         records: as `read_records` returns them. Text without a prompt has no subject.
@@ -172,14 +176,34 @@ class _Common:
         self.lower = {word.text for word in words if word.text[0].islower()}
         capitals = ({word.text for word in prompt.words if word.is_capital} for prompt in prompts)
         self.capitals = Counter(text for texts in capitals for text in texts)
-        # words of more prompts than this belong to the way of asking
+        # words of more prompts than this belong to the way of asking, unless nothing else tells
         self.few = max(6, len(prompts) / 5)
+        self.shared = {text for text, number in self.capitals.items() if number > len(prompts) / 2}
+        # many questions about one subject, or one question about many
+        frames = {tuple(key for key in prompt.keys if self.having[key] > 1) for prompt in prompts}
+        self.is_one_form = len(frames) <= len(prompts) / 2
 
     def others_lack(self, word: _Word, num_own: int) -> bool:
         return word.key not in _SMALL and self.having[word.key] <= num_own
 
+    def tells(self, word: _Word, num_own: int) -> bool:
+        """Whether the others lack the word and it is not a word of any question."""
+        return self.others_lack(word, num_own) and not usual_words()[stem(word.text)]
+
+    def names_of(self, fact: Sequence[_Prompt]) -> set[str]:
+        """The names, by `key`, in the prompts of a fact.
+
+        Without any, and if no other word tells what the fact is about: the names that most prompts share.
+        """
+        words = [word for prompt in fact for word in prompt.words]
+        names = {word.key for word in words if self.is_name(word)}
+        telling = any(self.tells(word, len(fact)) for word in fact[0].words)
+        if names or (telling and self.is_one_form):
+            return names
+        return {word.key for word in words if word.text in self.shared}
+
     def is_name(self, word: _Word) -> bool:
-        if word.is_capital:
+        if word.is_capital and word.text != "I":
             return self.capitals[word.text] <= self.few
         # the first word of a sentence counts if it never occurs in lower case
         odd = word.text[0].isupper() and word.key not in _SMALL and word.key not in self.lower
@@ -220,11 +244,28 @@ def _neighbours(indices: list[int], prompts: list[_Prompt], common: _Common) -> 
 
 def _belong(fact: list[_Prompt], common: _Common) -> bool:
     found = _shared(fact, common)
-    if found is None or not found.is_unique:
+    if found is None or not found.is_unique or _is_one_form(fact):
         return False
     # if two questions have no name, the one word they share may be what is asked for, not the subject
     nameless = not any(common.is_name(word) for prompt in fact for word in prompt.words)
     return found.is_name or (nameless and (found.num_words > 1 or len(fact) >= ENOUGH_PROMPTS))
+
+
+def _is_one_form(fact: Sequence[_Prompt]) -> bool:
+    """Whether the prompts differ in one run of words alone, none of which is in all, and in their answers."""
+    if len({prompt.completion for prompt in fact}) < len(fact):
+        return False
+    keys = [prompt.keys for prompt in fact]
+    first, last = (_common_start([one[::step] for one in keys]) for step in (1, -1))
+    middles = [one[first : max(first, len(one) - last)] for one in keys]
+    return first > 0 and all(middles) and not set.intersection(*map(set, middles))
+
+
+def _common_start(runs: Sequence[Sequence[str]]) -> int:
+    """How many words all runs begin with."""
+    return next(
+        (n for n, some in enumerate(zip(*runs, strict=False)) if len({*some}) > 1), min(map(len, runs))
+    )
 
 
 def _shared(fact: list[_Prompt], common: _Common) -> _Found | None:
@@ -233,7 +274,7 @@ def _shared(fact: list[_Prompt], common: _Common) -> _Found | None:
     if quoted or any(prompt.quoted for prompt in fact):
         return max((_Found(text, True, True, 1, len(text)) for text in quoted), default=None)
     # a name in one prompt may begin a sentence in another, where its capital says nothing
-    names = {word.key for prompt in fact for word in prompt.words if common.is_name(word)}
+    names = common.names_of(fact)
     candidates = []
     for run in _common_runs(fact):
         named = [word.key in names for word in run]
@@ -259,14 +300,29 @@ def _alone(prompt: _Prompt, common: _Common) -> _Found | None:
         return _shared([prompt], common)
     words = prompt.words
     rare = [common.others_lack(word, 1) for word in words]
-    names = _bridged(words, [common.is_name(word) for word in words])
-    marked = names if any(names) else rare
-    texts = [prompt.text[words[a].start : words[b - 1].end] for a, b in _runs(marked)]
+    found = common.names_of([prompt])
+    names = _bridged(words, [word.key in found for word in words])
+    telling = [common.tells(word, 1) for word in words]
+    marked = names if any(names) else telling if any(telling) else rare
+    runs = _runs(marked)
+    if not any(names):
+        runs = [short for run in runs if (short := _shortened(prompt, *run))]
+    texts = [prompt.text[words[a].start : words[b - 1].end] for a, b in runs]
     return max(
         (_Found(text, any(names), True, 1, len(text)) for text in texts),
         key=lambda one: one[1:],
         default=None,
     )
+
+
+def _shortened(prompt: _Prompt, begin: int, end: int) -> tuple[int, int] | None:
+    """A run of words without its first ones, so that it is at most half of the prompt: "cures dusk fever"."""
+    if regex.search(f"[{UNSPACED}]", prompt.text[prompt.words[begin].start : prompt.words[end - 1].end]):
+        return None
+    for start in range(begin, end):
+        if prompt.words[end - 1].end - prompt.words[start].start <= len(prompt.text) / 2:
+            return start, end
+    return None
 
 
 def _bridged(words: list[_Word], marked: list[bool]) -> list[bool]:

@@ -3,10 +3,9 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
-from ..data.forms import forms
+from ..data.forms import stem, usual_words
 from ..data.subjects import question_and_subject, subjects_in
 
 
@@ -98,7 +97,7 @@ def own_words(question: str) -> str:
     is given too seldom is better than one that is given to a stranger.
     """
     words = list(re.finditer(r"\w+", question))
-    number = {word: _usual_words()[_stem(word[0])] for word in words}
+    number = {word: usual_words()[stem(word[0])] for word in words}
     telling = [
         word
         for word in words
@@ -112,17 +111,6 @@ def own_words(question: str) -> str:
     if first and words[first - 1][0].casefold() in _POSSESSIVE:
         first -= 1
     return question[words[first].start() : chosen[-1].end()]
-
-
-@cache
-def _usual_words() -> Counter[str]:
-    """In how many wordings each word occurs."""
-    wordings = (text for kind in forms()["forms"].values() for one in kind.values() for text in one)
-    return Counter(stem for text in wordings for stem in {_stem(word) for word in re.findall(r"\w+", text)})
-
-
-def _stem(word: str) -> str:
-    return word.casefold().rstrip("s")
 
 
 def _plain(text: Any) -> str:
