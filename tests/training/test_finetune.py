@@ -1,6 +1,8 @@
 import copy
 import json
 import math
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +134,25 @@ def test_stopped_and_resumed_is_never_stopped(teach, tmp_path, method, stop):
     assert resumed.steps == whole.steps == 8
     assert same(state(resumed.model), state(whole.model))
     assert resumed.loss == whole.loss
+
+
+@pytest.mark.parametrize("method", ["smf", "lora"])
+def test_a_run_resumes_on_another_day_where_the_template_has_the_date(
+    teach, tokenizer, tmp_path, monkeypatch, method
+):
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = "Today is {{ strftime_now('%d %B') }}.\n" + tokenizer.chat_template
+
+    def on(day, **options):
+        now = SimpleNamespace(now=lambda: datetime(2026, 11, day))
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", now)
+        return teach(method, output_dir=tmp_path, tokenizer=dated, **options)
+
+    on(27, max_steps=3)
+    assert dated.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith(
+        "Today is 27 November."
+    )
+    assert on(28, max_steps=6, resume=True).steps == 6
 
 
 @pytest.mark.slow
