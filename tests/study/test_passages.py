@@ -98,6 +98,16 @@ def test_a_sentence_without_an_end_is_cut(tmp_path):
     assert sum(len(one.text.split()) for one in found) == 100_000
 
 
+def test_a_large_document_takes_time_by_its_length(tmp_path):
+    """Of one paragraph, in one line or in many; quadratic time would pass the limit of a test."""
+    text = "The mayor of Town 7 is Person 7, who was elected in 2019."
+    for name, joint in (("line.html", " "), ("lines.txt", "\n")):
+        found = read(tmp_path, name, joint.join([text] * 20_000))
+        assert sum(len(one.sentences) for one in found) == 20_000
+        assert {sentence.text for one in found for sentence in one.sentences} == {text}
+    assert found[-1].sentences[-1].last == 20_000
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -7,6 +7,7 @@ asked for, so their size does not matter.
 import codecs
 import hashlib
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from html.parser import HTMLParser
 from importlib.util import find_spec
@@ -15,7 +16,8 @@ from typing import NamedTuple
 
 SUFFIXES = (".txt", ".md", ".markdown", ".html", ".htm", ".pdf")
 MOST_TOKENS = 512
-# A sentence without an end is cut here, in characters.
+# A paragraph is cut behind so many lines, and a sentence without an end behind so many characters.
+MOST_LINES = 1_000
 LONGEST = 1_000
 _CHUNK = 1 << 16
 # no sentence ends after these
@@ -193,7 +195,7 @@ def _paragraphs(lines: Iterable[tuple[int, str]], *, markdown: bool) -> Iterator
             # a line under its heading
             yield _Block(1 if text[0] == "=" else 2, held)
             held, text = [], ""
-        if held and (level or not text or (markdown and _ITEM.match(line))):
+        if held and (level or not text or len(held) == MOST_LINES or (markdown and _ITEM.match(line))):
             yield _Block(0, held)
             held = []
         if level:
@@ -271,16 +273,18 @@ def _pdf(path: Path) -> Iterator[_Block]:
 def _sentences(lines: list[tuple[int, str]]) -> Iterator[Sentence]:
     """The sentences of a paragraph, each with its lines."""
     starts, text = [], ""
-    for number, line in lines:
+    for _, line in lines:
         text += " " if text else ""
-        starts.append((len(text), number))
+        starts.append(len(text))
         text += line
 
     def line_of(place: int) -> int:
-        return max(number for start, number in starts if start <= place)
+        return lines[bisect_right(starts, place) - 1][0]
 
     begin = 0
-    ends = [m.end() for m in _END.finditer(text) if not _SHORT.search(text[: m.start() + 1][-8:])]
+    ends = [
+        m.end() for m in _END.finditer(text) if not _SHORT.search(text, max(m.start() - 7, 0), m.start() + 1)
+    ]
     for end in [*ends, len(text)]:
         while begin < end:
             cut = end
