@@ -2,7 +2,7 @@
 
     python benchmarks/frontier.py
 
-Reads docs/results/{demo,demo-one-layer,demo-sweep,medical,medical-one-layer} and writes
+Reads docs/results/{demo,handbook,demo-one-layer,demo-sweep,medical,medical-one-layer} and writes
 docs/results/frontier/{demo,medical}.png and tables.md, which docs/results/frontier.md shows. Runs of
 different commits stand side by side: losses are against the base of a run's own comparison.
 """
@@ -30,6 +30,7 @@ LINES = {
 # (folder, method there) -> name in the figure, of runs that the task's own folder does not hold
 OTHERS = {
     "demo": {
+        ("handbook", "learn"): "learn",
         ("demo-one-layer", "smf"): "smf, one layer",
         ("demo-one-layer", "full"): "full",
         ("demo-sweep/lora-0.0003", "lora"): "lora 3e-4",
