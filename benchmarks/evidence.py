@@ -125,9 +125,7 @@ TABLES = {
 EDITS = {
     # before facts had two keys
     "lifelong": (("smf", (100, 300, 1000)), ("retrieval", (100, 300, 1000))),
-    "lifelong-pokemqa": (("smf", (100, 300)), ("retrieval", (100, 300))),
-    "lifelong-zsre": (("smf", (100, 1000)), ("retrieval", (100, 1000))),
-    "lifelong-counterfact": (("smf", (100, 960)), ("retrieval", (100, 960))),
+    "lifelong-pokemqa": (("smf", (100, 300)),),
 }
 
 
