@@ -19,10 +19,11 @@ METHODS = ("base", "learn", "smf", "lora", "full")
 SETTINGS = DemoSettings(
     teaching=Teaching(max_epochs=1, memory_steps=15),
     memory=Memory(num_keys=8, prose_tokens=300),
-    probing=Probing(prose_tokens=300, max_new_tokens=2, mention_subjects=3, mention_tokens=4),
+    probing=Probing(prose_tokens=300, max_new_tokens=2, mention_subjects=3, mention_tokens=4, asked=2),
 )
 FIGURES = (
     "recall_train", "recall_heldout", "knowledge", "knowledge_total", "perplexity", "drift",
+    "contexts", "worst_context", "neighbours_taught", "neighbours_changed",
     "mentions_changed", "mentions_perplexity", "mentions_prose_perplexity",
     "seconds", "steps", "trained_params", "peak_bytes",
 )  # fmt: skip
