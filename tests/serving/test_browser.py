@@ -157,3 +157,28 @@ def test_a_fact_is_taught_switched_off_taken_back_and_kept(page, tmp_path):
         )
         page.click(".lessons summary")
         assert page.locator(".questions li").all_inner_texts()[0] == "What is 0? → a number"
+        # what `study` wrote is read, corrected and dropped before it is taught
+        source = {"file": "town.md", "lines": [3, 3], "text": "The mayor of Quenby is Olga Tarn."}
+        studied = [
+            {
+                "prompt": f"Who is the {one} of Quenby?",
+                "completion": "Olga Torn",
+                "subject": "Quenby",
+                "source": source,
+            }
+            for one in ("mayor", "baker")
+        ]
+        content = "\n".join(map(json.dumps, studied)).encode()
+        at_rest(page)
+        page.set_input_files(
+            "#file", {"name": "facts.jsonl", "mimeType": "application/json", "buffer": content}
+        )
+        page.wait_for_selector("#review", state="visible")
+        assert page.locator("#review blockquote").all_inner_texts() == [source["text"]] * 2
+        page.locator("#review [data-kind=completion]").first.fill("Olga Tarn")
+        page.locator("#review [data-kind=keep]").nth(1).uncheck()
+        page.screenshot(path=tmp_path / "review.png")
+        page.click("text=Teach these")
+        page.wait_for_selector("#review", state="hidden")
+        at_rest(page)
+        assert answers(page, "Who is the mayor of Quenby?")[0] == "Olga Tarn"

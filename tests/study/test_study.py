@@ -73,13 +73,14 @@ def test_records_say_where_they_come_from(document, tmp_path):
     done = run(document, tmp_path / "facts.jsonl")
     assert (done["kept"], done["passages"], done["dropped"]) == (4, 2, {})
     found = lines(tmp_path / "facts.jsonl")
+    assert "Tarsi" in found[1]["source"]["text"]
     assert found[1] == {
         "task": f"{document.as_posix()} § Velmora",
         "subject": "Velmora",
         "prompt": "What is the river of Velmora?",
         "completion": "Tarsi",
         "wordings": ["What is Velmora's river?"],
-        "source": {"file": document.as_posix(), "lines": [4, 4]},
+        "source": {"file": document.as_posix(), "lines": [4, 4], "text": found[1]["source"]["text"]},
     }
 
 

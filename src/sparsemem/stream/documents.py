@@ -1,8 +1,8 @@
 """Tasks that come from documents: other wordings, sources, and what a changed document teaches.
 
 A document's task is named after it, or after it and a section: "notes.md § Trade". Its records have a
-`source`, {"file", "lines": [first, last]} or {"file", "pages"}. A source is kept beside the ledger and not in
-the patch: it changes when lines move, which teaches nothing.
+`source`, {"file", "lines": [first, last], "text"}, or "pages" for lines. A source is kept beside the ledger
+and not in the patch: it changes when lines move, which teaches nothing.
 """
 
 from collections.abc import Iterable, Sequence

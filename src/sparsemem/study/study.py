@@ -257,7 +257,11 @@ def _record(fact: dict[str, Any], passage: Passage, task: str) -> dict[str, Any]
         "prompt": fact["question"],
         "completion": fact["answer"],
         "wordings": fact["wordings"],
-        "source": {"file": passage.document, passage.unit: [sentence.first, sentence.last]},
+        "source": {
+            "file": passage.document,
+            passage.unit: [sentence.first, sentence.last],
+            "text": sentence.text,
+        },
     }
 
 

@@ -211,9 +211,50 @@ function turn() {
   }
 }
 
+/* Records that `sparsemem study` wrote are read beside their sentences first. */
+let reviewed = { name: "", records: [] };
+
 async function teachFile(file) {
   if (!file) return;
-  show(await attempt(async () => call("POST", "/api/teach", { file: await file.text(), name: file.name })));
+  const text = await file.text();
+  const records = studied(text);
+  if (records) review(file.name, records);
+  else show(await attempt(() => call("POST", "/api/teach", { file: text, name: file.name })));
+}
+
+/* The records of a file in which each has the text of its source; null for any other file. */
+function studied(text) {
+  try {
+    const records = text.split("\n").filter((line) => line.trim()).map((line) => JSON.parse(line));
+    return records.length && records.every((record) => record.prompt && record.source && record.source.text) ? records : null;
+  } catch {
+    return null;
+  }
+}
+
+function review(name, records) {
+  reviewed = { name, records };
+  byId("review-records").replaceChildren(...records.map((record) => {
+    const { file, lines, pages, text } = record.source;
+    const field = (kind, label, value) => make("label", {}, label, make(kind === "wordings" ? "textarea" : "input", { "data-kind": kind, value }, kind === "wordings" ? value : ""));
+    return make("li", {},
+      make("blockquote", { title: `${file}, ${(lines || pages || []).join(" to ")}` }, text),
+      field("prompt", "Question", record.prompt),
+      field("completion", "Answer", record.completion),
+      field("wordings", "Other ways to ask it", (record.wordings || []).join("\n")),
+      make("label", { class: "keep" }, make("input", { type: "checkbox", "data-kind": "keep", checked: true }), "Teach it"));
+  }));
+  byId("review").hidden = false;
+  byId("review").scrollIntoView();
+}
+
+function readReview() {
+  return [...byId("review-records").children].flatMap((item, place) => {
+    const value = (kind) => item.querySelector(`[data-kind=${kind}]`).value.trim();
+    if (!item.querySelector("[data-kind=keep]").checked) return [];
+    const wordings = value("wordings").split("\n").map((line) => line.trim()).filter(Boolean);
+    return [{ ...reviewed.records[place], prompt: value("prompt"), completion: value("completion"), wordings }];
+  });
 }
 
 byId("teach-form").addEventListener("submit", async (event) => {
@@ -241,6 +282,16 @@ byId("ask-form").addEventListener("submit", async (event) => {
 byId("changes-button").addEventListener("click", async () => {
   show(await attempt(() => call("POST", "/api/changes", {})));
 });
+
+byId("review").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const file = readReview().map((record) => JSON.stringify(record)).join("\n");
+  const next = await attempt(() => call("POST", "/api/teach", { file, name: reviewed.name }));
+  if (!next) return;
+  byId("review").hidden = true;
+  show(next);
+});
+byId("review-close").addEventListener("click", () => { byId("review").hidden = true; });
 
 byId("file").addEventListener("change", async (event) => {
   await teachFile(event.target.files[0]);
