@@ -126,6 +126,7 @@ EDITS = {
     # before facts had two keys
     "lifelong": (("smf", (100, 300, 1000)), ("retrieval", (100, 300, 1000))),
     "lifelong-pokemqa": (("smf", (100, 300)),),
+    "lifelong-counterfact": (("smf", (100, 960)),),
 }
 
 
