@@ -46,6 +46,15 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+_CUDA = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=["cpu", *_CUDA])
+def device(request):
+    """The CPU, and the GPU where there is one."""
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """Bytes and two special tokens; chat template as SmolLM2's, without a system message."""

@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..layer.facts import given_at, noted
-from ..layer.memory import ProductKeyMemory
+from ..layer.memory import ProductKeyMemory, has_fixed_shapes
 from .config import SparseMemoryConfig
 from .context import CallContext
 
@@ -286,6 +286,11 @@ def gated_sum(
     if g is None:
         y = _sum_of_reads(memories, states)
         return hidden + y.to(hidden.dtype)
+    if has_fixed_shapes(hidden):
+        y = _sum_of_reads(memories, states)
+        if taught is not None and len(taught[0]):
+            y = y + taught[0][taught[1].clamp_min(0)] * (taught[1] >= 0)[:, None]
+        return torch.where(g[:, None] > 0, hidden + (g[:, None] * y).to(hidden.dtype), hidden)
     inside = g.nonzero().squeeze(1)
     # In training, keep the rows in the graph. Without them, backward() fails if no token is in scope.
     if len(inside) == 0 and not torch.is_grad_enabled():

@@ -84,6 +84,14 @@ class Facts:
         return {one: place for place, one in enumerate(self.fact_ids.tolist())}
 
     @cached_property
+    def on_host(self) -> "Facts":
+        """The same with all whole numbers on the CPU, where names are looked up and answers are followed."""
+        if self.fact_ids.is_cpu:
+            return self
+        whole = {key: getattr(self, key) for key in FACT_TENSORS}
+        return replace(self, **{key: one.cpu() for key, one in whole.items() if not one.is_floating_point()})
+
+    @cached_property
     def index(self) -> "NameIndex":
         return NameIndex(self)
 
@@ -217,28 +225,34 @@ def given_at(facts: Facts, space: Space, context: Context, late: Tensor, middle:
         late: [batch, new, d], states of the gate's layer.
         middle: [batch, new, width], states of the middle layers; None: as if no question were asked.
     """
-    ids, past = context.ids, context.given.shape[1]
-    places = ids.new_full((len(ids), ids.shape[1] - past), -1)
+    device, past = context.ids.device, context.given.shape[1]
+    size = (len(context.ids), context.ids.shape[1] - past)
     if not len(facts):
-        return places
-    _continue_past(facts, context, places)
-    if middle is None:
-        return places
+        return context.ids.new_full(size, -1)
+    facts, places = facts.on_host, torch.full(size, -1)
+    # all tokens, and what was given at the last one before: the host waits once
+    held = torch.cat([context.ids, *([context.given[:, -1]] if past else [])], 1).cpu()
+    ids = held[:, : context.ids.shape[1]]
+    if past:
+        _continue_past(facts, ids[:, past:], held[:, -2:], places)
     starts = _possible_starts(facts, ids, past)
-    if not len(starts):
-        return places
-    at = starts[:, 1] - past
-    keys, z = space.keys(middle[starts[:, 0], at]), space.late(late[starts[:, 0], at])
+    if middle is None or not len(starts):
+        return places.to(device, non_blocking=True)
+    row_of, at = (one.to(device, non_blocking=True) for one in (starts[:, 0], starts[:, 1] - past))
+    keys, z = space.keys(middle[row_of, at]), space.late(late[row_of, at])
     known = space.known_weight * nearest_known(z, space.known)
-    for row in starts[:, 0].unique().tolist():
-        chosen = starts[:, 0] == row
+    numbers = starts[:, 0].unique_consecutive(return_counts=True)
+    first = 0
+    for row, number in zip(*(one.tolist() for one in numbers), strict=True):
+        chosen = slice(first, first + number)
+        first += number
         begun = _begun(facts, space, ids[row], starts[chosen, 1], keys[chosen], z[chosen], known[chosen])
         for position, fact in begun:
             # an answer that has begun is given to its end
             if places[row, position - past] < 0:
                 places[row, position - past] = int(facts.first[fact])
                 _continue(facts, places[row], ids[row, past:], position - past + 1, fact, 1)
-    return places
+    return places.to(device, non_blocking=True)
 
 
 def noted(facts: Facts, places: Tensor) -> Tensor:
@@ -273,17 +287,20 @@ def _begun(
         positions [n], keys [n, key_width], z [n, d], known [n]: of the tokens at which an answer may begin;
             the whitened states and what nearness to known states takes off their scores.
     """
-    names = facts.index.found(*space.classes_of(ids))
+    names = facts.index.found(*space.on_host.classes_of(ids))
     candidates = [*dict.fromkeys(one.fact for one in names), *facts.index.nameless]
     if not candidates:
         return []
-    turns = _ends_of(ids, space.turn)
-    at = torch.tensor(candidates, device=ids.device)
+    turns = _ends_of(ids, space.on_host.turn)
+    at = torch.tensor(candidates)
     before = F.pad(ids, (1, 0), value=-1)[positions]
     openings, last_two = facts.fact_openings[at], torch.stack([before, ids[positions]], 1)
+    at = at.to(keys.device, non_blocking=True)
     near, least = keys @ facts.fact_keys[at].T, facts.fact_least[at].T
-    open_ = ((openings == -1) | (openings == last_two[:, None])).all(-1) & (near >= least[0])
-    open_ &= z @ facts.fact_states[at].T - known[:, None] >= least[1]
+    fits = (near >= least[0]) & (z @ facts.fact_states[at].T - known[:, None] >= least[1])
+    # -2 is below every cosine
+    near = near.where(fits, -2.0).cpu()
+    open_ = ((openings == -1) | (openings == last_two[:, None])).all(-1) & (near > -2.0)
     best: dict[int, tuple[int, int, float, int]] = {}
     for number, place in open_.nonzero().tolist():
         fact, position = candidates[place], int(positions[number])
@@ -310,16 +327,17 @@ def _continue(facts: Facts, places: Tensor, ids: Tensor, at: int, fact: int, num
         at, number = at + 1, number + 1
 
 
-def _continue_past(facts: Facts, context: Context, places: Tensor) -> None:
-    """Go on with the answers that were being given at the last token of the pass before, in place."""
-    past = context.given.shape[1]
-    if not past:
-        return
-    last = context.given[:, -1]
+def _continue_past(facts: Facts, ids: Tensor, last: Tensor, places: Tensor) -> None:
+    """Go on with the answers that were being given at the last token of the pass before, in place.
+
+    Args:
+        ids: [batch, new], the tokens of this pass.
+        last: [batch, 2], `Context.given` of the last token before.
+    """
     for row in last[:, 0].nonzero().flatten().tolist():
         fact = facts.place_of.get(int(last[row, 0]))
         if fact is not None:
-            _continue(facts, places[row], context.ids[row, past:], 0, fact, int(last[row, 1]) + 1)
+            _continue(facts, places[row], ids[row], 0, fact, int(last[row, 1]) + 1)
 
 
 def _ends_of(ids: Tensor, run: Tensor) -> list[int]:

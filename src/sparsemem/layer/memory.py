@@ -207,8 +207,7 @@ class ProductKeyMemory(nn.Module):
             y = self.read(flat, counted).to(base.dtype)
             return (y if self.mode == "replacement" else out + y).view_as(base)
         g = self.relevance(flat)
-        if torch.compiler.is_compiling():
-            # the number of tokens in scope would be unknown in a graph, so all tokens read
+        if has_fixed_shapes(flat):
             y = self.read(flat, counted)
             y = y - out.float() if self.mode == "replacement" else y
             return torch.where(g[:, None] > 0, out + (g[:, None] * y).to(base.dtype), out).view_as(base)
@@ -245,3 +244,9 @@ class ProductKeyMemory(nn.Module):
             f"{self.d_in} -> {self.d_out}, num_slots={self.num_slots}, num_heads={self.num_heads}, "
             f"top_k={self.top_k}, key_dim={self.key_dim}, mode={self.mode}"
         )
+
+
+def has_fixed_shapes(x: Tensor) -> bool:
+    """Whether a graph of the current call is being made, by compilation or CUDA's capture: the number of
+    tokens in scope would be unknown in it, so all tokens read."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())

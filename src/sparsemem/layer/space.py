@@ -9,7 +9,8 @@ relation have nearly the same key whoever they are about (`background.question_k
 Reference: ours (no paper).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,14 @@ class Space:
 
     def same(self, other: "Space") -> bool:
         return all(torch.equal(getattr(self, key), getattr(other, key)) for key in SPACE_TENSORS)
+
+    @cached_property
+    def on_host(self) -> "Space":
+        """The same with what reads the context on the CPU."""
+        if self.classes.is_cpu:
+            return self
+        held = {"classes": self.classes, "edges": self.edges, "turn": self.turn}
+        return replace(self, **{key: one.cpu() for key, one in held.items()})
 
     def late(self, states: Tensor) -> Tensor:
         """Whitened states [n, d] float32 of length 1, of states [n, d]."""

@@ -178,6 +178,7 @@ def training_arguments(
         report_to=list(report_to),
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
     )
     num_batches = math.ceil(math.ceil(num_examples / options.batch_size) / arguments.world_size)
     steps_per_epoch = math.ceil(num_batches / options.gradient_accumulation_steps)
