@@ -63,8 +63,8 @@ def write_tiny_gguf(path, tokenizer, *, hidden=32, num_layers=4):
     import gguf
 
     torch.manual_seed(0)
-    # one merge, since a GGUF file cannot hold an empty list of them
-    tokens = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get), "ab"]
+    # two merges: a GGUF file cannot hold an empty list, transformers before 5.23 cannot read a list of one
+    tokens = [*sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get), "ab", "cd"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(num_layers)
     writer.add_context_length(256)
@@ -77,7 +77,9 @@ def write_tiny_gguf(path, tokenizer, *, hidden=32, num_layers=4):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(tokens) - 2))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
+    # transformers before 5.23 reads a file with an end token only if it names a first one too
+    writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     writer.add_pad_token_id(0)
     writer.add_chat_template(tokenizer.chat_template)
@@ -115,6 +117,12 @@ def batch(seed=0, rows=6, length=12, labels=True):
         out["labels"] = torch.full_like(ids, -100)
         out["labels"][:, 5:8] = ids[:, 5:8]
     return out
+
+
+def checkpoint(model, **options):
+    """Switch gradient checkpointing on, by the name that this version of transformers has for it."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")(options)
 
 
 def scope_of(centres, lo, hi, known=None):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from sparsemem import RowAdamW, SparseMemoryConfig, calibrate, memory_layers, set_scope
-from tiny import ARCHITECTURES, tiny_batch, tiny_model
+from tiny import ARCHITECTURES, checkpoint, tiny_batch, tiny_model
 
 SMALL = {"num_keys": 8, "num_heads": 2, "top_k": 4, "key_dim": 8, "task_type": "CAUSAL_LM"}
 RANDOM = {**SMALL, "init_weights": False}
@@ -272,7 +272,7 @@ def test_gradient_checkpointing_changes_no_gradient(option, use_reentrant, archi
     plain = gradients(model)
     assert set(plain) == {name for name, p in model.named_parameters() if p.requires_grad}
     model.enable_input_require_grads()
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint(model, use_reentrant=use_reentrant)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, plain[name])
 
@@ -287,7 +287,7 @@ def test_gradient_checkpointing_counts_each_token_once(use_reentrant):
         optimizer = RowAdamW(model, lr=0.1, rule="tf")
         if checkpointing:
             model.enable_input_require_grads()
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            checkpoint(model, use_reentrant=use_reentrant)
         gradients(model)
         memories = optimizer.layers.values()
         counts.append([m.log.counts(m.num_slots, m.values.device) for m in memories])

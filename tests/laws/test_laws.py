@@ -16,7 +16,7 @@ from sparsemem import RowAdamW, RowPatch, SparseMemoryConfig, calibrate, memory_
 from sparsemem.layer.memory import ProductKeyMemory
 from sparsemem.layer.product_keys import sub_key_scores
 from started import Started
-from tiny import ARCHITECTURES, SMALL, batch, tiny_batch, tiny_model
+from tiny import ARCHITECTURES, SMALL, batch, checkpoint, tiny_batch, tiny_model
 
 TINY = {"task_type": "CAUSAL_LM", "num_keys": 4, "num_heads": 2, "top_k": 3, "key_dim": 8}
 
@@ -63,7 +63,7 @@ def test_law_2_under_accumulation_and_checkpointing(tiny_llama, accumulate, chec
     model = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
     background = calibrate(model, [batch(seed) for seed in range(4)])
     if checkpointing:
-        model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint(model.base_model.model, use_reentrant=False)
         model.enable_input_require_grads()
     model.train()
     optimizer = RowAdamW(model, 0.1, top_t=5, background=background, weight_decay=0.1, max_grad_norm=0.1)
