@@ -1,7 +1,11 @@
 """Training, streaming and reading on a device of its own: on the CPU, on a GPU where there is one, and on
 `FakeDevice`, which refuses operands of two devices and counts how often the host waits."""
 
+import json
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from sparsemem.training.cached import collate_states, train_states
 from sparsemem.training.finetune import finetune
 from tiny import SMALL, batch
 
+PROJECT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()
 # On the CPU other tests have the other precisions.
 DTYPES = [torch.float32, *([torch.bfloat16, torch.float16] if CUDA else [])]
@@ -209,3 +214,20 @@ def test_facts_mix_no_devices_and_the_host_waits_rarely(tiny_llama, tokenizer, t
                 assert waits == [{"nonzero": 1, "_to_copy": 1}] * 4
     assert given[0] == given[1]
     assert given[0][:4] == [*tokenizer(FACT["completion"]).input_ids, tokenizer.eos_token_id][:4]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_runs_small_and_continues(tmp_path):
+    out = tmp_path / "small.json"
+    command = [sys.executable, "benchmarks/gpu.py", str(out), "--device", "cpu", "--size", "small"]
+    command += ["--parts", "steps,tokens"]
+    first, second = (
+        subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True).stdout
+        for _ in range(2)
+    )
+    found = json.loads(out.read_text())
+    assert set(found["parts"]["steps tiny"]["methods"]) == {"smf", "smf cached", "own", "lora", "full"}
+    assert len(found["parts"]["tokens tiny"]["tokens_per_second"]) == 8
+    assert all(part["finished"] for part in found["parts"].values())
+    assert "steps tiny" in first
+    assert "steps tiny" not in second
