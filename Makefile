@@ -44,8 +44,9 @@ fast: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
 # the budget of src in lines; the goal is 18,700. What came on top: facts with two keys, the shapes and files of
-# records, contexts and neighbours, what clients of the server send, and documents to facts with their sources
-LINES := 24350
+# records, contexts and neighbours, what clients of the server send, documents to facts with their sources, and facts looked
+# up on the host beside a GPU
+LINES := 24400
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ authors' code masks only gradients, so rows keep changing after they were desele
 import logging
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +43,6 @@ from ..layer.values import ReadLog
 from ..processes import averaged, several_expected, summed
 from .selection import NEEDS_BACKGROUND, Rule, agreed, best_rows, check_selection, read_scores, step_reads
 from .skipping import SkippedSteps
-
-if TYPE_CHECKING:
-    pass
 
 # Default learning rate of everything except rows: alpha, keys, modules_to_save.
 REST_LR = 1e-3
