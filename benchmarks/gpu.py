@@ -60,8 +60,9 @@ SHAPES = {
 SIZES = {
     "full": {"shapes": SHAPES, "batch": 16, "length": 256, "rounds": 5, "facts": (0, 100, 100_000),
              "batches": (1, 32), "prompt": 64, "new": 32, "copy": 2**31},
-    "small": {"shapes": {"tiny": _shape(LlamaConfig, 64, 96, 4, 4, 2, 512, True)}, "batch": 4, "length": 32,
-              "rounds": 2, "facts": (0, 100, 2000), "batches": (1, 4), "prompt": 16, "new": 4, "copy": 1 << 24},
+    "small": {"shapes": {"tiny": _shape(LlamaConfig, 64, 96, 4, 4, 2, 512, True)}, "batch": 4,
+              "length": 32, "rounds": 2, "facts": (0, 100, 2000), "batches": (1, 4), "prompt": 16, "new": 4,
+              "copy": 2**24},
 }  # fmt: skip
 # a share of a text's tokens has a loss
 SUPERVISED = 4
