@@ -1,7 +1,7 @@
 """All runs behind the tables: which are finished, which are missing, and the tables made from their folders.
 
     python benchmarks/evidence.py                      # the list, with the minutes that are left
-    python benchmarks/evidence.py run --data-dir DATA  # what is missing, one after another; resumes
+    python benchmarks/evidence.py run --data-dir DATA  # what is missing; resumes; --jobs N: N at a time
     python benchmarks/evidence.py tables               # reports, and the tables of README and docs/results
 
 A run is finished when its folder holds result.json. `tests/test_evidence.py` fails when a table differs from
@@ -12,6 +12,7 @@ import argparse
 import re
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,20 +42,26 @@ class Runs(NamedTuple):
     options: tuple[str, ...] = ()
     needs_data: bool = False
 
-    def command(self, data_dir: Path | None = None) -> list[str]:
-        place = ["--out", str((RESULTS / self.folder).relative_to(PROJECT))]
+    def command(self, data_dir: Path | None = None, root: Path = RESULTS) -> list[str]:
+        place = ["--out", str((root / self.folder).relative_to(PROJECT))]
         data = ["--data-dir", str(data_dir or "DATA")] if self.needs_data else []
         chosen = ["--methods", self.methods, "--seeds", self.seeds]
         return ["compare", self.recipe, *chosen, *self.options, *data, *place]
 
     def names(self) -> list[str]:
         """The run folders that the command makes."""
-        taught = [method for method in self.methods.split(",") if method != BASE]
-        pairs = [(method, int(seed)) for seed in self.seeds.split(",") for method in taught]
-        return [run_name(BASE, None), *(run_name(*pair) for pair in pairs)]
+        return [run_name(BASE, None), *(run_name(*pair) for pair in self.pairs())]
 
-    def missing(self) -> list[str]:
-        return [n for n in self.names() if not (RESULTS / self.folder / "runs" / n / "result.json").is_file()]
+    def pairs(self) -> list[tuple[str, int]]:
+        """Methods with their seeds, without the base."""
+        taught = [method for method in self.methods.split(",") if method != BASE]
+        return [(method, int(seed)) for seed in self.seeds.split(",") for method in taught]
+
+    def only(self, methods: str, seeds: str) -> "Runs":
+        return self._replace(methods=methods, seeds=seeds)
+
+    def missing(self, root: Path = RESULTS) -> list[str]:
+        return [n for n in self.names() if not (root / self.folder / "runs" / n / "result.json").is_file()]
 
 
 def _lifelong(data: str, number: int) -> tuple[str, ...]:
@@ -142,15 +149,43 @@ def listed() -> str:
     return "\n".join([*lines, f"left: about {left:.0f} min" if left else "nothing is left"])
 
 
-def run(data_dir: Path | None) -> None:
-    """Run what is missing. A command that needs data and gets none is left out, and says so."""
-    for runs in RUNS:
-        if not runs.missing():
-            continue
-        if runs.needs_data and data_dir is None:
-            sys.stderr.write(f"{runs.folder}: needs --data-dir; left out\n")
-            continue
-        subprocess.run([sys.executable, "-m", "sparsemem", *runs.command(data_dir)], cwd=PROJECT, check=True)
+def run(root: Path, data_dir: Path | None, folders: str | None, jobs: int) -> None:
+    """Run what is missing, each run in a process of its own, the base's first in each folder.
+
+    Args:
+        root: the folder of the folders.
+        data_dir: for the commands that need it; None: they are left out, which is said.
+        folders: comma-separated; None: all.
+        jobs: runs at a time.
+    """
+    bases: dict[str, Future[None]] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for runs in RUNS:
+            missing = runs.missing(root)
+            if not missing or (folders is not None and runs.folder not in folders.split(",")):
+                continue
+            if runs.needs_data and data_dir is None:
+                sys.stderr.write(f"{runs.folder}: needs --data-dir; left out\n")
+                continue
+            if BASE in missing and runs.folder not in bases:
+                bases[runs.folder] = pool.submit(_run_one, runs.only(BASE, "0").command(data_dir, root), None)
+            for method, seed in runs.pairs():
+                if run_name(method, seed) in missing:
+                    one = runs.only(method, str(seed)).command(data_dir, root)
+                    pool.submit(_run_one, one, bases.get(runs.folder))
+
+
+def _run_one(command: list[str], base: Future[None] | None) -> None:
+    """Run one command after the run of its base; when it fails, the others go on."""
+    if base is not None:
+        base.result()
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsemem", *command], cwd=PROJECT, stderr=subprocess.PIPE, text=True
+    )
+    sys.stderr.write(f"sparsemem {' '.join(command)}\n  exit {done.returncode}\n")
+    if done.returncode:
+        sys.stderr.write(done.stderr[-1500:])
+    done.check_returncode()
 
 
 # of the handbook: methods whose answers in contexts and to neighbours are listed
@@ -245,10 +280,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The runs behind the tables.")
     parser.add_argument("action", nargs="?", choices=("list", "run", "tables"), default="list")
     parser.add_argument("--data-dir", type=Path, help="folder with zsre.jsonl and counterfact.jsonl")
+    parser.add_argument("--root", type=Path, default=RESULTS, help="where runs lie; default: docs/results")
+    parser.add_argument("--folders", help="run these alone, comma-separated")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     given = parser.parse_args()
     if given.action == "run":
-        run(given.data_dir)
-    if given.action in ("run", "tables"):
+        run(given.root.resolve(), given.data_dir, given.folders, given.jobs)
+    if given.action == "tables" or (given.action == "run" and given.root == RESULTS):
         rebuild()
     sys.stdout.write(listed() + "\n")
 

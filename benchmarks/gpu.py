@@ -131,10 +131,9 @@ def num_bytes(model: nn.Module) -> int:
     return sum(p.nbytes for name, p in model.named_parameters() if "sparse_memory_" not in name)
 
 
-def tests(bench: Bench) -> dict[str, Any]:
-    """The tests that need a GPU; on a CPU those of the same file that do not."""
-    chosen = ["-m", "gpu"] if bench.cuda else ["-m", "not slow", "tests/test_devices.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *chosen]
+def tests(bench: Bench, *chosen: str) -> dict[str, Any]:
+    """Tests, in several processes."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-n", "8", *chosen]
     return run(bench, command)
 
 
@@ -317,7 +316,13 @@ def quality(bench: Bench, recipe: str, *options: str) -> dict[str, Any]:
 def parts_of(bench: Bench, out: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     """The parts by name, in order of worth."""
     shapes, folder = list(bench.size["shapes"]), out.with_suffix("")
-    found: dict[str, Callable[[], dict[str, Any]]] = {"tests": lambda: tests(bench)}
+    mark = "gpu" if bench.cuda else "not slow"
+    found: dict[str, Callable[[], dict[str, Any]]] = {
+        "tests": lambda: tests(bench, "-m", mark, "tests/test_devices.py"),
+    }
+    if bench.cuda:
+        rooms = [f"tests/{room}" for room in ("laws", "layer", "optim", "adapter")]
+        found["tests of the rooms"] = lambda: tests(bench, "--device", "cuda", "-m", "not slow", *rooms)
     for shape in shapes:
         found[f"steps {shape}"] = lambda shape=shape: steps(bench, shape)
         found[f"tokens {shape}"] = lambda shape=shape: tokens(bench, shape)

@@ -46,6 +46,20 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", help="where tests make tensors and models, e.g. cuda; default: the CPU")
+
+
+@pytest.fixture(autouse=True)
+def _default_device(request):
+    """Of all that a test makes, where `--device` is given."""
+    name = request.config.getoption("--device")
+    torch.set_default_device(name)
+    yield
+    if name is not None:
+        torch.set_default_device(None)
+
+
 _CUDA = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
 
 

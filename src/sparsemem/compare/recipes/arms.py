@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from ..compare import BASE, PARTIAL
 from .runs import UNTRAINED, costs, keep_metrics, precision_setting
 
@@ -230,17 +232,20 @@ def grafted(
         # the same table size in the same blocks, so that only the retrofit differs
         memory |= {key: PAPER[key] for key in ("num_keys", "num_heads", "top_k", "key_dim", "write")}
         memory["layers_to_transform"] = paper_layers(load_base(model)[0])
-    graft(
-        model,
-        general,
-        folder,
-        seed=0,
-        max_length=max_length,
-        memory=memory,
-        retrofit=arm.retrofit,
-        resume=True,
-        options=dict(options) if arm.retrofit == "dense" else None,
-    )
+    # arms of one comparison may run at the same time
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        graft(
+            model,
+            general,
+            folder,
+            seed=0,
+            max_length=max_length,
+            memory=memory,
+            retrofit=arm.retrofit,
+            resume=True,
+            options=dict(options) if arm.retrofit == "dense" else None,
+        )
     return folder
 
 
