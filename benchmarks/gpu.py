@@ -5,10 +5,11 @@
 
 Parts run in order of worth; each writes its figures to the file as soon as it has them, and a part that the
 file has is skipped. What did not fit is named at the end. Times are from CUDA events (on a CPU from the
-clock), medians after two rounds that do not count. Weights are random, bfloat16, made on the device.
-Beside each time stands the least that moving its bytes takes, at the rate of a large copy measured first: a
-token reads all weights once, a step of LoRA twice, one of the memory once and the head once more, one of full
-finetuning twice, and weights, gradients and both moments once more, of which three are written.
+clock), medians after two rounds that do not count; of generation one. Weights are random, bfloat16, made on
+the device. Beside each time stands the least that moving its bytes takes, at the rate of a large copy
+measured first: a token reads all weights once, a step of LoRA twice, one of the memory once and the head
+once more, one of full finetuning twice, and weights, gradients and both moments once more, of which three
+are written.
 """
 
 import argparse
@@ -40,7 +41,10 @@ from sparsemem.training.cached import TailHead
 from sparsemem.training.methods import lora_config, memory_config
 
 PROJECT = Path(__file__).parents[1]
+TESTS = ("tests/test_devices.py", "tests/laws/test_laws.py", "tests/adapter/test_tail.py")
 SEED, KEY_WIDTH, TOKENS_A_FACT = 0, 48, 3
+# 32 tokens take a second or more, mostly the host's
+GENERATIONS = 1
 
 
 def _shape(kind: Any, d: int, inner: int, layers: int, heads: int, kv: int, words: int, tied: bool) -> Any:
@@ -80,10 +84,10 @@ class Bench:
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def seconds(self, way: Callable[[], Any]) -> float:
-        """Median seconds of a call."""
+    def seconds(self, way: Callable[[], Any], rounds: int | None = None) -> float:
+        """Median seconds of a call, after two that do not count."""
         found = []
-        for number in range(self.size["rounds"] + 2):
+        for number in range((rounds or self.size["rounds"]) + 2):
             if self.cuda:
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
@@ -133,7 +137,19 @@ def num_bytes(model: nn.Module) -> int:
 
 def tests(bench: Bench, *chosen: str) -> dict[str, Any]:
     """Tests, in several processes."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-n", "8", *chosen]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "--tb=short",
+        "-n",
+        "8",
+        *chosen,
+    ]
     return run(bench, command)
 
 
@@ -263,9 +279,9 @@ def tokens(bench: Bench, shape: str) -> dict[str, Any]:
 
             if kind == "base":
                 with model.disable_adapter():
-                    seconds = bench.seconds(way)
+                    seconds = bench.seconds(way, GENERATIONS)
             else:
-                seconds = bench.seconds(way)
+                seconds = bench.seconds(way, GENERATIONS)
             bound = rows * bench.copy_rate() / weights
             rate = rows * new / seconds
             found[f"{kind}, batch {rows}"] = {
@@ -316,13 +332,10 @@ def quality(bench: Bench, recipe: str, *options: str) -> dict[str, Any]:
 def parts_of(bench: Bench, out: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     """The parts by name, in order of worth."""
     shapes, folder = list(bench.size["shapes"]), out.with_suffix("")
-    mark = "gpu" if bench.cuda else "not slow"
+    mark = "gpu" if bench.cuda else "not slow and not gpu"
     found: dict[str, Callable[[], dict[str, Any]]] = {
-        "tests": lambda: tests(bench, "-m", mark, "tests/test_devices.py"),
+        "tests": lambda: tests(bench, "-m", mark, *TESTS),
     }
-    if bench.cuda:
-        rooms = [f"tests/{room}" for room in ("laws", "layer", "optim", "adapter")]
-        found["tests of the rooms"] = lambda: tests(bench, "--device", "cuda", "-m", "not slow", *rooms)
     for shape in shapes:
         found[f"steps {shape}"] = lambda shape=shape: steps(bench, shape)
         found[f"tokens {shape}"] = lambda shape=shape: tokens(bench, shape)

@@ -46,20 +46,6 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-def pytest_addoption(parser):
-    parser.addoption("--device", help="where tests make tensors and models, e.g. cuda; default: the CPU")
-
-
-@pytest.fixture(autouse=True)
-def _default_device(request):
-    """Of all that a test makes, where `--device` is given."""
-    name = request.config.getoption("--device")
-    torch.set_default_device(name)
-    yield
-    if name is not None:
-        torch.set_default_device(None)
-
-
 _CUDA = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
 
 
@@ -67,6 +53,13 @@ _CUDA = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available
 def device(request):
     """The CPU, and the GPU where there is one."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def on_device(device):
+    """All that a test makes lies there."""
+    with device:
+        yield device
 
 
 @pytest.fixture(scope="session")

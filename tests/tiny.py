@@ -97,10 +97,16 @@ def write_tiny_gguf(path, tokenizer, *, hidden=32, num_layers=4):
     writer.close()
 
 
+def _ids(least: int, end: int, shape: tuple[int, int], seed: int) -> torch.Tensor:
+    """The same on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    made = torch.randint(least, end, shape, generator=generator, device="cpu")
+    return made.to(torch.get_default_device())
+
+
 def tiny_batch(batch_size: int = 2, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
     """Right-padded: the last row is two tokens shorter."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, VOCABULARY, (batch_size, length), generator=generator)
+    ids = _ids(3, VOCABULARY, (batch_size, length), seed)
     mask = torch.ones_like(ids)
     mask[-1, -2:] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 2), "attention_mask": mask}
@@ -108,8 +114,7 @@ def tiny_batch(batch_size: int = 2, length: int = 7, seed: int = 0) -> dict[str,
 
 def batch(seed=0, rows=6, length=12, labels=True):
     """Right-padded, the answers being each row's tokens 5 to 7."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, 250, (rows, length), generator=generator)
+    ids = _ids(2, 250, (rows, length), seed)
     mask = torch.ones_like(ids)
     mask[0, -4:] = 0
     out = {"input_ids": ids, "attention_mask": mask}

@@ -45,10 +45,10 @@ def with_memory(architecture="llama", **fields):
 
 def written(model, adapter="default", seed=0):
     """Fill the tables of the adapter with random rows."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for name, tensor in model.named_parameters():
         if name.endswith(f"sparse_memory_layers.{adapter}.values"):
-            tensor.data = torch.randn(tensor.shape, generator=generator)
+            tensor.data.copy_(torch.randn(tensor.shape, generator=generator, device="cpu"))
     return model
 
 
@@ -75,6 +75,7 @@ def assert_undisturbed(out, base):
         assert torch.equal(mine.values, theirs.values)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("make", [lambda a: written(with_memory(a)), scoped], ids=["open", "scoped"])
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "opt"])
 def test_law_11_the_base_is_undisturbed(architecture, make):
@@ -85,6 +86,7 @@ def test_law_11_the_base_is_undisturbed(architecture, make):
 
 
 @ON_ALL
+@pytest.mark.usefixtures("on_device")
 def test_law_11_a_batch_that_mixes_patches_gives_each_row_its_own_logits(architecture):
     model = written(with_memory(architecture))
     model.add_adapter("b", SparseMemoryConfig(**SIZES))

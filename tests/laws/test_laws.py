@@ -18,6 +18,7 @@ from sparsemem.layer.product_keys import sub_key_scores
 from started import Started
 from tiny import ARCHITECTURES, SMALL, batch, checkpoint, tiny_batch, tiny_model
 
+ON_DEVICE = pytest.mark.usefixtures("on_device")
 TINY = {"task_type": "CAUSAL_LM", "num_keys": 4, "num_heads": 2, "top_k": 3, "key_dim": 8}
 
 
@@ -46,6 +47,7 @@ def _taught(architecture="llama", scope=True, steps=3):
     return model.eval(), twin
 
 
+@ON_DEVICE
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_law_1_insertion_and_calibration_change_no_logit(architecture, dtype):
@@ -57,6 +59,7 @@ def test_law_1_insertion_and_calibration_change_no_logit(architecture, dtype):
     assert torch.equal(model(**tiny_batch()).logits, expected)
 
 
+@ON_DEVICE
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_law_2_under_accumulation_and_checkpointing(tiny_llama, accumulate, checkpointing):
@@ -89,6 +92,7 @@ def test_law_2_under_accumulation_and_checkpointing(tiny_llama, accumulate, chec
             assert changed
 
 
+@ON_DEVICE
 @pytest.mark.parametrize("mode", ["additive", "replacement"])
 @pytest.mark.parametrize("value_gate", ["none", "silu"])
 @pytest.mark.parametrize("widths", [(12, 12), (10, 7)])
@@ -124,6 +128,7 @@ def test_law_3_memory_equals_the_naive_version_in_value_and_gradients(mode, valu
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+@ON_DEVICE
 @pytest.mark.parametrize("rule", ["kl", "tfidf", "grad"])
 def test_law_5_one_batch_equals_its_accumulated_parts(tiny_llama, rule):
     base = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
@@ -148,6 +153,7 @@ def test_law_5_one_batch_equals_its_accumulated_parts(tiny_llama, rule):
         torch.testing.assert_close(one, parts, rtol=1e-3, atol=1e-5)
 
 
+@ON_DEVICE
 def test_law_5_padding_never_counts(tiny_llama):
     base = get_peft_model(tiny_llama(), SparseMemoryConfig(**SMALL))
     short = batch(1, rows=2, length=9)
@@ -202,6 +208,7 @@ def test_law_5_two_processes_equal_one(tmp_path):
             torch.testing.assert_close(one["tables"][name], two["tables"][name], rtol=1e-3, atol=1e-5)
 
 
+@ON_DEVICE
 def test_law_6_apply_then_revert_restores_every_byte():
     model, _ = _taught()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -213,6 +220,7 @@ def test_law_6_apply_then_revert_restores_every_byte():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@ON_DEVICE
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_law_8_cache_changes_no_token(architecture):
     model, _ = _taught(architecture)
@@ -227,6 +235,7 @@ def test_law_8_cache_changes_no_token(architecture):
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, rtol=0, atol=1e-4)
 
 
+@ON_DEVICE
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_law_9_out_of_scope_is_bit_identical_to_the_base(architecture, dtype):
@@ -247,6 +256,7 @@ def test_law_9_out_of_scope_is_bit_identical_to_the_base(architecture, dtype):
         assert torch.equal(model.generate(**other, **options), base.generate(**other, **options))
 
 
+@ON_DEVICE
 def test_law_10_reloaded_logits_are_bit_identical(tmp_path):
     model, _ = _taught()
     model.save_pretrained(tmp_path)
