@@ -78,7 +78,7 @@ RUNS = (
     Runs("handbook", "demo", "lora-kl,lora-mlp,lora-replay,osf,shira,lora-gated", "0", 8),
     Runs("medical", "medical", "base,smf,lora,full", "0,1,2", 10),
     Runs("lifelong-pokemqa", "lifelong", "base,smf,retrieval", "0", 6, _lifelong("pokemqa", 300), True),
-    Runs("lifelong-zsre", "lifelong", "base,smf,retrieval", "0", 15, _lifelong("zsre", 1000), True),
+    Runs("lifelong-zsre", "lifelong", "base,smf,retrieval", "0", 15, _lifelong("zsre", 998), True),
     Runs(
         "lifelong-counterfact", "lifelong", "base,smf,retrieval", "0", 15, _lifelong("counterfact", 960), True
     ),

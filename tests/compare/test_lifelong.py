@@ -98,6 +98,13 @@ def test_the_nearest_text_shares_the_rarest_words():
     assert nearest("something else") == 0
 
 
+def test_an_edit_without_an_answer_is_left_out(tmp_path):
+    row = {"subject": "Brolk", "src": "Who owns it?", "rephrase": "Whose is it?", "loc": "what is it"}
+    path = tmp_path / "zsre.jsonl"
+    path.write_text("".join(json.dumps({**row, "alt": answer}) + "\n" for answer in ("Ada", "", " ", "Bo")))
+    assert [edit.answer for edit in lifelong.read_edits(path, "zsre")] == ["Ada", "Bo"]
+
+
 def test_pokemqa_pairs_each_fact_with_an_untaught_one_of_its_relation(tmp_path):
     forms = {"Who made {}?": "{} was made by whom?", "Where is {}?": "{} lies where?"}
     rows = [

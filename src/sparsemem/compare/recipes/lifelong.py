@@ -132,7 +132,7 @@ def recipe(
 
 
 def read_edits(path: Path, data: str, half: str = "report") -> list[Edit]:
-    """The facts in the order in which they are taught.
+    """The facts in the order in which they are taught, without those whose answer is blank.
 
     Raises:
         ValueError: the file cannot be read, or a line lacks a field.
@@ -153,7 +153,8 @@ def read_edits(path: Path, data: str, half: str = "report") -> list[Edit]:
             )
         return edits
     found = ([row[name].strip() for name in fields] for row in rows)
-    return [Edit(asked, answer, (other,), local, subject) for subject, asked, answer, other, local in found]
+    edits = (Edit(asked, answer, (other,), local, subject) for subject, asked, answer, other, local in found)
+    return [edit for edit in edits if edit.answer]
 
 
 def half_of(subject: str) -> str:
