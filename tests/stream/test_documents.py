@@ -121,8 +121,8 @@ def test_a_changed_document_teaches_the_difference(taught, paths):
 def test_other_documents_and_other_tasks_stay(taught):
     ledger = Ledger(taught / "ledger.jsonl")
     only = [record("B", "Mill", "Otto", 7)]
-    assert difference(ledger, tasks_of(only)) == ({"town.md § B"}, set(), ["town.md § A"])
-    assert difference(ledger, tasks_of([{"prompt": "Who?", "completion": "She"}])) == (set(), set(), [])
+    assert difference(ledger, tasks_of(only))[:3] == ({"town.md § B"}, set(), ["town.md § A"])
+    assert difference(ledger, tasks_of([{"prompt": "Who?", "completion": "She"}]))[:3] == (set(), set(), [])
 
 
 @pytest.mark.parametrize("wordings", ["Who?", [""], [3], {"a": 1}])

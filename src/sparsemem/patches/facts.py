@@ -57,17 +57,12 @@ def composed(name: str, patches: Sequence[RowPatch], space: Space) -> Scope | No
     return fact_scope(space, joined) if joined is not None and len(joined) else None
 
 
-def owners(name: str, patches: Sequence[RowPatch]) -> list[int]:
-    """For each fact of the `composed` scope, the place in the list of the patch that it comes from."""
-    return [place for place, kept in enumerate(_kept(name, patches)) for _ in range(int(kept.sum()))]
-
-
-def questions(name: str, patches: Sequence[RowPatch]) -> list[str]:
-    """For each fact of the `composed` scope, the question that it was taught with."""
+def origins(name: str, patches: Sequence[RowPatch]) -> list[tuple[int, str]]:
+    """For each fact of the `composed` scope: the place of its patch in the list, and its question."""
     found = []
-    for patch, kept in zip(patches, _kept(name, patches), strict=True):
+    for place, (patch, kept) in enumerate(zip(patches, _kept(name, patches), strict=True)):
         asked = [fact.question for fact in facts_of(patch) for _ in range(fact.num_answers)]
-        found += [question for question, held in zip(asked, kept.tolist(), strict=True) if held]
+        found += [(place, question) for question, held in zip(asked, kept.tolist(), strict=True) if held]
     return found
 
 

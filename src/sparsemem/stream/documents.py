@@ -1,22 +1,24 @@
 """Tasks that come from documents: other wordings, sources, and what a changed document teaches.
 
 A document's task is named after it, or after it and a section: "notes.md § Trade". Its records have a
-`source`, {"file", "lines": [first, last], "text"}, or "pages" for lines. A source is kept beside the ledger
-and not in the patch: it changes when lines move, which teaches nothing.
+`source`, {"file", "lines": [first, last], "text"}, or "pages" for lines. Sources are kept beside the task's
+patch and not in it: they change when lines move, which teaches nothing.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..atomic import read_json
+from ..atomic import read_json, write_json
 from ..data.reading import digest_of
 from ..data.subjects import asked
-from ..patches.facts import owners, questions
+from ..patches.facts import origins
 from .ledger import FILE, Ledger, checked_patch
 from .tasks import Task
 
-SOURCES = "sources.json"
+if TYPE_CHECKING:
+    from .stream import Stream
+
 SECTION = " § "
 
 
@@ -27,11 +29,13 @@ class Difference(NamedTuple):
         same: held, and not to be taught again.
         changed: held with other records, to be taken back and taught again.
         gone: held, but their documents do not have these sections any more.
+        sources: of each task's questions, see `sources_of`.
     """
 
     same: set[str]
     changed: set[str]
     gone: list[str]
+    sources: dict[str, dict[str, Any]]
 
 
 def spelled_out(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -75,6 +79,22 @@ def sources_of(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def held_sources(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """The sources of the task of a line of the folder's ledger, by question; empty: none are known."""
+    file = _sources_file(folder, entry)
+    return read_json(file) if file.is_file() else {}
+
+
+def note_sources(folder: Path, entry: dict[str, Any], sources: dict[str, Any]) -> None:
+    """Keep the sources of the task of a line of the folder's ledger, by question."""
+    if sources != held_sources(folder, entry):
+        write_json(_sources_file(folder, entry), sources)
+
+
+def _sources_file(folder: Path, entry: dict[str, Any]) -> Path:
+    return (folder / entry["patch"]).with_suffix(".sources.json")
+
+
 def place_of(fact: dict[str, Any]) -> str | None:
     """Where a fact of `Stream.sources_at` comes from, to be read: "notes.md, lines 3-4"; None: nowhere."""
     if "file" not in fact:
@@ -101,25 +121,48 @@ def facts_in(folder: Path) -> list[dict[str, Any]]:
     if not patches:
         return []
     name = next(iter(patches[0].layers))
-    sources = read_json(folder / SOURCES) if (folder / SOURCES).is_file() else {}
-    tasks = [entries[place]["task"] for place in owners(name, patches)]
+    sources = [held_sources(folder, entry) for entry in entries]
     return [
-        {"task": task, "question": question, **sources.get(task, {}).get(question, {})}
-        for task, question in zip(tasks, questions(name, patches), strict=True)
+        {"task": entries[place]["task"], "question": question, **sources[place].get(question, {})}
+        for place, question in origins(name, patches)
     ]
 
 
-def difference(ledger: Ledger, tasks: Sequence[Task], documents: Iterable[str] = ()) -> Difference:
+def difference(ledger: Ledger | None, tasks: Sequence[Task], documents: Iterable[str] = ()) -> Difference:
     """What a file teaches anew of the documents in it; tasks without a source do not count.
 
     Args:
+        ledger: None: of a folder that holds nothing yet.
         documents: further ones, in which no fact was found.
     """
-    held = {entry["task"]: entry["data"] for entry in ledger.active()}
+    held = {} if ledger is None else {entry["task"]: entry["data"] for entry in ledger.active()}
     found = {task.name: sources_of(task.records) for task in tasks}
     own = [task for task in tasks if found[task.name]]
     same = {task.name for task in own if held.get(task.name) == data_digest(task.records)}
     every = {*documents, *(source["file"] for task in own for source in found[task.name].values())}
     names = {task.name for task in tasks}
     gone = [one for document in sorted(every) for one in of_document(document, held) if one not in names]
-    return Difference(same, {task.name for task in own if task.name in held} - same, gone)
+    changed = {task.name for task in own if task.name in held} - same
+    return Difference(same, changed, gone, found)
+
+
+def renew(
+    stream: "Stream", tasks: Sequence[Task], found: Difference, say: Callable[[str], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """Take back what is gone, and teach the tasks that are not the same; returns the ledger's new lines."""
+    for name in found.gone:
+        stream.undo(name)
+        say(f"took back {name}: its document does not have it any more")
+    held, taught = {entry["task"]: entry for entry in stream.ledger.active()}, []
+    for number, task in enumerate(tasks, start=1):
+        if task.name in found.same:
+            if task.name in held:
+                note_sources(stream.folder, held[task.name], found.sources[task.name])
+            continue
+        if task.name in found.changed:
+            stream.undo(task.name)
+        entry = stream.teach(task.name, task.records)
+        taught.append(entry)
+        say(f"[{number}/{len(tasks)}] {task.name}: {entry['seconds']:.2f} s, {entry['bytes']:,} bytes")
+    stream.save()
+    return taught

@@ -23,7 +23,7 @@ from ..data.reading import read_records
 from ..layer.scope import SCOPE_TENSORS, empty_tensor
 from ..patches.facts import composed, facts_of, replaced_facts
 from ..patches.space import load_spaces, memory_digest, space_digest
-from .documents import data_digest, difference, of_document, sources_of
+from .documents import data_digest, difference, of_document, renew
 from .ledger import FILE, LEARN, Ledger, checked_patch
 from .tasks import Task, tasks_of
 
@@ -77,37 +77,23 @@ def learn(
     elif background is not None:
         raise ValueError(f"--background {background}: {out} keeps its own; leave it out")
     before: set[str] = set()
-    changed, gone = set(), []
+    found = difference(ledger, tasks)
     if ledger is not None:
         if add:
             held = {entry["data"] for entry in ledger.active()}
             before = {task.name for task in tasks if data_digest(task.records) in held}
-        same, changed, gone = difference(ledger, tasks)
-        from_documents = {task.name for task in tasks if sources_of(task.records)}
-        before = (before - from_documents) | same
-        others = [t for t in tasks if t.name not in before and t.name not in from_documents]
+        before = {name for name in before if not found.sources[name]} | found.same
+        others = [t for t in tasks if t.name not in before and not found.sources[t.name]]
         before |= _refuse_other_data(ledger, others)
     general = None if background is None else general_records(background)
     earlier = _replaced(out, Ledger(out / FILE)) if is_there else set()
     with _one_sentence(out):
         stream = Stream(model or model_of(out), out, background=general, seed=seed)
-        began, num_bytes, taught = time.perf_counter(), 0, 0
-        for name in gone:
-            stream.undo(name)
-            say(f"took back {name}: its document does not have it any more")
-        for number, task in enumerate(tasks, start=1):
-            if task.name in before:
-                stream.note_sources(task.name, sources_of(task.records))
-                continue
-            if task.name in changed:
-                stream.undo(task.name)
-            entry = stream.teach(task.name, task.records)
-            taught += 1
-            num_bytes += entry["bytes"]
-            say(f"[{number}/{len(tasks)}] {task.name}: {entry['seconds']:.2f} s, {entry['bytes']:,} bytes")
-        stream.save()
+        began = time.perf_counter()
+        taught = renew(stream, tasks, found._replace(same=before), say)
     seconds = round(time.perf_counter() - began, 3)
-    counts = {"taught": taught, "skipped": len(tasks) - taught, "tasks": len(stream.tasks)}
+    counts = {"taught": len(taught), "skipped": len(tasks) - len(taught), "tasks": len(stream.tasks)}
+    num_bytes = sum(entry["bytes"] for entry in taught)
     replaced = [question for _, question in sorted(_replaced(out, stream.ledger) - earlier)]
     for question in replaced:
         say(f"replaced an earlier answer to: {question} (undo the newer task to get it back)")

@@ -26,10 +26,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..adapter.blocks import default_targets
 from ..adapter.config import SparseMemoryConfig
-from ..adapter.memories import check_bare, fact_places, key_layers_of, memory_layers
+from ..adapter.memories import check_bare, key_layers_of, memory_layers
 from ..adapter.saving import load_onto
 from ..artifacts import FORMAT, ArtifactError, fingerprint_base
-from ..atomic import read_json, save_into, write_json
+from ..atomic import save_into
 from ..background.background import Background, addressing_fingerprint
 from ..background.calibration import calibrate
 from ..background.question_key import key_layers
@@ -40,12 +40,12 @@ from ..data.models import context_length, load_base, tokenizer_of
 from ..data.naming import opening_tokens, token_classes, turn_tokens
 from ..data.reading import read_records
 from ..data.records import batches, encode
-from ..patches.facts import composed, owners, questions
+from ..patches.facts import composed, origins
 from ..patches.patch import RowPatch
 from ..patches.space import load_spaces, memory_digest, save_spaces, space_digest
 from ..provenance import environment
 from ..training.cached import TailHead
-from .documents import SOURCES, data_digest, sources_of, spelled_out
+from .documents import data_digest, held_sources, note_sources, sources_of, spelled_out
 from .fact_rows import Place, fact_patch, late_space
 from .ledger import FILE, LEARN, UNDO, Ledger, checked_patch
 from .tasks import fact_of, names_of
@@ -62,7 +62,6 @@ class Stream:
         ledger: what was taught and taken back.
         tokenizer: the base model's.
         layer: name of the memory layer that holds all tasks.
-        sources: for each task from a document, where the answer to each of its questions comes from.
     """
 
     def __init__(
@@ -123,8 +122,6 @@ class Stream:
         )
         self._head = TailHead(self._model, int(self.tokenizer.pad_token_id or 0))  # type: ignore[arg-type]
         self._versions = environment()["versions"]
-        file = self.folder / SOURCES
-        self.sources: dict[str, dict[str, Any]] = read_json(file) if file.is_file() else {}
         self._patches: dict[str, RowPatch] = {}
         self._only: set[str] | None = None
         self._stale = True
@@ -154,41 +151,24 @@ class Stream:
             raise ValueError(f"tasks: {', '.join(missing[:5])} not taught; see Stream.tasks")
         self._only, self._stale = chosen, True
 
-    def source_of(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[list[str | None]]:
-        """The task whose answer is given at each token of a batch; None: no task's.
-
-        Args:
-            input_ids, attention_mask: [batch, seq].
-        """
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        places = fact_places(self.model, {key: one for key, one in batch.items() if one is not None})
-        return [self.tasks_at(row) for row in places]
-
-    def tasks_at(self, places: Tensor) -> list[str | None]:
-        """The tasks of places [tokens] among the answers that the model holds, as from `fact_places`."""
-        scope, selected = memory_layers(self._model)[self.layer].scope, self._selected()
-        if scope is None:
-            return [None] * len(places)
-        of_fact = owners(self.layer, [self.patch(entry) for entry in selected])
-        facts = scope.facts.fact_of_token[places.clamp_min(0)].tolist()
-        pairs = zip(places.tolist(), facts, strict=True)
-        return [selected[of_fact[fact]]["task"] if place >= 0 else None for place, fact in pairs]
-
     def sources_at(self, places: Tensor) -> list[dict[str, Any] | None]:
         """Where the answers at places [tokens], as from `fact_places`, come from; None: no taught answer.
 
         Each is {"task", "question"}, with "file" and "lines" or "pages" where the record had a `source`.
         """
-        scope = memory_layers(self._model)[self.layer].scope
-        asked = [] if scope is None else questions(self.layer, [self.patch(e) for e in self._selected()])
+        scope, selected = memory_layers(self._model)[self.layer].scope, self._selected()
+        if scope is None:
+            return [None] * len(places)
+        of_fact = origins(self.layer, [self.patch(entry) for entry in selected])
         found: list[dict[str, Any] | None] = []
-        for place, task in zip(places.tolist(), self.tasks_at(places), strict=True):
-            if task is None or scope is None:
+        for place in places.tolist():
+            if place < 0:
                 found.append(None)
                 continue
-            question = asked[int(scope.facts.fact_of_token[place])]
-            source = self.sources.get(task, {}).get(question, {})
-            found.append({"task": task, "question": question, **source})
+            of_patch, question = of_fact[int(scope.facts.fact_of_token[place])]
+            entry = selected[of_patch]
+            source = held_sources(self.folder, entry).get(question, {})
+            found.append({"task": entry["task"], "question": question, **source})
         return found
 
     def teach(
@@ -236,14 +216,8 @@ class Stream:
             )
         self._patches[name] = RowPatch.load(file)
         self._stale = True
-        self.note_sources(task, sources)
+        note_sources(self.folder, entry, sources)
         return entry
-
-    def note_sources(self, task: str, sources: dict[str, Any]) -> None:
-        """Keep where the answers to a task's questions come from, {question: {"file", ...}}."""
-        if sources != self.sources.get(task, {}):
-            self.sources[task] = sources
-            write_json(self.folder / SOURCES, self.sources)
 
     def undo(self, task: str) -> dict[str, Any]:
         """Take a task back: the model is what it would be had the others alone been taught.

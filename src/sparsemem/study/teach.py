@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.reading import read_records
-from ..stream.documents import difference, sources_of
+from ..stream.documents import difference, renew
 from ..stream.stream import Stream
 from ..stream.tasks import tasks_of
 from . import passages
@@ -50,13 +50,5 @@ def teach_documents(
     tasks = tasks_of(read_records(out, mixed=True)) if done["kept"] else []
     files = [file.as_posix() for file in passages.documents(names)]
     found = difference(stream.ledger, tasks, files)
-    for name in (*found.gone, *sorted(found.changed)):
-        stream.undo(name)
-    for task in tasks:
-        if task.name in found.same:
-            stream.note_sources(task.name, sources_of(task.records))
-        else:
-            stream.teach(task.name, task.records)
-    stream.save()
-    taught = [task.name for task in tasks if task.name not in found.same]
+    taught = [entry["task"] for entry in renew(stream, tasks, found)]
     return {**done, "taught": taught, "held": sorted(found.same), "taken_back": found.gone}
