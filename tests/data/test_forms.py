@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from sparsemem.data.forms import EMBEDDED, TYPED, form_samples, forms
+from sparsemem.data.forms import EMBEDDED, TYPED, form_samples
+from sparsemem.data.wordings import forms
 from sparsemem.data.records import prompt_ids
 
 RELATIONS = {r: wordings for of_kind in forms()["forms"].values() for r, wordings in of_kind.items()}

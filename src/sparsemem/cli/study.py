@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from ..data.names import is_url
 from .options import MODEL_NAMES, as_json, check_inputs, say, show
 
 
@@ -39,12 +40,12 @@ def study(
     """
     from ..study.passages import documents as check_documents
 
-    is_url = teacher is not None and teacher.startswith(("http://", "https://"))
-    if teacher_model is not None and not is_url:
+    of_server = teacher is not None and is_url(teacher)
+    if teacher_model is not None and not of_server:
         raise click.UsageError("--teacher-model belongs to a --teacher that is a URL")
     check_documents(documents)
     check_inputs(model)
-    if teacher is not None and not is_url:
+    if teacher is not None and not of_server:
         check_inputs(teacher)
     from ..data.models import load
     from ..study import study as studying

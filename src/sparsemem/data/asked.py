@@ -29,9 +29,17 @@ from ..background.question_key import (
 )
 from ..background.states import evaluating, few_logits, memory_off
 from ..precision import autocast, device_of, precise, precision_of
-from .forms import Form, form_samples, forms
+from .forms import (
+    EMBEDDED,
+    EMBEDDED_SHARE,
+    FOREIGN_SHARE,
+    TYPED_SHARE,
+    Form,
+    form_samples,
+)
 from .generation import accepted, by_length, read_beginning, rows_of
 from .gguf import cache_folder
+from .wordings import forms
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +68,10 @@ def question_key(model: nn.Module, tokenizer: PreTrainedTokenizerBase, layers: S
         MOST_NAMES,
         LEAST_NAMES,
         LEAST_RELATIONS,
+        EMBEDDED,
+        EMBEDDED_SHARE,
+        TYPED_SHARE,
+        FOREIGN_SHARE,
     ]
     digest = hashlib.sha256(json.dumps([*made_of, *numbers]).encode()).hexdigest()
     path = cache_folder() / "question-keys" / f"{digest[:16]}.safetensors"

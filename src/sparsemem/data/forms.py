@@ -7,20 +7,21 @@ from data that the project measures on.
 """
 
 import random
-import re
-import tomllib
 from collections import Counter
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from .records import conversation_ids, text_ids
+from .wordings import forms
 
 # How a question may be written or embedded; likelier ones stand twice, `bare` leaves it as it is.
 TYPED = ("lower", "unmarked", "typo")
 EMBEDDED = ("system", "turn", "before", "after", "around", "around", "system and turn")
+# Of the samples but the first of a name.
+EMBEDDED_SHARE, TYPED_SHARE = 0.9, 0.06
+# Of names of another kind than the relation's: the kind of a name shall not tell what is asked.
+FOREIGN_SHARE = 0.2
 # Relations that are asked about each name.
 ABOUT_EACH = 6
 
@@ -43,32 +44,13 @@ class Form(NamedTuple):
     system: str
 
 
-@cache
-def forms() -> dict[str, Any]:
-    """The content of `forms.toml`: forms by kind and relation, names by kind, contexts by kind."""
-    return tomllib.loads(Path(__file__).with_name("forms.toml").read_text(encoding="utf-8"))
-
-
-@cache
-def usual_words() -> Counter[str]:
-    """In how many wordings each word occurs, by its `stem`."""
-    wordings = (text for kind in forms()["forms"].values() for one in kind.values() for text in one)
-    return Counter(one for text in wordings for one in {stem(word) for word in re.findall(r"\w+", text)})
-
-
-def stem(word: str) -> str:
-    """A word without letter case and the ending s."""
-    return word.casefold().rstrip("s")
-
-
 def form_samples(
     tokenizer: PreTrainedTokenizerBase,
     *,
     names: int = 5,
     per_name: int = 3,
-    embedded: float = 0.9,
-    typed: float = 0.06,
-    foreign: float = 0.2,
+    embedded: float = EMBEDDED_SHARE,
+    typed: float = TYPED_SHARE,
     relations: int | None = None,
     seed: int = 0,
 ) -> list[Form]:
@@ -79,8 +61,6 @@ def form_samples(
         per_name: samples of a relation and a name, each in another wording; the first is bare.
         embedded: the share of the others that are in a context.
         typed: the share of the others in lower case, without a question mark, or with a typing error.
-        foreign: the share of names that are of another kind than the relation's, so that what is asked is not
-            told by the kind of name.
         relations: how many relations, the first of `forms.toml`; None for all.
         seed: of all choices.
     """
@@ -96,7 +76,7 @@ def form_samples(
     samples = []
     for kind, relation, wordings in every[:relations]:
         for name in chance.sample(pools[kind], names):
-            name = chance.choice(any_kind) if chance.random() < foreign else name
+            name = chance.choice(any_kind) if chance.random() < FOREIGN_SHARE else name
             for number, wording in enumerate(chance.sample(wordings, min(per_name, len(wordings)))):
                 draw = chance.random() if number else 1.0
                 kinds = EMBEDDED if draw < embedded else TYPED if draw < embedded + typed else ("bare",)

@@ -27,6 +27,11 @@ def hub_dataset(source: str) -> str | None:
     return source if named and not os.path.exists(source) and not Path(source).parent.is_dir() else None
 
 
+def is_url(name: str) -> bool:
+    """Whether this is the address of a server."""
+    return name.startswith(("http://", "https://"))
+
+
 def public_data(source: str) -> str:
     """A data source without its folder: the file name, or `hub:NAME`."""
     name = hub_dataset(source)

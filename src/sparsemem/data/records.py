@@ -19,7 +19,7 @@ from .conversations import QUESTION, conversation_text, exchanges, prompt_text, 
 
 # these can also be imported from here
 from .reading import read_records  # noqa: F401
-from .shapes import form_of
+from .shapes import as_turns, form_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def question_ids(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of a question that is to be answered, the same as `encode` puts before the answer."""
-    return conversation_ids([{"role": "user", "content": question}], tokenizer)
+    return conversation_ids(as_turns(question), tokenizer)
 
 
 def conversation_ids(turns: Sequence[dict], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:

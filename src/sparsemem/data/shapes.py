@@ -12,13 +12,19 @@
 """
 
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
+Turns: TypeAlias = Sequence[dict[str, str]]
 FORMS = (("messages",), ("prompt", "completion"), ("question", "choices", "answer"), ("text",))
 # Names of roles in other formats.
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 _ROLES["developer"] = "system"
+
+
+def as_turns(asked: str | Turns) -> Turns:
+    """A question, or a conversation that ends with one, as a conversation."""
+    return [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
 
 
 def checked(record: Any, place: str) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import regex
 
+from .wordings import stem, usual_words
+
 logger = logging.getLogger(__name__)
 
 # If a fact has at least this many prompts, a rare word next to a name in all of them is part of the subject.
@@ -186,9 +188,6 @@ class _Common:
 
     def tells(self, word: _Word, num_own: int) -> bool:
         """Whether the others lack the word and it is not a word of any question."""
-        # it imports transformers, which takes long
-        from .forms import stem, usual_words
-
         return self.others_lack(word, num_own) and not usual_words()[stem(word.text)]
 
     def names_of(self, fact: Sequence[_Prompt]) -> set[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -13,6 +13,7 @@ from ..background.states import layer_inputs
 from ..data.conversations import QUESTION, end_tokens
 from ..data.general import prose
 from ..data.known import prose_texts
+from ..data.shapes import Turns, as_turns
 from ..data.subjects import asked as question_of
 from ..data.subjects import subjects_of
 from ..evaluation.answers import is_right
@@ -22,7 +23,6 @@ from .decoding import Decoder, Row, Sampling
 from .engine import AnswerText
 
 MAX_BATCH = 16
-Turns: TypeAlias = Sequence[dict[str, str]]
 
 
 class Answer:
@@ -34,8 +34,7 @@ class Answer:
     """
 
     def __init__(self, asked: str | Turns, memories: tuple[str, ...], tokenizer: Any) -> None:
-        turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-        self.row = Row(turn_ids(turns, tokenizer), memories, Sampling(temperature=0))
+        self.row = Row(turn_ids(as_turns(asked), tokenizer), memories, Sampling(temperature=0))
         # a model without a chat template goes on with the next question
         self._text = AnswerText(tokenizer, [] if tokenizer.chat_template else [f"\n{QUESTION}"])
         self.pieces: list[str] = []
@@ -146,7 +145,7 @@ def changes(
     subjects = subjects_of(records)[:NUM_SUBJECTS] if records else []
     near = neighbour_questions(records, NUM_SUBJECTS) if subjects else []
     inside = context_questions(records, NUM_IN_CONTEXTS) if any(map(question_of, records)) else []
-    general = [Asked("general", ({"role": "user", "content": text},)) for text in GENERAL_QUESTIONS]
+    general = [Asked("general", tuple(as_turns(text))) for text in GENERAL_QUESTIONS]
     asked = [*general, *near, *inside]
     pairs: list[dict[str, Any]] = []
     for start in range(0, len(asked), AT_ONCE):

@@ -1,12 +1,11 @@
 """Records as a stream of tasks, and what fact a record teaches."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..data.forms import stem, usual_words
 from ..data.subjects import question_and_subject, subjects_in
+from ..data.wordings import own_words
 
 
 class Task(NamedTuple):
@@ -73,44 +72,14 @@ def names_of(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     names = []
     for record, one in zip(records, found, strict=True):
         given, (question, name) = record.get("subject"), question_and_subject(record)
-        name = name or own_words(question)
         if given is not None:
             # other names of the subject, which this prompt does not have, are its names too
             names.append((given,) if isinstance(given, str) else tuple(given))
         elif number[one] > 1:
             names.append(one)
         else:
-            names.append((name,) if name else ())
+            names.append(tuple(filter(None, [name or own_words(question)])))
     return names
-
-
-# A word in so many wordings of other questions says nothing about whom is asked.
-_USUAL = 10
-_POSSESSIVE = frozenset(("my", "our", "your", "his", "her", "its", "their"))
-
-
-def own_words(question: str) -> str:
-    """The part of a question that other questions do not have, to stand for a subject without a name.
-
-    It reaches from the first to the last word that no wording of `data.forms` has; without such a word, over
-    the rarest ones. In languages other than that of the forms it is nearly the whole question: a fact that
-    is given too seldom is better than one that is given to a stranger.
-    """
-    words = list(re.finditer(r"\w+", question))
-    number = {word: usual_words()[stem(word[0])] for word in words}
-    telling = [
-        word
-        for word in words
-        if number[word] < _USUAL and word[0].casefold() not in _POSSESSIVE and len(word[0]) > 2
-    ]
-    least = min((number[word] for word in telling), default=0)
-    chosen = [word for word in telling if number[word] == least] or words
-    if not chosen:
-        return ""
-    first = words.index(chosen[0])
-    if first and words[first - 1][0].casefold() in _POSSESSIVE:
-        first -= 1
-    return question[words[first].start() : chosen[-1].end()]
 
 
 def _plain(text: Any) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from ..data.conversations import QUESTION
+from ..data.names import is_url
+from ..data.shapes import Turns
 from .passages import Passage, Sentence
 
 KEY = "SPARSEMEM_TEACHER_KEY"
@@ -21,7 +23,6 @@ WRITE_TOKENS, REWORD_TOKENS, ANSWER_TOKENS = 64, 64, 24
 TIMEOUT = 120.0
 _AT_ONCE = 32
 
-Turns = list[dict[str, str]]
 # Greedy replies to conversations, of at most so many tokens each.
 Ask = Callable[[Sequence[Turns], int], list[str]]
 
@@ -128,10 +129,6 @@ def ask_of(teacher: str, model: str | None = None) -> Ask:
     from ..data.models import load
 
     return of_model(*load(teacher))
-
-
-def is_url(teacher: str) -> bool:
-    return teacher.startswith(("http://", "https://"))
 
 
 def token_count(tokenizer: Any) -> Callable[[str], int]:

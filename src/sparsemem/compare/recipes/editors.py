@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from math import log
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
-Turns: TypeAlias = Sequence[dict[str, str]]
+from ...data.shapes import Turns, as_turns
 
 BACKGROUND_METHODS = ("smf-shared", "smf-own-write")
 
@@ -68,7 +68,7 @@ class Plain:
         from ...data.generation import complete
         from ...data.records import conversation_ids
 
-        prompts = [conversation_ids(_turns(one), self.tokenizer) for one in asked]
+        prompts = [conversation_ids(as_turns(one), self.tokenizer) for one in asked]
         return complete(self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
 
 
@@ -153,7 +153,7 @@ class LoraEach:
 
     def ask(self, asked: Sequence[str | Turns], max_new_tokens: int) -> list[str]:
         nearest = Nearest([edit.question for edit in self.edits])
-        chosen = [nearest(_turns(one)[-1]["content"]) for one in asked]
+        chosen = [nearest(as_turns(one)[-1]["content"]) for one in asked]
         answers = [""] * len(asked)
         for index in sorted(set(chosen)):
             self.adapted.set_adapter(f"edit-{index}")
@@ -181,7 +181,7 @@ class Retrieved:
         nearest = Nearest([edit.question for edit in self.edits])
         chats = []
         for one in asked:
-            turns = _turns(one)
+            turns = as_turns(one)
             fact = self.edits[nearest(turns[-1]["content"])]
             shown = [
                 {"role": "user", "content": fact.question},
@@ -238,10 +238,6 @@ def editor_of(method: str, model: Any, tokenizer: Any, folder: Path, seed: int, 
     if method in ("lora", "full"):
         return Finetuned(model, tokenizer, method, options)
     return Plain(model, tokenizer)
-
-
-def _turns(asked: str | Turns) -> Turns:
-    return [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
 
 
 def _words(text: str) -> list[str]:
