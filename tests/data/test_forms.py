@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from sparsemem.data.forms import EMBEDDED, TYPED, form_samples
-from sparsemem.data.wordings import forms
 from sparsemem.data.records import prompt_ids
+from sparsemem.data.wordings import forms
 
 RELATIONS = {r: wordings for of_kind in forms()["forms"].values() for r, wordings in of_kind.items()}
 
