@@ -96,7 +96,7 @@ def fingerprint_base(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in _base_parameters(model):
         digest.update(f"{name} {list(parameter.shape)} ".encode())
-        digest.update(_bytes(_sampled(parameter.detach()).to(torch.bfloat16)))
+        digest.update(_bytes(_sampled(_values(parameter)).to(torch.bfloat16)))
     return f"sampled-{digest.hexdigest()}"
 
 
@@ -119,11 +119,20 @@ def comparable_base(model: nn.Module) -> bool:
 
     It cannot if the weights are quantised or float16, which round differently, or are not in memory.
     """
-    kinds = {p.dtype for _, p in _base_parameters(model)}
-    loaded = not any(p.is_meta for _, p in _base_parameters(model))
-    return loaded and all(
+    held = [parameter for _, parameter in _base_parameters(model)]
+    kinds = {parameter.dtype for parameter in held}
+    return not any(parameter.is_meta or _by_torchao(parameter) for parameter in held) and all(
         kind.is_floating_point and (kind.itemsize > 2 or kind == torch.bfloat16) for kind in kinds
     )
+
+
+def _by_torchao(parameter: Tensor) -> bool:
+    """Whether a weight is quantised by torchao, whose tensors have classes of their own."""
+    return type(parameter).__module__.startswith("torchao.")
+
+
+def _values(parameter: Tensor) -> Tensor:
+    return parameter.dequantize() if _by_torchao(parameter) else parameter.detach()
 
 
 def _base_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

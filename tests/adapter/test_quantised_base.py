@@ -3,23 +3,32 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from sparsemem import SparseMemoryConfig, finetune
 from sparsemem.data.records import encode
 from tiny import SMALL
 
-pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
-pytestmark = pytest.mark.slow
 FACTS = [{"prompt": f"Capital {n}?", "completion": f"City{n}"} for n in range(4)]
 GENERAL = [f"{n} plain words, the square is {n * n}." for n in range(24)]
 
 
-def test_a_quantised_base_is_taught_and_stays_as_it_was(tmp_path, tiny_llama, tokenizer):
+def in_8_bits(package):
+    pytest.importorskip(package, reason=f"pip install {package}")
+    if package == "bitsandbytes":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig(version=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
+def test_a_quantised_base_is_taught_and_stays_as_it_was(package, tmp_path, tiny_llama, tokenizer):
+    config = in_8_bits(package)
     tiny_llama().save_pretrained(tmp_path / "base")
 
     def load():
-        config = BitsAndBytesConfig(load_in_8bit=True)
         return AutoModelForCausalLM.from_pretrained(
             tmp_path / "base", quantization_config=config, device_map="cpu"
         )

@@ -5,6 +5,7 @@ in `base`: it is no fault of the memory.
 """
 
 import copy
+import logging
 import tempfile
 import traceback
 from pathlib import Path
@@ -14,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from tinies import Skip, tiny
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast
+from transformers import Cache, PreTrainedTokenizerFast
 
 from sparsemem import RowAdamW, SparseMemoryConfig, Stream, calibrate, finetune, memory_layers
 from sparsemem.adapter.layers import SparseMemoryLayer
@@ -22,7 +23,7 @@ from sparsemem.data.generation import complete_tokens
 from sparsemem.data.records import batches, collate, encode
 from sparsemem.evaluation.likelihood import log_probs
 from sparsemem.evaluation.probes import perplexity, scope_gate
-from sparsemem.precision import autocast, computing_in
+from sparsemem.precision import autocast, computing_in, takes
 
 MEMORY = {"num_keys": 8, "num_heads": 2, "top_k": 4, "key_dim": 16, "task_type": "CAUSAL_LM"}
 FACTS = [
@@ -247,8 +248,8 @@ class Case:
         WARNED.clear()
         for cache_bytes in (2**31, 0):
             case = Case(self.write, self.base, {})
-            background = self.background
-            options = {"tokenizer": TOKENIZER, "background": background, "precision": "float32"}
+            case.calibrate()
+            options = {"tokenizer": TOKENIZER, "background": case.background, "precision": "float32"}
             finetune(case.model, EXAMPLES, "smf", max_steps=3, cache_bytes=cache_bytes, mentions=0, **options)
             tables.append([memory.values.detach() for memory in memory_layers(case.model).values()])
         assert same(*tables), "rows differ"
@@ -259,7 +260,7 @@ class Case:
     def plain(self):
         """Training with a loop of one's own, with gradient checkpointing where the model has it."""
         case = Case(self.write, self.base, {})
-        if self.base.supports_gradient_checkpointing:
+        if self.base.supports_gradient_checkpointing and "checkpointing" not in self.faults:
             case.model.gradient_checkpointing_enable()
         optimizer = RowAdamW(case.model.train(), lr=0.1, rule="grad", top_t=8)
         labels = functional.pad(TAUGHT["labels"][:, 1:], (0, 1), value=-100)
@@ -270,11 +271,19 @@ class Case:
         assert all(m.values.any() for m in memory_layers(case.model).values()), "no row moved"
 
     def bfloat16(self):
-        case = Case(self.write, copy.deepcopy(self.base).to(torch.bfloat16), {})
+        half = copy.deepcopy(self.base).to(torch.bfloat16)
+        try:
+            for batch in (TAUGHT, *batches(encode(GENERAL, TOKENIZER), 8, 0)):
+                half(**inputs(batch), **({"use_cache": False} if takes(half, "use_cache") else {}))
+        except RuntimeError as error:
+            return f"n/a (base: {described(error)})"
+        case = Case(self.write, half, {})
         assert torch.equal(logits(case.model), logits(case.base)), "logits differ at insertion"
-        case.calibrate()
-        options = {"tokenizer": TOKENIZER, "background": case.background}
-        finetune(case.model, EXAMPLES, "smf", mentions=0, max_steps=2, **options)
+        # where autocast fails, the other checks run in float32
+        with computing_in("bfloat16"):
+            case.calibrate()
+            options = {"tokenizer": TOKENIZER, "background": case.background}
+            finetune(case.model, EXAMPLES, "smf", mentions=0, max_steps=2, **options)
         case.reload()
 
 
@@ -287,17 +296,30 @@ def learn(base, faults):
             facts = [{**fact, "subject": SUBJECTS[n]} for fact in FACTS[2 * n : 2 * n + 2]]
             held.teach(f"t{n}", facts)
         assert loss(held.model) < before - 0.5, f"loss {before:.3f} -> {loss(held.model):.3f}"
+        cached = has_cache(base)
         if not faults.get("generate"):
             ids = TOKENIZER(FACTS[0]["prompt"])["input_ids"]
-            with_cache = generated(held.model, ids, use_cache=True)
             without = generated(held.model, ids, use_cache=False)
-            assert torch.equal(with_cache, without), "with cache is not without"
+            if cached:
+                with_cache = generated(held.model, ids, use_cache=True)
+                assert torch.equal(with_cache, without), "with cache is not without"
             # some models end each text, so the last token says nothing
-            said = TOKENIZER.decode(with_cache[0, len(ids) :].tolist())
+            said = TOKENIZER.decode(without[0, len(ids) :].tolist())
             assert said[:8] == FACTS[0]["completion"][:8], f"says {said!r}"
         for task in held.tasks:
             held.undo(task)
         assert torch.equal(logits(held.model), logits(base)), "after undo the logits are not the base's"
+    # else a warning says that facts need use_cache=False
+    return "ok" if cached else "ok, with use_cache=False"
+
+
+@torch.no_grad()
+def has_cache(base):
+    """Whether the model's cache is transformers' Cache, in which facts keep the tokens before a call."""
+    output = base(**inputs(TAUGHT), use_cache=True)
+    held = [getattr(output, name, None) for name in ("past_key_values", "cache_params", "state", "mems")]
+    held = [one for one in held if one is not None]
+    return not held or isinstance(held[0], Cache)
 
 
 def base_faults(base):
@@ -307,12 +329,21 @@ def base_faults(base):
         found["forward"] = "not deterministic"
     cut = {key: value[:, :20] for key, value in UNTAUGHT.items()}
     if not torch.allclose(logits(base, UNTAUGHT)[:, :20], logits(base, cut), atol=1e-3):
-        found["causal"] = "later tokens change earlier ones"
+        # then neither a cache nor padding can give the same
+        found |= dict.fromkeys(("causal", "generate", "padded"), "later tokens change earlier ones")
     try:
         with torch.no_grad(), autocast(base):
             base(**inputs(TAUGHT))
     except RuntimeError as error:
         found["autocast"] = described(error)
+    if base.supports_gradient_checkpointing:
+        twin = copy.deepcopy(base).train()
+        twin.gradient_checkpointing_enable()
+        twin.enable_input_require_grads()
+        try:
+            twin(**inputs(TAUGHT)).logits.sum().backward()
+        except RuntimeError as error:
+            found["checkpointing"] = described(error)
     try:
         alone = generated(base, use_cache=True)
         if not torch.equal(alone, generated(base, use_cache=False)):
@@ -371,10 +402,29 @@ def examine(name, quick=False):
             ):
                 for step in QUICK if quick else FULL:
                     attempt(checks, step, getattr(made[0], step))
+                    if checks[step].startswith("refused"):
+                        break
+                found["reads"] = read_parts(made[0].model)
                 if made[0].used != write:
                     break
         attempt(found, "learn", lambda: learn(base, faults))
     return found
 
 
+def read_parts(model):
+    """The parts of blocks whose inputs the memory reads, each with its class."""
+    base = model.get_base_model()
+    kinds = {path: type(base.get_submodule(path).get_base_layer()).__name__ for path in memory_layers(model)}
+    return ", ".join(dict.fromkeys(f"{path.rpartition('.')[2]} ({kind})" for path, kind in kinds.items()))
+
+
+class _Warned(logging.Handler):
+    """Keeps the warning that a type cannot be trained on cached states."""
+
+    def emit(self, record):
+        if "logits of" in record.getMessage():
+            WARNED.append(record.getMessage())
+
+
 WARNED: list[str] = []
+logging.getLogger("sparsemem").addHandler(_Warned())

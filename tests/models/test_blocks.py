@@ -1,8 +1,9 @@
 """Which modules of a model a memory reads, whatever the architecture."""
 
 import pytest
+from tinies import tiny
 
-from sparsemem.adapter.blocks import state_modules
+from sparsemem.adapter.blocks import default_targets, state_modules
 from sparsemem.background.question_key import DEPTHS, key_layers
 from tiny import ARCHITECTURES, tiny_model
 
@@ -22,3 +23,9 @@ def test_depths_of_a_shallow_model_fall_together():
         "model.layers.0.mlp",
         "model.layers.1.mlp",
     ]
+
+
+def test_blocks_that_run_with_images_alone_are_not_read():
+    # blocks 3, 8, 13, ... of Llama 3.2 Vision
+    assert default_targets(tiny("mllama")) == ["model.layers.2.mlp"]
+    assert state_modules(tiny("mllama"), (0.1, 0.8)) == ["model.layers.0.mlp", "model.layers.2.mlp"]

@@ -9,7 +9,7 @@ import inspect
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY, WIDTH, LAYERS, HEADS = 128, 64, 4, 4
@@ -250,6 +250,9 @@ SPECIAL: dict[str, dict[str, object]] = {
     # scales of the logits that models of these types have, but their config classes not by default
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"logit_scale": 0.25},
+    "cohere2_moe": {"logit_scale": 0.25},
+    "inkling_text": {"logits_mup_width_multiplier": 4.0},
+    "inkling2_text": {"logits_mup_width_multiplier": 4.0},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     "granitemoe": {"logits_scaling": 4.0},
     "granitemoeshared": {"logits_scaling": 4.0, "shared_intermediate_size": 32},
@@ -258,9 +261,10 @@ SPECIAL: dict[str, dict[str, object]] = {
 
 # Types whose config class cannot be called without arguments.
 WITHOUT_DEFAULT = {"gemma4_assistant"}
-# Composite types of which the causal LM is the decoder, whose config is this field.
-DECODER_OF = {"musicgen": "decoder", "musicgen_melody": "decoder"}
+SOUND = "its tokens come from four codebooks of sound, not from text"
 UNBUILDABLE = {
+    "musicgen": SOUND,
+    "musicgen_melody": SOUND,
     "blt": "a byte-level model of three models with hash tables, no token ids of a vocabulary",
     "gemma4_assistant": "an assistant that reads another model's states",
     "gemma4_unified_assistant": "an assistant that reads another model's states",
@@ -304,9 +308,6 @@ def tiny(name: str, seed: int = 0):
         kind = getattr(transformers, OTHERS[name]).config_class
     else:
         make, kind = AutoModelForCausalLM.from_config, CONFIG_MAPPING[name]
-    if name in DECODER_OF:
-        kind = type(getattr(kind(), DECODER_OF[name]))
-        make = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]]._from_config
     config = tiny_config(kind, name)
     with torch.device("meta"):
         size = sum(p.numel() for p in make(config).parameters())

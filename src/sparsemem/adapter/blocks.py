@@ -37,7 +37,8 @@ def default_targets(
     """
     blocks_name, blocks = _decoder_blocks(model, [pattern] if isinstance(pattern, str) else pattern)
     if layers is None:
-        chosen = sorted({round(depth * (len(blocks) - 1)) for depth in DEFAULT_DEPTHS}) if len(blocks) else []
+        depths = (round(depth * (len(blocks) - 1)) for depth in DEFAULT_DEPTHS) if len(blocks) else ()
+        chosen = sorted({_always_run(blocks, depth) for depth in depths})
     else:
         chosen = [layers] if isinstance(layers, int) else layers
         wrong = [index for index in chosen if index >= len(blocks)]
@@ -66,8 +67,15 @@ def state_modules(model: nn.Module, depths: Iterable[float]) -> list[str]:
     Raises:
         ValueError: as for `default_targets`.
     """
-    number = num_blocks(model)
-    return default_targets(model, sorted({min(number - 1, round(depth * number)) for depth in depths}))
+    blocks = _decoder_blocks(model, None)[1]
+    chosen = (min(len(blocks) - 1, round(depth * len(blocks))) for depth in depths)
+    return default_targets(model, sorted({_always_run(blocks, index) for index in chosen}))
+
+
+def _always_run(blocks: nn.ModuleList, index: int) -> int:
+    """This block, or the one before it that texts without images run through too (Llama 3.2 Vision)."""
+    kinds = [type(block).__name__ for block in blocks]
+    return next(place for place in range(index, -1, -1) if "CrossAttention" not in kinds[place])
 
 
 def blocks_path(model: nn.Module) -> str:
@@ -199,8 +207,12 @@ _EMBEDDING_NORMS = {"layernorm_embedding", "embeddings_layer_norm", "layer_norm_
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether all parameters are vectors of one width; a norm may have none, and is then known by name."""
+    """Whether all parameters are vectors of one width; a norm may have none, and is then known by name. It is
+    called with the states alone."""
     if isinstance(module, nn.ModuleList):
+        return False
+    given = inspect.signature(module.forward).parameters.values()
+    if sum(one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD for one in given) > 1:
         return False
     # PEFT's wrapper for modules_to_save contains the norm twice, so shapes are collected in a set.
     shapes = {tuple(vector.shape) for vector in module.parameters()}
@@ -216,10 +228,27 @@ def _width(norm: nn.Module) -> int | None:
 
 def check_decoder(model: nn.Module) -> None:
     """Raises:
-    ValueError: the model has an encoder, whose states a memory cannot tell from the decoder's.
+    ValueError: the model has an encoder, whose states a memory cannot tell from the decoder's; its positions
+        depend on padding; or parts of it are not in memory.
     """
+    kind = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
-            f"model: {type(model).__name__} is an encoder-decoder model, and a sparse memory needs a model "
-            "that is a decoder alone; give a causal language model"
+            f"model: {kind} is an encoder-decoder model, and a sparse memory needs a model that is a decoder "
+            "alone; give a causal language model"
+        )
+    counts = any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
+    if counts and "position_ids" in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"model: {kind} was made as an encoder (RoBERTa), in which positions depend on padding; give a "
+            "model that was made as a decoder"
+        )
+    # PEFT takes the hooks off before it loads an adapter, and the map stays
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    hooks = [vars(module).get("_hf_hook") for module in model.modules()]
+    offloaded = any(getattr(hook, "offload", False) for hook in hooks)
+    if offloaded or "disk" in places or ("cpu" in places and len(places) > 1):
+        raise ValueError(
+            f"model: parts of {kind} are offloaded to the CPU or the disk, where a sparse memory cannot read "
+            "them; load it in fewer bits (quantization_config) or on more devices, so that it is in memory"
         )

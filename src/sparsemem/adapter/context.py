@@ -8,6 +8,7 @@ together with the keys and values of the blocks (law 15). Padding, and tokens th
 
 import inspect
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ class ContextHooks:
         if ids is None:
             _warn_once("the call has embeddings in place of token ids")
         held = [given[name] for name in _CACHES if given.get(name) is not None]
-        cache = held[0] if held and isinstance(held[0], Cache) else None
+        cache = _own_cache(held)
         if held and cache is None:
             _warn_once(
                 f"the tokens before this call are not known, since {type(model).__name__} has a cache "
@@ -158,9 +159,15 @@ class ContextHooks:
             return
         if call.cache is None:
             held = output if isinstance(output, tuple) else [getattr(output, name, None) for name in _CACHES]
-            call.keep(next((one for one in held if isinstance(one, Cache)), None))
+            call.keep(_own_cache(held))
         else:
             call.keep(call.cache)
+
+
+def _own_cache(held: Iterable[Any]) -> Cache | None:
+    """The first cache; of a pair for decoder and encoder the decoder's."""
+    found = next((one for one in held if isinstance(one, Cache)), None)
+    return getattr(found, "self_attention_cache", found)
 
 
 # the names under which models take and return what they remember

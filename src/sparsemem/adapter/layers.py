@@ -164,6 +164,11 @@ class Tail:
         memory = self._gate_memory(adapter)
         places = None
         if memory is not None and self.call is not None and self.call.ids is not None:
+            if torch.compiler.is_exporting():
+                raise ValueError(
+                    "model: holds facts of learn, whose names are looked up on the host, so it cannot be "
+                    "exported; export a memory that finetune taught, or use torch.compile"
+                )
             shape = hidden.shape[:2]
             middle = [states.get(f"{_WATCHED}{path}") for path in self.key_layers.get(adapter, ())]
             late = next(states[path] for path in reversed(list(self.memories(adapter))))
@@ -215,8 +220,10 @@ def _places_of(
     return places
 
 
-# names are looked up on the host, which a compiled graph cannot do
-places_of: Any = torch.compiler.disable(_places_of)
+places_of: Any = torch.compiler.disable(
+    _places_of,
+    reason="the names of taught facts are looked up on the host; compile without fullgraph=True",
+)
 
 
 def adapters_of(row: str | tuple[str, ...]) -> tuple[str, ...]:

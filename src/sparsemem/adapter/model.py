@@ -139,6 +139,11 @@ class SparseMemoryModel(BaseTuner):
         finally:
             tail.row_adapters = before
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # PEFT takes `adapter_names` out of the arguments of all models but MPT's
+        with self._enable_peft_forward_hooks(adapter_names=kwargs.pop("adapter_names", None)):
+            return super().forward(*args, **kwargs)
+
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DistributedDataParallel must not send, by name in the PeftModel, which it wraps.

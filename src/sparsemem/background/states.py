@@ -32,17 +32,15 @@ def layer_inputs(
         further: other modules by name, whose inputs are returned too.
 
     Raises:
-        ValueError: `batches` is empty, or a batch has no input_ids.
+        ValueError: `batches` is empty, a batch has no input_ids, or a layer does not get one state a token.
     """
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {}
     layers = memory_layers(model)
     modules: dict[str, nn.Module] = {name: _module_of(model, memory) for name, memory in layers.items()}
     modules |= further or {}
     handles = [
         module.register_forward_pre_hook(
-            lambda _m, args, kw, name=name: seen.__setitem__(
-                name, args[0] if args else next(iter(kw.values()))
-            ),
+            lambda _m, args, kw, name=name: seen[name].append(args[0] if args else next(iter(kw.values()))),
             with_kwargs=True,
         )
         for name, module in modules.items()
@@ -61,6 +59,7 @@ def layer_inputs(
                         f"batches: contains a {type(batch).__name__}; each must be a dict with 'input_ids'"
                     )
                 empty = False
+                seen |= {name: [] for name in modules}
                 device = next(model.parameters()).device
                 ids = batch["input_ids"].to(device)
                 mask = batch.get("attention_mask")
@@ -71,12 +70,23 @@ def layer_inputs(
                     places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
                 with autocast(model):
                     model(input_ids=ids, attention_mask=mask, **least, **places)
-                yield batch, {n: seen[n].reshape(*mask.shape, -1)[mask.bool()] for n in modules}
+                yield batch, {n: _by_token(n, seen[n], mask)[mask.bool()] for n in modules}
     finally:
         for handle in handles:
             handle.remove()
     if empty:
         raise ValueError("batches: is empty; pass at least one batch")
+
+
+def _by_token(name: str, seen: list[Tensor], mask: Tensor) -> Tensor:
+    """States [batch, seq, d_in] of one pass; `mask` is [batch, seq]."""
+    number = sum(states.numel() // states.shape[-1] for states in seen)
+    if number != mask.numel():
+        raise ValueError(
+            f"model: {name} gets {number} states for {mask.numel()} tokens, and a sparse memory needs one "
+            "state of each token; give another model"
+        )
+    return seen[-1].reshape(*mask.shape, -1)
 
 
 def few_logits(model: nn.Module) -> dict[str, int]:

@@ -122,7 +122,10 @@ def answer_starts(model: nn.Module, samples: Sequence[Form], layers: Sequence[st
     memories = [module for module in base.modules() if isinstance(module, SparseMemoryLayer)]
     handles = [
         base.get_submodule(path).register_forward_pre_hook(
-            lambda _m, args, path=path: seen.__setitem__(path, args[0])
+            lambda _m, args, kw, path=path: seen.__setitem__(
+                path, args[0] if args else next(iter(kw.values()))
+            ),
+            with_kwargs=True,
         )
         for path in layers
     ]

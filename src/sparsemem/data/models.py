@@ -96,7 +96,7 @@ def context_length(model: PreTrainedModel | PeftModel) -> int:
     """How many tokens the model can read; a number without effect where its config names none."""
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len", "seq_length")
-    return next((length for name in names if (length := getattr(config, name, None))), 1 << 30)
+    return next((length for name in names if (length := getattr(config, name, None) or 0) > 0), 1 << 30)
 
 
 def tokenizer_of(model: PreTrainedModel | PeftModel) -> PreTrainedTokenizerBase:

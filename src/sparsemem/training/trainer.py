@@ -264,9 +264,10 @@ def first_records(batch: dict[str, Any], number: int) -> dict[str, Any]:
 
 def predicts_next(model: nn.Module) -> bool:
     """Whether the model's own loss is transformers' loss of the next token. Decoders that were made as a part
-    of an encoder-decoder model compare each token to itself."""
+    of an encoder-decoder model compare each token to itself, and GIT leaves out as many as an image has."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "loss_function" in inspect.unwrap(type(base).forward).__code__.co_names
+    names = inspect.unwrap(type(base).forward).__code__.co_names
+    return "loss_function" in names and "image_patch_tokens" not in names
 
 
 def no_loss(model: nn.Module) -> Tensor:
@@ -303,7 +304,9 @@ def peak_memory(model: torch.nn.Module) -> Iterator[Peak]:
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     for parameter in model.parameters():
-        parameter.detach().sum()
+        # quantised weights have classes of their own, which cannot all sum
+        if type(parameter) is torch.nn.Parameter:
+            parameter.detach().sum()
     process, done = psutil.Process(), threading.Event()
     before = process.memory_info().rss
 
