@@ -107,7 +107,7 @@ TABLES = {
             ("**learn (sparse memory, facts)**", "handbook", "learn"),
             ("lora", "handbook", "lora"),
             ("full finetuning", "handbook", "full"),
-            ("smf (sparse memory, a table; three seeds)", "demo", "smf"),
+            ("smf (sparse memory, a table)", "handbook", "smf"),
             ("lora with KL to the base", "demo", "lora-kl"),
         ),
     ),
@@ -189,7 +189,7 @@ def _run_one(command: list[str], base: Future[None] | None) -> None:
 
 
 # of the handbook: methods whose answers in contexts and to neighbours are listed
-EMBEDDED = ("learn", "lora", "full")
+EMBEDDED = ("learn", "smf", "lora", "full")
 
 
 def made(name: str) -> str:

@@ -62,7 +62,10 @@ def _commit() -> str | None:
     try:
         # a virtual environment may be inside another repository, so check that git tracks this file
         subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
-        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+        describe = [*git, "describe", "--always", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+        # results that a run before has written beside the source do not count
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True).returncode
+        return f"{commit}-dirty" if changed else commit
     except (OSError, subprocess.CalledProcessError):
         return None
