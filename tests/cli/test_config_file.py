@@ -85,6 +85,7 @@ def test_env_says_versions_and_no_paths(monkeypatch):
     found = json.loads(CliRunner().invoke(main, ["env", "--json"]).stdout)
     assert found["torch"].startswith("2.")
     assert found["bitsandbytes"] == "not installed"
+    assert found["precision by default"] in ("bfloat16", "float32")
     assert "SPARSEMEM_CACHE" in found["variables set"]
     assert "somebody" not in json.dumps(found)
     lines = CliRunner().invoke(main, ["env"]).stdout.splitlines()

@@ -71,6 +71,41 @@ def test_two_patches_add_and_remove_their_scopes(model, background):
     assert _same(model, untouched)
 
 
+def test_the_first_of_two_patches_is_refused_where_the_second_changed_its_rows(model, background):
+    untouched = _bytes(model)
+    first = _teach(model, background, 50)
+    second = _teach(model, background, 60)
+    taught = _bytes(model)
+    assert any(
+        set(one.slots.tolist()) & set(second.layers[n].slots.tolist()) for n, one in first.layers.items()
+    )
+    with pytest.raises(ArtifactError, match="revert in reverse order"):
+        first.revert(model)
+    assert _same(model, taught)
+    second.revert(model)
+    first.revert(model)
+    assert _same(model, untouched)
+
+
+def test_patches_that_share_no_row_are_reverted_in_any_order(model, background):
+    untouched = _bytes(model)
+    first = _teach(model, background, 50)
+    only_first = _bytes(model)
+    before = RowPatch.snapshot(model)
+    set_scope(model, [batch(60)], background, extend=True)
+    for name, memory in memory_layers(model).items():
+        free = sorted(set(range(memory.num_slots)) - set(first.layers[name].slots.tolist()))[:3]
+        memory.values.data[free] += 1
+    second = RowPatch.diff(model, since=before)
+    first.revert(model)
+    second.revert(model)
+    assert _same(model, untouched)
+    second.apply(model)
+    first.apply(model)
+    second.revert(model)
+    assert _same(model, only_first)
+
+
 def test_since_may_be_an_adapter_folder_or_a_dict_of_tables(model, background, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     tables = {name: memory.values.detach().clone() for name, memory in memory_layers(model).items()}

@@ -46,7 +46,7 @@ def environment_report() -> dict[str, Any]:
         else "cpu only"
     )
     report["cpus"], report["threads"] = os.cpu_count(), torch.get_num_threads()
-    report["fast bfloat16"] = fast_bf16("cuda" if cuda else "cpu")
+    report["precision by default"] = "bfloat16" if fast_bf16("cuda" if cuda else "cpu") else "float32"
     installed = [name for name, package in MODELS.items() if find_spec(package) is not None]
     report["packaged models"] = ", ".join(installed) or "none"
     set_ones = [name for name in VARIABLES if name in os.environ]
