@@ -47,7 +47,7 @@ fast: $(READY)
 # the budget of src in lines; the goal is 18,700. What came on top: facts with two keys, the shapes and files of
 # records, contexts and neighbours, what clients of the server send, documents to facts with their sources, facts
 # looked up on the host beside a GPU, and models of every kind
-LINES := 24470
+LINES := 24500
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 
-from sparsemem.compare.figure import Box, place_labels
+from sparsemem.compare.figure import Box, along, place_labels
 
 # figures are drawn
 pytestmark = pytest.mark.slow
@@ -56,6 +56,29 @@ def test_a_name_stands_to_the_right_and_moves_off_an_error_bar():
 
     axes, _, (moved,), _ = placed(point, bar)
     assert moved.overlap(bar(axes)[0]) == 0
+
+
+def test_a_name_moves_off_the_line_that_joins_two_points():
+    points = [(0.4, 0.5), (0.6, 0.5)]
+
+    def line(axes):
+        return along(*axes.transData.transform(points).tolist())
+
+    axes, _, boxes, _ = placed(points, line)
+    assert len(line(axes)) > 10
+    assert all(box.overlap(part) == 0 for box in boxes for part in line(axes))
+
+
+def test_no_name_stands_on_the_line_of_another():
+    points = [(0.5 + 0.012 * i, 0.5 + 0.03 * (i % 2)) for i in range(6)]
+    axes, labels, boxes, _ = placed(points)
+    at = axes.transData.transform(points).tolist()
+    led = [i for i, label in enumerate(labels) if label.arrow_patch is not None]
+    assert led
+    for i in led:
+        middle = (boxes[i].left + boxes[i].right) / 2, (boxes[i].bottom + boxes[i].top) / 2
+        for j, box in enumerate(boxes):
+            assert i == j or all(box.overlap(part) == 0 for part in along(at[i], middle))
 
 
 def test_a_name_that_went_far_has_a_line_to_its_point():

@@ -11,6 +11,7 @@ import math
 import statistics
 import zlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 _ROUNDS = 4
@@ -49,6 +50,10 @@ class Place(NamedTuple):
     gap: float
     cost: float
 
+    @property
+    def middle(self) -> tuple[float, float]:
+        return (self.box.left + self.box.right) / 2, (self.box.bottom + self.box.top) / 2
+
 
 def place_labels(
     axes: Any, names: Sequence[str], points: Sequence[tuple[float, float]], taken: Sequence[Box], colour: str
@@ -66,12 +71,16 @@ def place_labels(
     chosen: list[Place | None] = [None] * len(names)
     for _ in range(_ROUNDS):
         for i, places in enumerate(options):
-            others = [place.box for j, place in enumerate(chosen) if j != i and place is not None]
+            others = [
+                box
+                for j, place in enumerate(chosen)
+                if j != i and place is not None
+                for box in (place.box, *(along(pixels[j], place.middle) if place.gap > _LINE_FROM else ()))
+            ]
             chosen[i] = min(places, key=lambda place: place.cost + _covered(place.box, others))
     for name, (x, y), at, place in zip(names, points, pixels, chosen, strict=True):
         assert place is not None
-        middle = ((place.box.left + place.box.right) / 2, (place.box.bottom + place.box.top) / 2)
-        offset = tuple((m - a) / scale for m, a in zip(middle, at, strict=True))
+        offset = tuple((m - a) / scale for m, a in zip(place.middle, at, strict=True))
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
         axes.annotate(
             name, (x, y), offset, textcoords="offset points", ha="center", va="center", color=colour,
@@ -107,6 +116,14 @@ def _places(
             cost = 60 * outside + mistaken + 0.02 * (gap - _NEAR) + 0.01 * rank
             places.append(Place(box, gap, cost))
     return places
+
+
+def along(start: tuple[float, float], end: tuple[float, float]) -> list[Box]:
+    """Boxes of a few pixels along a line."""
+    number = int(math.dist(start, end) / 6) + 1
+    shares = [i / number for i in range(number + 1)]
+    at = [tuple(a + share * (b - a) for a, b in zip(start, end, strict=True)) for share in shares]
+    return [Box(x - 2, y - 2, x + 2, y + 2) for x, y in at]
 
 
 def _covered(box: Box, others: Sequence[Box]) -> float:
@@ -199,7 +216,7 @@ def pareto_figure(
     figure.set_layout_engine("none")
     for axes, points in zip(all_axes, panels.values(), strict=False):
         at = [(point.x, point.y) for point in points]
-        place_labels(axes, [point.method for point in points], at, _taken(axes, points), _INK)
+        place_labels(axes, [point.method for point in points], at, _taken(axes, points, lines), _INK)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -280,17 +297,22 @@ def _draw(axes: Any, key: str, points: list[Point]) -> None:
 
 def _join(axes: Any, points: list[Point], lines: Sequence[Sequence[str]]) -> None:
     """Thin lines through the points of one method at several strengths."""
+    for one, other in _joined(points, lines):
+        colour = method_style(one.method)[0]
+        axes.plot([one.x, other.x], [one.y, other.y], color=colour, linewidth=1.0, zorder=2)
+
+
+def _joined(points: list[Point], lines: Sequence[Sequence[str]]) -> list[tuple[Point, Point]]:
     at = {point.method: point for point in points}
-    for line in lines:
-        held = [at[method] for method in line if method in at]
-        if len(held) > 1:
-            colour = method_style(held[0].method)[0]
-            axes.plot([p.x for p in held], [p.y for p in held], color=colour, linewidth=1.0, zorder=2)
+    return [pair for line in lines for pair in pairwise(at[method] for method in line if method in at)]
 
 
-def _taken(axes: Any, points: list[Point]) -> list[Box]:
-    """Boxes that no name may cover: markers, error bars, and the lines through the base model."""
+def _taken(axes: Any, points: list[Point], lines: Sequence[Sequence[str]]) -> list[Box]:
+    """Boxes that no name may cover: markers, error bars, and lines."""
     panel, boxes = Box(*axes.get_window_extent().extents), []
+    for pair in _joined(points, lines):
+        start, end = axes.transData.transform([(point.x, point.y) for point in pair]).tolist()
+        boxes += along(start, end)
     for point in points:
         x, y = map(float, axes.transData.transform((point.x, point.y)))
         low = axes.transData.transform((point.x - point.x_spread, point.y - point.y_spread))
