@@ -1,6 +1,7 @@
 """The demo's recipe on a tiny random model: every stage and every figure, not what is learnt."""
 
 import json
+import shutil
 
 import pytest
 
@@ -85,9 +86,9 @@ def test_every_method_is_measured_against_the_bases_mentions(results):
 
 
 @pytest.mark.slow
-def test_a_base_model_without_a_chat_template_runs_it(tmp_path, tiny_llama, plain_tokenizer):
-    tiny_llama(max_position_embeddings=2048).save_pretrained(tmp_path / "plain")
-    plain_tokenizer.save_pretrained(tmp_path / "plain")
+def test_a_base_model_without_a_chat_template_runs_it(tmp_path, tiny_words):
+    shutil.copytree(tiny_words, tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
     chosen = recipe(model=str(tmp_path / "plain"), settings=SETTINGS)
     rows = compare(chosen, out=tmp_path / "out", methods=("base", "smf"))["rows"]
     assert [row["steps"] > 0 for row in rows] == [False, True]
