@@ -128,6 +128,15 @@ TABLES = {
         ),
     ),
 }
+# of the paper's arms, whose runs take hours, those that are there
+TABLES["arms"] = Table(
+    {**TABLES["medical"].columns, "time": "time"},
+    tuple(
+        (method, "medical-arms", method)
+        for method in RUNS[0].methods.split(",")
+        if (RESULTS / "medical-arms" / "runs" / run_name(method, None if method == BASE else 0)).is_dir()
+    ),
+)
 # folder -> (method, numbers of edits), of the tables of facts taught one at a time
 EDITS = {
     # before facts had two keys
