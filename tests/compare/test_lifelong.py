@@ -6,7 +6,8 @@ import pytest
 
 from sparsemem.compare.compare import compare
 from sparsemem.compare.recipes import lifelong
-from sparsemem.compare.recipes.editors import Edit, Nearest, editor_of
+from sparsemem.compare.recipes.editors import Nearest, editor_of
+from sparsemem.compare.recipes.edits import HALVES, Edit, half_of, read_edits
 from sparsemem.compare.recipes.lifelong import LifelongSettings, recipe
 from sparsemem.data.general import general_background
 from sparsemem.data.models import load_base
@@ -102,7 +103,7 @@ def test_an_edit_without_an_answer_is_left_out(tmp_path):
     row = {"subject": "Brolk", "src": "Who owns it?", "rephrase": "Whose is it?", "loc": "what is it"}
     path = tmp_path / "zsre.jsonl"
     path.write_text("".join(json.dumps({**row, "alt": answer}) + "\n" for answer in ("Ada", "", " ", "Bo")))
-    assert [edit.answer for edit in lifelong.read_edits(path, "zsre")] == ["Ada", "Bo"]
+    assert [edit.answer for edit in read_edits(path, "zsre")] == ["Ada", "Bo"]
 
 
 def test_pokemqa_pairs_each_fact_with_an_untaught_one_of_its_relation(tmp_path):
@@ -114,9 +115,9 @@ def test_pokemqa_pairs_each_fact_with_an_untaught_one_of_its_relation(tmp_path):
     ]  # fmt: skip
     path = tmp_path / "pokemqa.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
-    halves = {half: lifelong.read_edits(path, "pokemqa", half) for half in lifelong.HALVES}
+    halves = {half: read_edits(path, "pokemqa", half) for half in HALVES}
     assert {edit.subject for edit in halves["report"]}.isdisjoint(edit.subject for edit in halves["choose"])
-    assert lifelong.half_of("Carl Sagan") == "choose"
+    assert half_of("Carl Sagan") == "choose"
     for edits in halves.values():
         assert len(edits) >= 12
         taught = {edit.question for edit in edits}
@@ -125,7 +126,7 @@ def test_pokemqa_pairs_each_fact_with_an_untaught_one_of_its_relation(tmp_path):
             assert edit.locality.split()[0] == edit.question.split()[0]
             assert edit.record["subject"] in edit.question
             assert len(edit.rephrases) == 1
-    assert lifelong.read_edits(path, "pokemqa") == halves["report"]
+    assert read_edits(path, "pokemqa") == halves["report"]
     with pytest.raises(ValueError, match="half='both' is unknown"):
         recipe(data_dir=tmp_path, settings=LifelongSettings(data="pokemqa", half="both"))
     path.write_text(json.dumps({**rows[0], "questions": "Who?"}))

@@ -6,29 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from math import log
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from ...data.shapes import Turns, as_turns
+from .edits import Edit
 
 BACKGROUND_METHODS = ("smf-shared", "smf-own-write")
-
-
-class Edit(NamedTuple):
-    """One fact: how it is taught, how it is asked otherwise, and a question about something else.
-
-    `subject` is given to the method with the fact; empty: the method has to find it.
-    """
-
-    question: str
-    answer: str
-    rephrases: tuple[str, ...]
-    locality: str
-    subject: str = ""
-
-    @property
-    def record(self) -> dict[str, str]:
-        named = {"subject": self.subject} if self.subject else {}
-        return {"prompt": self.question, "completion": self.answer, **named}
 
 
 class Editor(Protocol):
