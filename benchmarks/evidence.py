@@ -140,7 +140,8 @@ TABLES["arms"] = Table(
 # folder -> (method, numbers of edits), of the tables of facts taught one at a time
 EDITS = {
     # before facts had two keys
-    "lifelong": (("smf", (100, 300, 1000)), ("retrieval", (100, 300, 1000))),
+    "lifelong": (("smf", (1000,)), ("retrieval", (100, 300, 1000))),
+    "lifelong-zsre": (("smf", (100, 998)),),
     "lifelong-pokemqa": (("smf", (100, 300)),),
     "lifelong-counterfact": (("smf", (100, 960)),),
 }
