@@ -109,7 +109,9 @@ def shortened(found: dict) -> dict[str, object]:
     else:
         line["finetune"] = "own" if checks["last insert"] != "ok" else "works"
     learn = found["learn"]
-    line["learn"] = learn.replace("ok", "works").replace("FAIL", "fails:")
+    for ours, told in (("ok", "works"), ("FAIL", "fails:")):
+        learn = f"{told}{learn.removeprefix(ours)}" if learn.startswith(ours) else learn
+    line["learn"] = learn
     return line
 
 

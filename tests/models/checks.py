@@ -273,8 +273,10 @@ class Case:
     def bfloat16(self):
         half = copy.deepcopy(self.base).to(torch.bfloat16)
         try:
-            for batch in (TAUGHT, *batches(encode(GENERAL, TOKENIZER), 8, 0)):
-                half(**inputs(batch), **({"use_cache": False} if takes(half, "use_cache") else {}))
+            # some models keep their last states, which cannot be copied with a graph
+            with torch.no_grad():
+                for batch in (TAUGHT, *batches(encode(GENERAL, TOKENIZER), 8, 0)):
+                    half(**inputs(batch), **({"use_cache": False} if takes(half, "use_cache") else {}))
         except RuntimeError as error:
             return f"n/a (base: {described(error)})"
         case = Case(self.write, half, {})
