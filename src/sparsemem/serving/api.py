@@ -297,22 +297,22 @@ async def _stream(
     try:
         for number in range(len(requests)):
             if opening := form.opening(number):
-                yield _event({**form.chunk([opening]), **null_usage})
+                yield server_event({**form.chunk([opening]), **null_usage})
         while left:
             number, piece = await pieces.get()
             if piece.error is not None:
-                yield _event(ApiError(500, piece.error, "server_error").body)
+                yield server_event(ApiError(500, piece.error, "server_error").body)
                 return
             if piece.text or piece.chosen:
                 delta = form.delta(number, piece.text, piece.chosen, None)
-                yield _event({**form.chunk([delta]), **null_usage})
+                yield server_event({**form.chunk([delta]), **null_usage})
             if piece.finish is not None:
                 left -= 1
                 facts = served.described(piece.facts) if requests[number].names_facts else None
                 last = {**form.delta(number, None, (), piece.finish), **named(facts)}
-                yield _event({**form.chunk([last]), **null_usage})
+                yield server_event({**form.chunk([last]), **null_usage})
         if num_prompt is not None:
-            yield _event({**form.chunk([]), "usage": _usage(num_prompt, requests)})
+            yield server_event({**form.chunk([]), "usage": _usage(num_prompt, requests)})
         yield "data: [DONE]\n\n"
     finally:
         # a client that has gone away wants no more tokens
@@ -329,7 +329,8 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _event(content: dict[str, Any]) -> str:
+def server_event(content: dict[str, Any]) -> str:
+    """One server-sent event."""
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 

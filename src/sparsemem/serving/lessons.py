@@ -6,7 +6,6 @@ switched off, and the answers that were given. If it is lost, the lessons are st
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,16 +19,16 @@ from ..atomic import read_json, refuse_existing, write_json
 from ..data.models import load
 from ..data.names import public_model
 from ..patches.facts import facts_of, replaced_facts
-from ..stream.documents import place_of
 from ..stream.folder import is_stream, model_of
+from ..stream.ledger import LEARN, UNDO
 from ..stream.stream import Stream
-from .answering import answer_all, changes, gates
+from .answering import changes
 from .memories import check_writes_last
 
 PAGE_FILE = "page.json"
 # The adapter of the stream, and that of an adapter that the page was started with.
 MEMORY, GIVEN = "default", "given"
-MAX_TOKENS, NUM_ASKED = 60, 30
+NUM_UNDONE = 5
 
 # gets a phase in words, and how much of it is done: (step, of)
 Progress = Callable[[str, int, int], None]
@@ -67,7 +66,7 @@ class Page:
     Attributes:
         records: by the lesson's name.
         off: names of lessons that are switched off.
-        asked: questions with both answers, the last one first.
+        asked: exchanges, see `exchanges`; the last one first.
         changed: the last result of `look_for_changes`.
     """
 
@@ -100,6 +99,13 @@ class Lessons:
     @property
     def changed(self) -> dict[str, Any] | None:
         return self.page.changed
+
+    @property
+    def undone(self) -> list[dict[str, str]]:
+        """Name and title of lessons that were taken back and can be taught again, the last one first."""
+        found = [(name, entry["task"]) for name, entry in self._undone().items()]
+        free = [{"name": name, "title": task} for name, task in found if task not in self.stream.tasks]
+        return free[::-1][:NUM_UNDONE]
 
     @property
     def speaking(self) -> tuple[str, ...]:
@@ -149,7 +155,7 @@ class Lessons:
         self.find(name)
         self.page.off = [one for one in self.page.off if one != name] + ([] if on else [name])
         self._refresh()
-        self._save_page()
+        self.save_page()
 
     def undo(self, name: str) -> None:
         """Take a lesson back.
@@ -158,36 +164,26 @@ class Lessons:
             ValueError: there is no such lesson, or it is the given adapter.
         """
         self.stream.undo(self._entry(name)["task"])
-        self.page.records.pop(name, None)
         self.page.off = [one for one in self.page.off if one != name]
         self._write()
 
-    def ask(self, question: str) -> dict[str, Any]:
-        """Both answers to a question; each token of the taught one with its gate and its lesson."""
-        model, tokenizer, speaking = self.stream.model, self.stream.tokenizer, self.speaking
-        asked = [(question, ()), (question, speaking)] if speaking else [(question, ())]
-        base, *taught = answer_all(model, tokenizer, asked, max_tokens=MAX_TOKENS)
-        answer = taught[0] if taught else base
-        found = self._spoken([*answer.row.prompt, *answer.row.tokens], speaking)
-        # the state in front of a token decides it
-        found = found[len(answer.row.prompt) - 1 :]
-        pieces: list[dict[str, Any]] = [
-            {"text": piece, "gate": round(gate, 3), "lesson": spoke}
-            for piece, (gate, spoke, _) in zip(answer.pieces, found, strict=False)
-        ]
-        total: Counter[str] = Counter()
-        for piece in pieces:
-            if piece["lesson"] is not None:
-                total[piece["lesson"]] += piece["gate"]
-        spoke = max(total, key=lambda name: total[name]) if total else None
-        if answer.cut:
-            pieces.append({"text": " …", "gate": 0.0, "lesson": None})
-        result = {"question": question, "base": base.shown, "taught": answer.shown, "pieces": pieces}
-        result |= {"lesson": spoke, "title": self.find(spoke).title if spoke else None}
-        result["source"] = next((where for _, name, where in found if name == spoke and where), None)
-        self.page.asked = [result, *self.page.asked][:NUM_ASKED]
-        self._save_page()
-        return result
+    def redo(self, name: str) -> None:
+        """Teach a lesson that was taken back again, with the same rows; it is the newest one then.
+
+        Raises:
+            ValueError: there is no such lesson, or one with its title is there.
+            ArtifactError: its file is missing or was altered.
+        """
+        entry = self._undone().get(name)
+        if entry is None:
+            raise ValueError(f"no lesson {name!r} was taken back; another tab may have taught it again")
+        if self.stream.ledger.holds(entry["task"]):
+            raise ValueError(f"{entry['task']!r} is taught already; undo that lesson first")
+        # its file is whole
+        self.stream.patch(entry)
+        with self.stream.ledger.alone():
+            self.stream.ledger.append({key: entry[key] for key in entry if key not in ("sha256", "parent")})
+        self._write()
 
     def look_for_changes(self, progress: Progress) -> dict[str, Any]:
         """General questions, neighbours and prose, before and after; see `changes`."""
@@ -196,30 +192,8 @@ class Lessons:
         found = changes(self.stream.model, self.stream.tokenizer, records, self.speaking, progress)
         created = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         self.page.changed = {**found, "lessons": [lesson.name for lesson in on], "created": created}
-        self._save_page()
+        self.save_page()
         return self.page.changed
-
-    def _spoken(
-        self, tokens: list[int], speaking: tuple[str, ...]
-    ) -> list[tuple[float, str | None, str | None]]:
-        """For each token of a text, the gate at its state, the lesson that spoke there, and its source."""
-        if not speaking:
-            return [(0.0, None, None)] * len(tokens)
-        model = self.stream.model
-        inside, places = gates(model, tokens, speaking)
-        best = inside.max(0)
-        taught = places[speaking.index(MEMORY)] if MEMORY in speaking else None
-        facts = [None] * len(tokens) if taught is None else self.stream.sources_at(taught)
-        names = {lesson.title: lesson.name for lesson in self.lessons}
-        spoken: list[tuple[float, str | None, str | None]] = []
-        for gate, place, fact in zip(best.values.tolist(), best.indices.tolist(), facts, strict=True):
-            if gate == 0:
-                spoken.append((0.0, None, None))
-            elif speaking[place] == MEMORY and fact is not None:
-                spoken.append((gate, names[fact["task"]], place_of(fact)))
-            else:
-                spoken.append((gate, GIVEN, None))
-        return spoken
 
     def _entry(self, name: str) -> dict[str, Any]:
         """The ledger's line of a lesson."""
@@ -228,6 +202,19 @@ class Lessons:
                 f"{name} is the adapter that the page was started with; start it with the base model instead"
             )
         return next(entry for entry in self.stream.ledger.active() if _name_of(entry) == name)
+
+    def _undone(self) -> dict[str, dict[str, Any]]:
+        """By the name of each lesson that was taken back, the ledger's line that taught it."""
+        taught: dict[str, dict[str, Any]] = {}
+        undone: dict[str, dict[str, Any]] = {}
+        for entry in self.stream.ledger.entries:
+            if entry["op"] == LEARN:
+                taught[entry["task"]] = entry
+                undone.pop(_name_of(entry), None)
+            elif entry["op"] == UNDO:
+                entry = taught[entry["task"]]
+                undone[_name_of(entry)] = entry
+        return undone
 
     def _task(self, title: str) -> str:
         """A task's name that is free: the title, with a number if it was taught before."""
@@ -238,9 +225,10 @@ class Lessons:
         """After the ledger has changed: the adapter and the page's own file."""
         self.stream.save()
         self._refresh()
-        self._save_page()
+        self.save_page()
 
-    def _save_page(self) -> None:
+    def save_page(self) -> None:
+        """Write what only the page needs."""
         write_json(self.stream.folder / PAGE_FILE, vars(self.page))
 
     def _refresh(self) -> None:

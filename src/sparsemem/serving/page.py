@@ -14,17 +14,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import Field, StrictBool
 from starlette.exceptions import HTTPException
 
-from .api import read_body
+from .api import read_body, server_event
 from .bodies import ApiError, Fields, Parsed, parse
+from .exchanges import Tell, ask, more
 from .lessons import Lessons, Progress
 from .listen import LOOPBACK_HOSTS, new_app
 
@@ -99,6 +100,7 @@ def build_page(
             "ready": held is not None,
             "model": held.base if held else model,
             "lessons": [asdict(lesson) for lesson in held.lessons] if held else [],
+            "undone": held.undone if held else [],
             "asked": held.asked if held else [],
             "changed": held.changed if held else None,
             "job": worker.job,
@@ -123,12 +125,35 @@ def build_page(
             raise ApiError(400, str(error)) from None
         return begin("teach", lambda progress: held.teach(records, title, progress))
 
+    def streamed(work: Callable[[Tell], dict[str, Any]]) -> StreamingResponse:
+        """An answer as server-sent events: its texts so far, then its number or what went wrong."""
+        events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(event: dict[str, Any]) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        async def sent() -> AsyncIterator[str]:
+            event: dict[str, Any] = {}
+            while "number" not in event and "error" not in event:
+                event = await events.get()
+                yield server_event(event)
+
+        worker.do(work, tell).add_done_callback(lambda done: tell(_end(done)))
+        return StreamingResponse(sent(), media_type="text/event-stream")
+
     @app.post("/api/ask")
-    async def ask(request: Request) -> Any:
-        question = (await read(Ask, request)).question.strip()
+    async def ask_both(request: Request) -> StreamingResponse:
+        body = await read(Ask, request)
+        held, question = lessons(), body.question.strip()
         if not 0 < len(question) <= MAX_QUESTION:
             raise ApiError(400, f"a question of 1 to {MAX_QUESTION:,} characters is needed")
-        return await short(lessons().ask, question)
+        return streamed(lambda tell: ask(held, question, body.follows, tell))
+
+    @app.post("/api/more")
+    async def continue_one(request: Request) -> StreamingResponse:
+        body, held = await read(More, request), lessons()
+        return streamed(lambda tell: more(held, body.number, body.side, tell))
 
     @app.post("/api/changes")
     async def changes(request: Request) -> dict[str, Any]:
@@ -138,6 +163,12 @@ def build_page(
     @app.post("/api/lessons/{name}")
     async def switch(name: str, request: Request) -> dict[str, Any]:
         await short(lessons().set_on, name, (await read(Switch, request)).on)
+        return state()
+
+    @app.post("/api/lessons/{name}/redo")
+    async def redo(name: str, request: Request) -> dict[str, Any]:
+        await read(Fields, request)
+        await short(lessons().redo, name)
         return state()
 
     @app.delete("/api/lessons/{name}")
@@ -169,11 +200,33 @@ class Teach(Fields):
 
 
 class Ask(Fields):
+    """A question; `follows` is the number of the exchange before it."""
+
     question: str
+    follows: int | None = None
+
+
+class More(Fields):
+    """Which answer to continue."""
+
+    number: int
+    side: Literal["base", "taught"]
 
 
 class Switch(Fields):
     on: StrictBool
+
+
+def _end(done: Future) -> dict[str, Any]:
+    """The last event of an answer."""
+    if done.cancelled():
+        return {"error": "the server is shutting down"}
+    error = done.exception()
+    if error is None:
+        return {"number": done.result()["number"]}
+    if not isinstance(error, ValueError):
+        logger.error("an answer failed", exc_info=error)
+    return {"error": " ".join(str(error).split())}
 
 
 def _from_here(request: Request) -> bool:

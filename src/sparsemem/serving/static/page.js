@@ -3,8 +3,11 @@
 const POLL_MILLISECONDS = 400;
 const REFRESH_MILLISECONDS = 3000;
 const byId = (id) => document.getElementById(id);
-let state = { ready: false, model: "", lessons: [], asked: [], changed: null, job: null, error: null };
-let asking = 0;
+let state = { ready: false, model: "", lessons: [], undone: [], asked: [], changed: null, job: null, error: null };
+/* The number of the exchange that the next question follows; null: it begins a conversation; undefined: no state yet. */
+let current;
+/* What is being answered: an exchange, or the number of one with more text for a side. */
+let live = null;
 let polling = false;
 let told = null;
 
@@ -20,7 +23,7 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-async function call(method, path, body) {
+async function send(method, path, body) {
   const options = { method };
   if (body !== undefined) {
     options.headers = { "content-type": "application/json" };
@@ -32,9 +35,28 @@ async function call(method, path, body) {
   } catch {
     throw new Error("The server cannot be reached. Is `sparsemem ui` still running?");
   }
+  if (response.ok) return response;
   const answer = await response.json();
-  if (!response.ok) throw new Error(answer.error || `The server answered ${response.status}.`);
-  return answer;
+  throw new Error(answer.error || `The server answered ${response.status}.`);
+}
+
+const call = async (method, path, body) => (await send(method, path, body)).json();
+
+/* Ask for an answer, and give each of its events to `tell`; the last event. */
+async function stream(path, body, tell) {
+  const reader = (await send("POST", path, body)).body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read().catch(() => ({ done: true }));
+    if (done) throw new Error("The server stopped before the answer was complete.");
+    const events = (text + value).split("\n\n");
+    text = events.pop();
+    for (const event of events.map((one) => JSON.parse(one.slice("data: ".length)))) {
+      if (event.error) throw new Error(event.error);
+      if (event.number) return event;
+      tell(event);
+    }
+  }
 }
 
 function complain(message) {
@@ -52,8 +74,21 @@ async function attempt(work) {
   }
 }
 
+/* New children for an element; who is on one of the old ones by keyboard stays there. */
+function replace(id, ...children) {
+  const focused = byId(id).contains(document.activeElement) ? document.activeElement.getAttribute("aria-label") : null;
+  byId(id).replaceChildren(...children);
+  if (focused) byId(id).querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
+}
+
+/* What had the focus may be gone. */
+function keepFocus(id) {
+  if (document.activeElement === document.body) byId(id).focus();
+}
+
 function show(next) {
   if (next) state = next;
+  if (state.ready) follow();
   byId("model").textContent = state.model;
   if (state.error && state.error !== told) complain(state.error);
   told = state.error;
@@ -66,7 +101,7 @@ function show(next) {
 
 function showJob() {
   const job = state.job;
-  byId("job").hidden = !job && !asking;
+  byId("job").hidden = !job && !live;
   const text = job ? (job.steps ? `${job.phase}: ${job.step} of ${job.steps}` : `${job.phase} …`) : "Answering …";
   if (byId("job-text").textContent !== text) byId("job-text").textContent = text;
   const bar = byId("job-bar");
@@ -75,7 +110,7 @@ function showJob() {
   byId("teach-button").disabled = busy;
   byId("file").disabled = busy;
   byId("changes-button").disabled = busy || !state.lessons.some((lesson) => lesson.on);
-  byId("ask-button").disabled = busy || asking > 0;
+  byId("ask-button").disabled = busy || Boolean(live);
 }
 
 async function poll() {
@@ -98,9 +133,8 @@ function showLessons() {
   byId("no-lessons").textContent = state.ready ? "Nothing yet. The model is as it came."
     : state.error ? "The model could not be loaded." : "The model and its lessons are being loaded …";
   const busy = Boolean(state.job);
-  const focused = document.activeElement ? document.activeElement.getAttribute("aria-label") : null;
   const open = new Set([...document.querySelectorAll(".lessons details[open]")].map((one) => one.closest("li").dataset.lesson));
-  byId("lessons").replaceChildren(...[...state.lessons].reverse().map((lesson) => {
+  replace("lessons", ...[...state.lessons].reverse().map((lesson) => {
     const count = lesson.records.length;
     const answers = new Set(lesson.records.map((record) => record.completion));
     const says = answers.size === 1 && count <= 9 ? [...answers][0] : null;
@@ -118,20 +152,23 @@ function showLessons() {
         make("label", { class: "switch" },
           make("input", { type: "checkbox", role: "switch", checked: lesson.on, disabled: busy,
             "aria-label": `Use ${lesson.title}`,
-            onchange: (event) => change("POST", lesson, { on: event.target.checked }) }),
+            onchange: (event) => change("POST", lesson.name, { on: event.target.checked }) }),
           make("span", {}, lesson.on ? "on" : "off")),
         lesson.given ? null : make("button", { type: "button", disabled: busy, "aria-label": `Undo ${lesson.title}`,
-          onclick: () => confirm(`Take back "${lesson.title}"? To have it again, teach it again.`)
-            && change("DELETE", lesson) }, "Undo"),
+          onclick: () => confirm(`Take back "${lesson.title}"?`) && change("DELETE", lesson.name) }, "Undo"),
         lesson.given ? null : make("a", { href: `/api/lessons/${lesson.name}/file`, download: true,
           "aria-label": `Download ${lesson.title}` }, "Download")));
   }));
-  if (focused) document.querySelector(`.lessons [aria-label="${CSS.escape(focused)}"]`)?.focus();
+  byId("undone-part").hidden = !state.undone.length;
+  replace("undone", ...state.undone.map((lesson) => make("li", {},
+    make("div", {}, lesson.title),
+    make("div", { class: "tools" }, make("button", { type: "button", disabled: busy, "aria-label": `Teach ${lesson.title} again`,
+      onclick: () => change("POST", `${lesson.name}/redo`, {}) }, "Teach again")))));
 }
 
 /* What another tab has changed is shown here, too. */
 async function refresh() {
-  if (document.hidden || polling || asking) return;
+  if (document.hidden || polling || live) return;
   let next;
   try {
     next = await call("GET", "/api/state");
@@ -141,26 +178,74 @@ async function refresh() {
   if (JSON.stringify(next) !== JSON.stringify(state)) show(next);
 }
 
-async function change(method, lesson, body) {
-  const next = await attempt(() => call(method, `/api/lessons/${lesson.name}`, body));
+async function change(method, path, body) {
+  const next = await attempt(() => call(method, `/api/lessons/${path}`, body));
   show(next || await attempt(() => call("GET", "/api/state")));
+  keepFocus("lessons-title");
+}
+
+/* Go on with the last conversation at first, then with what another tab has added to the one shown. */
+function follow() {
+  if (current === undefined && state.asked.length) current = state.asked[0].number;
+  if (!state.asked.some((one) => one.number === current)) current = null;
+  for (let next; current && (next = state.asked.find((one) => one.follows === current));) current = next.number;
+}
+
+/* The exchanges of a conversation, in the order of asking. */
+function conversation(last) {
+  const one = state.asked.find((exchange) => exchange.number === last);
+  return one ? [...conversation(one.follows), one] : [];
 }
 
 function showAsked() {
-  byId("asked").replaceChildren(...state.asked.map((one) => {
-    const tokens = one.pieces.map((piece) => {
-      const token = make("span", { class: "token", title: `in scope: ${piece.gate}` }, piece.text);
-      if (piece.gate > 0) token.style.backgroundColor = `rgba(var(--shade), ${(0.1 + 0.45 * piece.gate).toFixed(2)})`;
-      return token;
-    });
-    const spoke = one.lesson ? `Spoke: ${one.title}${one.source ? ` (${one.source})` : ""}` : "No lesson spoke: this is the base model's answer.";
-    return make("article", { class: "card exchange" },
-      make("p", { class: "asks" }, one.question),
-      make("div", { class: "answers" },
-        make("div", {}, make("h4", {}, "Taught"), make("p", { class: "taught" }, ...tokens)),
-        make("div", {}, make("h4", {}, "Base"), make("p", { class: "base" }, one.base))),
-      make("p", { class: "spoke" }, spoke));
+  const shown = conversation(current);
+  const fresh = live && live.question ? [live] : [];
+  replace("conversation", ...[...shown, ...fresh].map(exchange));
+  byId("conversation").setAttribute("aria-busy", Boolean(live));
+  byId("new-button").hidden = !shown.length;
+  byId("new-button").disabled = Boolean(live);
+  // a conversation is shown once, by its last exchange
+  const earlier = state.asked.filter((one) => !shown.includes(one) && !state.asked.some((next) => next.follows === one.number));
+  replace("asked", ...earlier.map((one) => make("article", { class: "card conversation" }, ...conversation(one.number).map(exchange))));
+}
+
+function exchange(one) {
+  const told = live && live.number === one.number ? live : {};
+  const tokens = one.pieces.map((piece) => {
+    const token = make("span", { class: "token", title: `in scope: ${piece.gate}` }, piece.text);
+    if (piece.gate > 0) token.style.backgroundColor = `rgba(var(--shade), ${(0.1 + 0.45 * piece.gate).toFixed(2)})`;
+    return token;
+  });
+  const side = (title, name, ...text) => make("div", {}, make("h4", {}, title),
+    make("p", { class: name, id: told[name] === undefined ? null : `live-${name}` }, ...(told[name] === undefined ? text : [told[name]]),
+      one.cut[name] && told[name] === undefined ? " …" : ""),
+    one.cut[name] ? make("button", { type: "button", class: "more", disabled: Boolean(live || state.job), "aria-label": `More of the ${name} answer to ${one.question}`,
+      onclick: () => answer("/api/more", { number: one.number, side: name }, { number: one.number, [name]: one[name] }) }, "More") : null);
+  return make("div", { class: "exchange" },
+    make("p", { class: "asks" }, one.question),
+    make("div", { class: "answers" }, side("Taught", "taught", ...tokens), side("Base", "base", one.base)),
+    make("p", { class: "spoke" }, one.spoke || spoke(one)));
+}
+
+function spoke(one) {
+  if (one.shut) return "What was taught was in scope at the answer's first tokens alone: this is the base model's answer.";
+  return one.lesson ? `Spoke: ${one.title}${one.source ? ` (${one.source})` : ""}` : "No lesson spoke: this is the base model's answer.";
+}
+
+/* Get an answer and show it as it comes. */
+async function answer(path, body, shown) {
+  live = shown;
+  show();
+  const end = await attempt(() => stream(path, body, (texts) => {
+    Object.assign(live, texts);
+    for (const name of Object.keys(texts)) byId(`live-${name}`).textContent = texts[name];
   }));
+  const asked = live.question;
+  live = null;
+  if (end && asked) current = end.number;
+  show(await attempt(() => call("GET", "/api/state")));
+  keepFocus("ask");
+  return end;
 }
 
 function pairTable(title, pairs, told) {
@@ -271,12 +356,14 @@ byId("teach-form").addEventListener("submit", async (event) => {
 
 byId("ask-form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  asking += 1;
-  showJob();
-  const answer = await attempt(() => call("POST", "/api/ask", { question: byId("ask").value }));
-  asking -= 1;
-  if (answer) byId("ask").select();
-  show(await attempt(() => call("GET", "/api/state")));
+  const question = byId("ask").value;
+  const shown = { number: 0, question, base: "", taught: "", pieces: [], cut: {}, spoke: "Answering …" };
+  if (await answer("/api/ask", { question, follows: current }, shown)) byId("ask").select();
+});
+byId("new-button").addEventListener("click", () => {
+  current = null;
+  show();
+  byId("ask").focus();
 });
 
 byId("changes-button").addEventListener("click", async () => {
