@@ -131,24 +131,25 @@ def page(lines: list[dict]) -> str:
     newest = {line["type"]: line for line in by_version}
     since = {line["type"]: line["transformers"] for line in reversed(by_version) if passes(line)}
     tried = {name: line for name, line in sorted(newest.items()) if "skip" not in line}
-    rows, refused, kinds = [], [], Counter()
+    rows, refused, kinds, alone = [], [], Counter(), 0
     for name, line in tried.items():
         told = [line[key].split(":")[0].split(" (")[0] for key in ("finetune", "learn")]
         whys = {line[key] for key in ("finetune", "learn") if line[key].startswith(("refused", "fails"))}
         refused += [f"- `{name}`: {why.removeprefix('refused (').removesuffix(')')}" for why in sorted(whys)]
         kind = "fail" if not passes(line) else "are refused" if told[0] == "refused" else "work"
         kinds[kind] += 1
-        kinds["work by `finetune` alone"] += told[0] != "refused" and told[1] == "refused"
+        alone += told[0] != "refused" and told[1] == "refused"
         base = "; ".join(dict.fromkeys(line["base"].values()))
         rows.append(
             f"| {name} | {told[0]} | {told[1]} | {line.get('reads', '')} | {since.get(name, '')} | {base} |"
         )
     skipped = [f"- `{name}`: {line['skip']}" for name, line in sorted(newest.items()) if "skip" in line]
-    counted = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items(), reverse=True) if number)
+    counted = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
     versions = sorted({line["transformers"] for line in lines})
     commits = sorted({str(line["commit"])[:7] for line in newest.values()})
     return PAGE.format(
-        summary=f"Of {len(tried)} types, {counted}. {len(skipped)} were not tried.",
+        summary=f"Of {len(tried)} types, {counted}; {alone} of those that work do by `finetune` alone. "
+        f"{len(skipped)} were not tried.",
         rows="\n".join(rows),
         refused="\n".join(refused) or "None.",
         skipped="\n".join(skipped) or "None.",

@@ -70,7 +70,9 @@ def layer_inputs(
                     places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
                 with autocast(model):
                     model(input_ids=ids, attention_mask=mask, **least, **places)
-                yield batch, {n: _by_token(n, seen[n], mask)[mask.bool()] for n in modules}
+                # a norm without weights may run at the beginning too (NanoChat)
+                runs = {n: seen[n] if n in layers else seen[n][-1:] for n in modules}
+                yield batch, {n: _by_token(n, runs[n], mask)[mask.bool()] for n in modules}
     finally:
         for handle in handles:
             handle.remove()
