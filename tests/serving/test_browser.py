@@ -224,6 +224,8 @@ def test_answers_come_token_by_token_and_a_conversation_goes_on(page, address):
     page.reload()
     at_rest(page)
     assert [shown(page, place) for place in (0, 1)] == [alone, second]
+    # what test_lessons finds to be the base's answer is called so
+    assert page.evaluate("spoke({ shut: true })").endswith("this is the base model's answer.")
 
 
 def test_files_are_taught_after_they_were_read(page, address, tmp_path):

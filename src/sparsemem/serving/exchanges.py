@@ -97,10 +97,8 @@ def _turns(held: Lessons, last: int | None, side: str) -> list[dict[str, str]]:
 
 
 def _answer(held: Lessons, turns: Turns, memories: tuple[str, ...], begun: list[int] | None = None) -> Answer:
-    answer, context = (
-        Answer(turns, memories, held.stream.tokenizer, begun or []),
-        context_length(held.stream.model),
-    )
+    answer = Answer(turns, memories, held.stream.tokenizer, begun or [])
+    context = context_length(held.stream.model)
     if len(answer.row.prompt) >= context:
         raise ValueError(f"{too_long(len(answer.row.prompt), context)}, or begin a new conversation")
     return answer
