@@ -233,8 +233,8 @@ def grafted(
         memory |= {key: PAPER[key] for key in ("num_keys", "num_heads", "top_k", "key_dim", "write")}
         memory["layers_to_transform"] = paper_layers(load_base(model)[0])
     # arms of one comparison may run at the same time
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    out.mkdir(parents=True, exist_ok=True)
+    with FileLock(out / ".stage1.lock"):
         graft(
             model,
             general,
