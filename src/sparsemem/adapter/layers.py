@@ -22,9 +22,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..layer.facts import given_at, noted
-from ..layer.memory import ProductKeyMemory, has_fixed_shapes
+from ..layer.memory import ProductKeyMemory
 from .config import SparseMemoryConfig
 from .context import CallContext
+from .reads import add_reads
 
 BASE_ROW = "__base__"
 
@@ -197,7 +198,12 @@ class _Keep:
 
     def __call__(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.tail.needs(self.path):
-            self.tail.keep(self.path, args[0] if args else next(iter(kwargs.values())))
+            self.tail.keep(self.path, first_input(args, kwargs))
+
+
+def first_input(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """The first argument of a module's call, by whichever name the model gives it."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 @torch.no_grad()
@@ -229,90 +235,6 @@ places_of: Any = torch.compiler.disable(
 def adapters_of(row: str | tuple[str, ...]) -> tuple[str, ...]:
     """The adapters whose reads are added in a row of a batch."""
     return (row,) if isinstance(row, str) else row
-
-
-def add_reads(
-    hidden: Tensor,
-    memories: Mapping[str, ProductKeyMemory],
-    states: Mapping[str, Tensor],
-    rows: Tensor | None = None,
-    places: Tensor | None = None,
-) -> Tensor:
-    """Add the gated sum of one adapter's reads to the residual stream.
-
-    Args:
-        hidden: [batch, seq, d], the output of the last block. Not changed.
-        memories: by module path, the deepest last.
-        states: by module path, the inputs [..., d_in] of the read layers.
-        rows: [batch] bool, the rows that use this adapter. None: all rows.
-        places: [batch, seq] int64, which token of a taught answer is given, -1 for none. None: none anywhere.
-
-    Returns:
-        [batch, seq, d]. With gradients switched off and no token in scope, `hidden` itself or a view of it.
-    """
-    if not memories:
-        return hidden
-    flat = {path: states[path].reshape(-1, memory.d_in) for path, memory in memories.items()}
-    out = hidden.reshape(-1, hidden.shape[-1])
-    gate_path, gate_memory = list(memories.items())[-1]
-    g = gate_memory.relevance(flat[gate_path])
-    if rows is not None:
-        g = g * rows.repeat_interleave(len(out) // len(rows))
-    taught = None
-    if places is not None and gate_memory.scope is not None:
-        places = places.reshape(-1)
-        g = torch.where(places >= 0, 1.0, g)
-        taught = (gate_memory.scope.facts.rows, places)
-    gate = None if rows is None and not gate_memory.has_scope else g
-    return gated_sum(out, memories, flat, gate, taught).view_as(hidden)
-
-
-def gated_sum(
-    hidden: Tensor,
-    memories: Mapping[str, ProductKeyMemory],
-    states: Mapping[str, Tensor],
-    g: Tensor | None,
-    taught: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """hidden + g * (r + sum_l scale_l * read_l(x_l)). Only tokens with g > 0 read.
-
-    A read is counted only if the loss depends on it. So padding and positions without a label are not
-    counted.
-
-    Args:
-        hidden: [tokens, d]. Not changed.
-        memories: by module path.
-        states: by module path, [tokens, d_in].
-        g: [tokens] float32. None: 1 everywhere.
-        taught: the rows [num_tokens, d] of taught answers, and the row of each token, [tokens] int64, -1 for
-            none. None: no rows.
-
-    Returns:
-        [tokens, d]
-    """
-    if g is None:
-        y = _sum_of_reads(memories, states)
-        return hidden + y.to(hidden.dtype)
-    if has_fixed_shapes(hidden):
-        y = _sum_of_reads(memories, states)
-        if taught is not None and len(taught[0]):
-            y = y + taught[0][taught[1].clamp_min(0)] * (taught[1] >= 0)[:, None]
-        return torch.where(g[:, None] > 0, hidden + (g[:, None] * y).to(hidden.dtype), hidden)
-    inside = g.nonzero().squeeze(1)
-    # In training, keep the rows in the graph. Without them, backward() fails if no token is in scope.
-    if len(inside) == 0 and not torch.is_grad_enabled():
-        return hidden
-    y = _sum_of_reads(memories, {path: x[inside] for path, x in states.items()})
-    if taught is not None and len(taught[0]):
-        rows, places = taught[0], taught[1][inside]
-        y = y + rows[places.clamp_min(0)] * (places >= 0)[:, None]
-    return hidden.index_add(0, inside, (g[inside, None] * y).to(hidden.dtype))
-
-
-def _sum_of_reads(memories: Mapping[str, ProductKeyMemory], states: Mapping[str, Tensor]) -> Tensor:
-    """The sum of all memories' reads, [tokens, d] float32."""
-    reads = [memory.read(states[path]) for path, memory in memories.items()]
-    return torch.stack(reads).sum(0) if len(reads) > 1 else reads[0]
 
 
 def tail_of(model: nn.Module) -> Tail | None:
@@ -377,7 +299,7 @@ class SparseMemoryLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         result = self.base_layer(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = first_input(args, kwargs)
         if self.tail is not None:
             self.tail.see(self, x)
         if self.disable_adapters:

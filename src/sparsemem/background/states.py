@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..adapter.context import keeps_few
-from ..adapter.layers import SparseMemoryLayer
+from ..adapter.layers import SparseMemoryLayer, first_input
 from ..adapter.memories import memory_layers
 from ..layer.memory import ProductKeyMemory
 from ..precision import autocast, precise, takes
@@ -40,7 +40,7 @@ def layer_inputs(
     modules |= further or {}
     handles = [
         module.register_forward_pre_hook(
-            lambda _m, args, kw, name=name: seen[name].append(args[0] if args else next(iter(kw.values()))),
+            lambda _m, args, kw, name=name: seen[name].append(first_input(args, kw)),
             with_kwargs=True,
         )
         for name, module in modules.items()

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from ..adapter.blocks import hidden_size, widths
-from ..adapter.layers import SparseMemoryLayer
+from ..adapter.layers import SparseMemoryLayer, first_input
 from ..artifacts import ArtifactError, fingerprint_base
 from ..background.question_key import (
     MOST,
@@ -29,14 +29,7 @@ from ..background.question_key import (
 )
 from ..background.states import evaluating, few_logits, memory_off
 from ..precision import autocast, device_of, precise, precision_of
-from .forms import (
-    EMBEDDED,
-    EMBEDDED_SHARE,
-    FOREIGN_SHARE,
-    TYPED_SHARE,
-    Form,
-    form_samples,
-)
+from .forms import EMBEDDED, EMBEDDED_SHARE, FOREIGN_SHARE, TYPED_SHARE, Form, form_samples
 from .generation import accepted, by_length, read_beginning, rows_of
 from .gguf import cache_folder
 from .wordings import forms
@@ -58,22 +51,9 @@ def question_key(model: nn.Module, tokenizer: PreTrainedTokenizerBase, layers: S
     if not getattr(_base(model).config, "name_or_path", ""):
         return fit_question_key(model, tokenizer, layers)
     made_of = [fingerprint_base(model), precision_of(model), tokenizer.chat_template, list(layers), forms()]
-    numbers = [
-        SHRINKAGE,
-        WIDTH,
-        QUANTILE,
-        MOST,
-        PER_RELATION,
-        PER_NAME,
-        MOST_NAMES,
-        LEAST_NAMES,
-        LEAST_RELATIONS,
-        EMBEDDED,
-        EMBEDDED_SHARE,
-        TYPED_SHARE,
-        FOREIGN_SHARE,
-    ]
-    digest = hashlib.sha256(json.dumps([*made_of, *numbers]).encode()).hexdigest()
+    fit = [SHRINKAGE, WIDTH, QUANTILE, MOST, PER_RELATION, PER_NAME, MOST_NAMES, LEAST_NAMES, LEAST_RELATIONS]
+    drawn = [EMBEDDED, EMBEDDED_SHARE, TYPED_SHARE, FOREIGN_SHARE]
+    digest = hashlib.sha256(json.dumps([*made_of, *fit, *drawn]).encode()).hexdigest()
     path = cache_folder() / "question-keys" / f"{digest[:16]}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     # a second process waits for the first one's key
@@ -122,9 +102,7 @@ def answer_starts(model: nn.Module, samples: Sequence[Form], layers: Sequence[st
     memories = [module for module in base.modules() if isinstance(module, SparseMemoryLayer)]
     handles = [
         base.get_submodule(path).register_forward_pre_hook(
-            lambda _m, args, kw, path=path: seen.__setitem__(
-                path, args[0] if args else next(iter(kw.values()))
-            ),
+            lambda _m, args, kw, path=path: seen.__setitem__(path, first_input(args, kw)),
             with_kwargs=True,
         )
         for path in layers

@@ -36,7 +36,7 @@ def stem(word: str) -> str:
 def own_words(question: str) -> str:
     """The part of a question that other questions do not have, to stand for a subject without a name.
 
-    It reaches from the first to the last word that no wording of `data.forms` has; without such a word, over
+    It reaches from the first to the last word that no wording of `forms.toml` has; without such a word, over
     the rarest ones. In languages other than that of the forms it is nearly the whole question: a fact that
     is given too seldom is better than one that is given to a stranger.
     """

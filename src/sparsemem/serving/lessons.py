@@ -103,9 +103,8 @@ class Lessons:
     @property
     def undone(self) -> list[dict[str, str]]:
         """Name and title of lessons that were taken back and can be taught again, the last one first."""
-        found = [(name, entry["task"]) for name, entry in self._undone().items()]
-        free = [{"name": name, "title": task} for name, task in found if task not in self.stream.tasks]
-        return free[::-1][:NUM_UNDONE]
+        found = [{"name": name, "title": entry["task"]} for name, entry in self._undone().items()]
+        return [one for one in found[::-1] if not self.stream.ledger.holds(one["title"])][:NUM_UNDONE]
 
     @property
     def speaking(self) -> tuple[str, ...]:
@@ -179,10 +178,7 @@ class Lessons:
             raise ValueError(f"no lesson {name!r} was taken back; another tab may have taught it again")
         if self.stream.ledger.holds(entry["task"]):
             raise ValueError(f"{entry['task']!r} is taught already; undo that lesson first")
-        # its file is whole
-        self.stream.patch(entry)
-        with self.stream.ledger.alone():
-            self.stream.ledger.append({key: entry[key] for key in entry if key not in ("sha256", "parent")})
+        self.stream.redo(entry)
         self._write()
 
     def look_for_changes(self, progress: Progress) -> dict[str, Any]:

@@ -160,6 +160,7 @@ class Stream:
         if scope is None:
             return [None] * len(places)
         of_fact = origins(self.layer, [self.patch(entry) for entry in selected])
+        sources: dict[int, dict[str, Any]] = {}
         found: list[dict[str, Any] | None] = []
         for place in places.tolist():
             if place < 0:
@@ -167,8 +168,9 @@ class Stream:
                 continue
             of_patch, question = of_fact[int(scope.facts.fact_of_token[place])]
             entry = selected[of_patch]
-            source = held_sources(self.folder, entry).get(question, {})
-            found.append({"task": entry["task"], "question": question, **source})
+            if of_patch not in sources:
+                sources[of_patch] = held_sources(self.folder, entry)
+            found.append({"task": entry["task"], "question": question, **sources[of_patch].get(question, {})})
         return found
 
     def teach(
@@ -235,6 +237,21 @@ class Stream:
             entry = self.ledger.append({"op": UNDO, "task": task, "versions": self._versions})
         self._stale = True
         return entry
+
+    def redo(self, entry: dict[str, Any]) -> None:
+        """Teach a task that was taken back again, with the same patch; it is the newest one then.
+
+        Args:
+            entry: the ledger's line that taught it; no task of its name is taught.
+
+        Raises:
+            ArtifactError: its patch is missing or was altered, or another process has changed the folder.
+        """
+        assert not self.ledger.holds(entry["task"])
+        self.patch(entry)
+        with self.ledger.alone():
+            self.ledger.append({key: entry[key] for key in entry if key not in ("sha256", "parent")})
+        self._stale = True
 
     def save(self) -> None:
         """Write the adapter that follows from the ledger into the folder.

@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 from transformers.utils.logging import tqdm
 
 from ..adapter.blocks import final_norm, final_width
-from ..adapter.layers import gated_sum
 from ..adapter.memories import memory_layers, writes_last
+from ..adapter.reads import gated_sum
 from ..artifacts import fingerprint_base
 from ..atomic import write_atomically
 from ..background.scoping import Supervised
