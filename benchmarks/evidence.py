@@ -70,8 +70,9 @@ def _lifelong(data: str, number: int) -> tuple[str, ...]:
 
 # The learning rate of the paper's arms is chosen on a split of the training records: dev/LOG.md.
 ARMS = "base,replacement-kl,additive-kl,additive-tfidf,additive-scale-kl,calibrated-kl,smf-own,lora,full"
+ALL_ARMS = f"{ARMS},lora-long,full-long,lora-kl,lora-mlp,lora-gated"
 RUNS = (
-    Runs("medical-arms", "medical", f"{ARMS},lora-long,full-long,lora-kl,lora-mlp,lora-gated", "0", 6),
+    Runs("medical-arms", "medical", ALL_ARMS, "0", 6),
     Runs("medical-arms", "medical", "base,additive-kl,additive-scale-kl,lora,full", "1,2", 6),
     Runs("handbook", "demo", "base,learn,smf,lora,full", "0", 5),
     Runs("handbook", "demo", "base,learn,smf,lora,full", "1,2", 5),
@@ -133,7 +134,7 @@ TABLES["arms"] = Table(
     {**TABLES["medical"].columns, "time": "time"},
     tuple(
         (method, "medical-arms", method)
-        for method in RUNS[0].methods.split(",")
+        for method in ALL_ARMS.split(",")
         if (RESULTS / "medical-arms" / "runs" / run_name(method, None if method == BASE else 0)).is_dir()
     ),
 )

@@ -164,7 +164,7 @@ def run(bench: Bench, command: list[str]) -> dict[str, Any]:
     except subprocess.TimeoutExpired as stopped:
         code, (out, err) = None, (_text(stopped.stdout), _text(stopped.stderr))
     told = {"command": " ".join(["python", *command[1:]]), "exit_code": code}
-    told |= {"seconds": time.monotonic() - start, "output": out[-6000:], "errors": err[-2000:]}
+    told |= {"seconds": time.monotonic() - start, "output": out[-1500:], "errors": err[-1500:]}
     if code is None:
         raise Unfinished(told)
     return told
