@@ -9,6 +9,7 @@ its folder.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -43,7 +44,7 @@ class Runs(NamedTuple):
     needs_data: bool = False
 
     def command(self, data_dir: Path | None = None, root: Path = RESULTS) -> list[str]:
-        place = ["--out", str((root / self.folder).relative_to(PROJECT))]
+        place = ["--out", os.path.relpath(root / self.folder, PROJECT)]
         data = ["--data-dir", str(data_dir or "DATA")] if self.needs_data else []
         chosen = ["--methods", self.methods, "--seeds", self.seeds]
         return ["compare", self.recipe, *chosen, *self.options, *data, *place]
@@ -148,15 +149,15 @@ EDITS = {
 }
 
 
-def listed() -> str:
+def listed(root: Path = RESULTS) -> str:
     """The list of all runs, and what is left."""
     lines, left = [], 0.0
     for runs in RUNS:
-        missing = runs.missing()
+        missing = runs.missing(root)
         minutes = runs.minutes * len(missing)
         left += minutes
         state = f"missing {', '.join(missing)} (about {minutes:.0f} min)" if missing else "all there"
-        lines.append(f"sparsemem {' '.join(runs.command())}\n  {state}")
+        lines.append(f"sparsemem {' '.join(runs.command(root=root))}\n  {state}")
     return "\n".join([*lines, f"left: about {left:.0f} min" if left else "nothing is left"])
 
 
@@ -295,11 +296,16 @@ def main() -> None:
     parser.add_argument("--folders", help="run these alone, comma-separated")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     given = parser.parse_args()
+    root, known = given.root.resolve(), {runs.folder for runs in RUNS}
+    if unknown := sorted(set((given.folders or "").split(",")) - known - {""}):
+        parser.error(f"--folders: {', '.join(unknown)} unknown; use some of {', '.join(sorted(known))}")
+    if given.jobs < 1:
+        parser.error(f"--jobs {given.jobs} must be at least 1")
     if given.action == "run":
-        run(given.root.resolve(), given.data_dir, given.folders, given.jobs)
-    if given.action == "tables" or (given.action == "run" and given.root == RESULTS):
+        run(root, given.data_dir, given.folders, given.jobs)
+    if given.action == "tables" or (given.action == "run" and root == RESULTS):
         rebuild()
-    sys.stdout.write(listed() + "\n")
+    sys.stdout.write(listed(root) + "\n")
 
 
 if __name__ == "__main__":
